@@ -1,7 +1,6 @@
 """Generative models of how cells respond to perturbations.
 
-The submodules are imported on first use, so that ``import pertura`` costs next to nothing and loads neither torch
-nor scvi-tools.
+Submodules are imported on first use: ``import pertura`` costs next to nothing and loads neither torch nor scvi-tools.
 """
 
 from __future__ import annotations
@@ -25,8 +24,13 @@ _SUBMODULES = (
     "train",
 )
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__, submodules=[name for name in _SUBMODULES if find_spec(f"{__name__}.{name}") is not None]
-)
+
+def _exists(name: str) -> bool:
+    # A folder without __init__.py has a spec as well, but no origin.
+    spec = find_spec(f"{__name__}.{name}")
+    return spec is not None and spec.origin is not None
+
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submodules=filter(_exists, _SUBMODULES))
 __all__ = [*__all__, "__version__"]
 __version__ = version("pertura")

@@ -1,0 +1,104 @@
+"""Configuration of the documentation; see https://www.sphinx-doc.org/en/master/usage/configuration.html."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from importlib.metadata import metadata
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+# -- Project ---------------------------------------------------------------------------------
+
+info = metadata("pertura")
+project = info["Name"]
+author = info["Author"]
+copyright = f"2026, {author}"
+version = release = info["Version"]
+
+# -- Tutorials ---------------------------------------------------------------------------------
+
+# Sphinx reads only what lies below docs/; the notebooks live at the top, where users look for them.
+shutil.rmtree(HERE / "tutorials", ignore_errors=True)
+shutil.copytree(
+    HERE.parent / "tutorials",
+    HERE / "tutorials",
+    ignore=shutil.ignore_patterns("*.py", ".ipynb_checkpoints", "__pycache__"),
+    dirs_exist_ok=True,
+)
+
+# -- General ---------------------------------------------------------------------------------
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx_autodoc_typehints",  # after napoleon
+    "sphinx_copybutton",
+    "sphinx_design",
+    "sphinxcontrib.bibtex",
+]
+templates_path = ["_templates"]
+exclude_patterns = ["_build", "**.ipynb_checkpoints"]
+source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb"}
+default_role = "literal"
+needs_sphinx = "8.1"
+
+autosummary_generate = True
+autosummary_ignore_module_all = False
+autodoc_member_order = "groupwise"
+autodoc_typehints = "none"  # left to sphinx_autodoc_typehints
+bibtex_bibfiles = ["references.bib"]
+bibtex_reference_style = "author_year"
+napoleon_google_docstring = False
+napoleon_numpy_docstring = True
+napoleon_include_init_with_doc = False
+napoleon_use_rtype = True
+napoleon_use_param = True
+typehints_defaults = "braces"
+typehints_fully_qualified = False
+always_use_bars_union = True
+
+myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath", "html_admonition", "html_image"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"  # the notebooks are committed with their output
+nb_output_stderr = "remove"
+nb_merge_streams = True
+
+intersphinx_mapping = {
+    "anndata": ("https://anndata.readthedocs.io/en/stable/", None),
+    "matplotlib": ("https://matplotlib.org/stable/", None),
+    "mudata": ("https://mudata.readthedocs.io/en/latest/", None),
+    "numpy": ("https://numpy.org/doc/stable/", None),
+    "pandas": ("https://pandas.pydata.org/pandas-docs/stable/", None),
+    "pyro": ("https://docs.pyro.ai/en/stable/", None),
+    "python": ("https://docs.python.org/3", None),
+    "scanpy": ("https://scanpy.readthedocs.io/en/stable/", None),
+    "scipy": ("https://docs.scipy.org/doc/scipy/", None),
+    "scvi": ("https://docs.scvi-tools.org/en/stable/", None),
+    "sklearn": ("https://scikit-learn.org/stable/", None),
+    "torch": ("https://docs.pytorch.org/docs/stable/", None),
+}
+intersphinx_timeout = 10
+# A build without network must not warn; the hosted site has one.
+if "READTHEDOCS" not in os.environ:
+    intersphinx_mapping = {}
+
+# -- HTML ---------------------------------------------------------------------------------
+
+html_theme = "sphinx_book_theme"
+html_title = project
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
+html_theme_options = {
+    "navigation_with_keys": False,
+    "path_to_docs": "docs/",
+    "show_toc_level": 2,
+}
+pygments_style = "default"
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
