@@ -21,12 +21,9 @@ version = release = info["Version"]
 
 # Sphinx reads only what lies below docs/; the notebooks live at the top, where users look for them.
 shutil.rmtree(HERE / "tutorials", ignore_errors=True)
-shutil.copytree(
-    HERE.parent / "tutorials",
-    HERE / "tutorials",
-    ignore=shutil.ignore_patterns("*.py", ".ipynb_checkpoints", "__pycache__"),
-    dirs_exist_ok=True,
-)
+for notebook in (HERE.parent / "tutorials").glob("*.ipynb"):
+    (HERE / "tutorials").mkdir(exist_ok=True)
+    shutil.copy(notebook, HERE / "tutorials")
 
 # -- General ---------------------------------------------------------------------------------
 

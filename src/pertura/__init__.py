@@ -1,6 +1,7 @@
 """Generative models of how cells respond to perturbations.
 
-Submodules are imported on first use: ``import pertura`` costs next to nothing and loads neither torch nor scvi-tools.
+Submodules are imported on first use: ``import pertura`` costs next to nothing and loads neither torch nor
+scvi-tools.
 """
 
 from __future__ import annotations

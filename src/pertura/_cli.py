@@ -1,7 +1,7 @@
 """The ``pertura`` command.
 
-A thin layer: each subcommand hands its arguments to the ``main(argv)`` of the module that does the work. That module is
-imported only then, so that ``pertura --help`` answers at once.
+A thin layer: each subcommand hands its arguments to the ``main(argv)`` of the module that does the work. That
+module is imported only then, so that ``pertura --help`` answers at once.
 """
 
 from __future__ import annotations
