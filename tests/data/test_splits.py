@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from anndata import AnnData
+from sklearn.metrics import average_precision_score
 
 from pertura.data._grn_splits import GRNSplit, candidate_pairs, make_grn_splits
 from pertura.data._splits import (
@@ -120,10 +121,17 @@ def test_unseen_dose(adata):
 
 def test_held_out_cells_are_stratified(adata):
     adata.obs.loc["cell0", "perturbation"] = "rare"
-    splits = held_out_cells(adata, perturbation_key="perturbation", context_key="cell_type", fraction=0.25, n_splits=2)
+    splits = held_out_cells(
+        adata, perturbation_key="perturbation", context_key="cell_type", fraction=0.25, n_splits=2
+    )
     for split in splits:
         assert 0 in split.train
-        share = as_obs(split, adata).eq("test").groupby([adata.obs["perturbation"], adata.obs["cell_type"]]).mean()
+        share = (
+            as_obs(split, adata)
+            .eq("test")
+            .groupby([adata.obs["perturbation"], adata.obs["cell_type"]])
+            .mean()
+        )
         np.testing.assert_allclose(share.drop("rare"), 0.25, atol=0.02)
         assert covers(split, 2000)
     assert not np.array_equal(splits[0].test, splits[1].test)
@@ -173,14 +181,28 @@ def test_as_obs(adata):
 @pytest.mark.parametrize(
     ("call", "word"),
     [
-        (lambda a: leave_context_out(a, perturbation_key="drug", control="x", context_key="cell_type"), "perturbation_key"),
-        (lambda a: leave_context_out(a, perturbation_key="perturbation", control="x", context_key="cell_type"), "control"),
+        (
+            lambda a: leave_context_out(a, perturbation_key="drug", control="x", context_key="cell_type"),
+            "perturbation_key",
+        ),
+        (
+            lambda a: leave_context_out(
+                a, perturbation_key="perturbation", control="x", context_key="cell_type"
+            ),
+            "control",
+        ),
         (lambda a: leave_context_out(a, context_key="line", **KEYS), "context_key"),
-        (lambda a: leave_context_out(a, context_key="cell_type", perturbations=["Q"], **KEYS), "perturbations"),
+        (
+            lambda a: leave_context_out(a, context_key="cell_type", perturbations=["Q"], **KEYS),
+            "perturbations",
+        ),
         (lambda a: leave_context_out(a, context_key="cell_type", val_fraction=1, **KEYS), "val_fraction"),
         (lambda a: unseen_perturbation(a, n_folds=6, **KEYS), "n_folds"),
         (lambda a: unseen_combination(a, fraction=0, **KEYS), "fraction"),
-        (lambda a: unseen_combination(a[a.obs["perturbation"].isin(["ctrl", "A"])], **KEYS), "no combination"),
+        (
+            lambda a: unseen_combination(a[a.obs["perturbation"].isin(["ctrl", "A"])], **KEYS),
+            "no combination",
+        ),
         (lambda a: unseen_dose(a, dose_key="mg", **KEYS), "dose_key"),
         (lambda a: held_out_cells(a, perturbation_key="perturbation", fraction=2), "fraction"),
     ],
@@ -237,7 +259,11 @@ def test_edge_split(network):
         known = table[table["label"]].groupby("source").size()
         for name, n in known[known > 2].items():
             n_train, n_val = int(0.67 * n), int(0.77 * n) - int(0.67 * n)
-            assert tuple(positive.loc[name, ["train", "val", "test"]]) == (n_train, n_val, n - n_train - n_val)
+            assert tuple(positive.loc[name, ["train", "val", "test"]]) == (
+                n_train,
+                n_val,
+                n - n_train - n_val,
+            )
         two = known.index[known == 2][0]
         assert tuple(positive.loc[two, ["train", "val", "test"]]) == (1, 0, 1)
         sides.append(positive.loc[known.index[known == 1][0], "train"])
@@ -304,5 +330,23 @@ def test_grn_split_errors_and_seeds(network):
     with pytest.raises(ValueError, match="`fraction`"):
         make_grn_splits([("A", "B")], kind="unseen_tf")
     for kind in ("edge", "edge_balanced", "unseen_both"):
-        a, b = make_grn_splits(truth, kind=kind, seed=7)[0], make_grn_splits(truth, kind=kind, seed=6, n_splits=2)[1]
+        a, b = (
+            make_grn_splits(truth, kind=kind, seed=7)[0],
+            make_grn_splits(truth, kind=kind, seed=6, n_splits=2)[1],
+        )
         assert np.array_equal(a.split.train, b.split.train) and np.array_equal(a.split.test, b.split.test)
+
+
+def test_rate_of_the_regulator_predicts_seen_but_not_unseen_genes(load_dataset):
+    """Regulators of a ChIP-seq network differ so much that their rate alone predicts edges of seen genes."""
+    labels = load_dataset("beeline_labels", cell_line="hESC")
+    area = {}
+    for kind in ("edge", "unseen_target", "unseen_both"):
+        ratios = []
+        for s in make_grn_splits(labels.edges, kind=kind, genes=list(labels.genes), n_splits=3):
+            rate = s.test["source"].map(s.train.groupby("source")["label"].mean()).fillna(0.0)
+            ratios.append(average_precision_score(s.test["label"], rate) / s.test["label"].mean())
+        area[kind] = np.mean(ratios)
+    assert area["edge"] == pytest.approx(0.481 / 0.149, rel=0.03)
+    assert area["unseen_target"] == pytest.approx(0.486 / 0.147, rel=0.05)
+    assert area["unseen_both"] == pytest.approx(1.0)

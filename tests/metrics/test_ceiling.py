@@ -18,9 +18,13 @@ def test_split_half_mse_is_the_sampling_variance():
     # Two means of n/2 cells differ with variance 2 sd^2 / (n/2).
     expected = 4 * sd**2 / n
     assert table["mse"].mean() == pytest.approx(expected, rel=0.05)
-    full = mt.split_half_ceiling(cells, control, ["mse", "mae", "pearson_effect"], n_splits=30, spearman_brown=True)
+    full = mt.split_half_ceiling(
+        cells, control, ["mse", "mae", "pearson_effect"], n_splits=30, spearman_brown=True
+    )
     np.testing.assert_allclose(full["mse"], table["mse"] / 2)
-    np.testing.assert_allclose(full["pearson_effect"], 2 * table["pearson_effect"] / (1 + table["pearson_effect"]))
+    np.testing.assert_allclose(
+        full["pearson_effect"], 2 * table["pearson_effect"] / (1 + table["pearson_effect"])
+    )
     assert full["mae"].isna().all()
 
 
@@ -31,7 +35,9 @@ def test_spearman_brown_predicts_the_correlation_of_full_size_duplicates():
     zero = np.zeros(4000)
     target = mt.pearson_effect(first.mean(0), second.mean(0), zero)
     half = mt.split_half_ceiling(first, zero, "pearson_effect")["pearson_effect"].mean()
-    corrected = mt.split_half_ceiling(first, zero, "pearson_effect", spearman_brown=True)["pearson_effect"].mean()
+    corrected = mt.split_half_ceiling(first, zero, "pearson_effect", spearman_brown=True)[
+        "pearson_effect"
+    ].mean()
     assert abs(corrected - target) < 0.03 < abs(half - target)
 
 

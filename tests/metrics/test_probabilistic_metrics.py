@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.integrate import trapezoid
 from scipy.stats import norm
 
 from pertura import metrics as mt
@@ -17,7 +18,7 @@ def test_crps_is_the_integral_of_the_squared_cdf_difference():
     draws, y = rng.normal(size=7), 0.3
     grid = np.linspace(-8, 8, 400_001)
     cdf = (draws[:, None] <= grid).mean(0)
-    expected = np.trapezoid((cdf - (grid >= y)) ** 2, grid)
+    expected = trapezoid((cdf - (grid >= y)) ** 2, grid)
     assert mt.crps(draws, y, fair=False) == pytest.approx(expected, abs=1e-4)
 
 
@@ -51,9 +52,11 @@ def test_interval_scores_by_hand():
 
 
 def test_interval_score_is_best_at_the_true_quantiles():
-    y = np.random.default_rng(0).normal(size=20_000)
+    y = np.random.default_rng(0).normal(size=8_000)
     half = norm.ppf(0.95)
-    score = [mt.interval_score(np.full_like(y, -h), np.full_like(y, h), y) for h in (0.8 * half, half, 1.2 * half)]
+    score = [
+        mt.interval_score(np.full_like(y, -h), np.full_like(y, h), y) for h in (0.8 * half, half, 1.2 * half)
+    ]
     assert score[1] < min(score[0], score[2])
 
 
@@ -77,13 +80,13 @@ def test_coverage_allows_for_the_sampling_error_of_the_measured_truth():
 
 def test_calibration_curve():
     rng = np.random.default_rng(0)
-    location = rng.normal(size=20_000)
-    y = location + rng.normal(size=20_000)
+    location = rng.normal(size=8_000)
+    y = location + rng.normal(size=8_000)
     for n_draws in (19, 99):  # level 0.9 is reachable with 19 draws
-        draws = location + rng.normal(size=(n_draws, 20_000))
+        draws = location + rng.normal(size=(n_draws, 8_000))
         curve = mt.calibration_curve(draws, y, levels=[0.1, 0.5, 0.9])
-        np.testing.assert_allclose(curve["coverage"], curve["level"], atol=0.012)
-        assert mt.calibration_error(draws, y) < 0.012
+        np.testing.assert_allclose(curve["coverage"], curve["level"], atol=0.016)
+        assert mt.calibration_error(draws, y) < 0.016
         assert mt.calibration_error(0.3 * (draws - location) + location, y) > 0.2
     assert curve["width"].is_monotonic_increasing
 

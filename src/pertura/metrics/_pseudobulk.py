@@ -55,9 +55,9 @@ def conditions(
             )
     condition = adata.obs[perturbation_key].astype(str)
     context = adata.obs[context_key].astype(str) if context_key else pd.Series(ALL, index=adata.obs.index)
-    codes, groups = pd.MultiIndex.from_arrays(
-        [condition.to_numpy(), context.to_numpy()], names=["condition", "context"]
-    ).factorize(sort=True)
+    keys = pd.MultiIndex.from_arrays([condition.to_numpy(), context.to_numpy()])
+    codes, groups = keys.factorize(sort=True)
+    groups = groups.set_names(["condition", "context"])
     return codes, groups
 
 
