@@ -41,7 +41,8 @@ extensions = [
 ]
 templates_path = ["_templates"]
 exclude_patterns = ["_build", "**.ipynb_checkpoints"]
-source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb"}
+# The first is what autosummary writes.
+source_suffix = {".rst": "restructuredtext", ".md": "myst-nb", ".ipynb": "myst-nb"}
 default_role = "literal"
 needs_sphinx = "8.1"
 
@@ -54,6 +55,7 @@ bibtex_reference_style = "author_year"
 napoleon_google_docstring = False
 napoleon_numpy_docstring = True
 napoleon_include_init_with_doc = False
+napoleon_use_ivar = True  # attributes described in a class docstring are not objects of their own
 napoleon_use_rtype = True
 napoleon_use_param = True
 typehints_defaults = "braces"
@@ -92,6 +94,7 @@ html_title = project
 html_static_path = ["_static"]
 html_css_files = ["custom.css"]
 html_theme_options = {
+    "navbar_persistent": [],  # the search of the sidebar is enough
     "navigation_with_keys": False,
     "path_to_docs": "docs/",
     "show_toc_level": 2,
