@@ -1,0 +1,50 @@
+"""Fixtures of all tests: the cache of public data files."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LOCAL_FILES = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def data_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let `pertura.datasets` find the files next to the repository, unless `PERTURA_DATA_DIR` is set."""
+    if os.environ.get("PERTURA_DATA_DIR") or not LOCAL_FILES.is_dir():
+        yield
+        return
+    from pertura.datasets import fill_cache
+
+    folder = tmp_path_factory.mktemp("pertura_data")
+    fill_cache(LOCAL_FILES, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PERTURA_DATA_DIR", str(folder))
+        yield
+
+
+@pytest.fixture(scope="session")
+def load_dataset(data_cache: None) -> Callable[..., Any]:
+    """`load_dataset("kang_2018_mini", **arguments)` gives a fresh copy; skips without cache and network."""
+    from pertura import datasets
+
+    loaded: dict[str, Any] = {}
+
+    def load(name: str, **arguments: Any) -> Any:
+        key = f"{name}({sorted(arguments.items())})"
+        if key not in loaded:
+            try:
+                loaded[key] = getattr(datasets, name)(**arguments)
+            except datasets.DataNotAvailable as error:
+                loaded[key] = error
+        value = loaded[key]
+        if isinstance(value, datasets.DataNotAvailable):
+            pytest.skip(str(value))
+        return value.copy() if hasattr(value, "obs") else copy.deepcopy(value)
+
+    return load
