@@ -135,6 +135,11 @@ def test_held_out_cells_are_stratified(adata):
         np.testing.assert_allclose(share.drop("rare"), 0.25, atol=0.02)
         assert covers(split, 2000)
     assert not np.array_equal(splits[0].test, splits[1].test)
+    (split,) = held_out_cells(
+        adata, perturbation_key="perturbation", context_key="cell_type", fraction=0.99, val_fraction=0.9
+    )
+    # A stratum of one cell is never held out, neither for test nor for validation.
+    assert 0 in split.train
 
 
 def test_split_refuses_leaks():
