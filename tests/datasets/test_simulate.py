@@ -93,11 +93,18 @@ def test_options_that_come_later_leave_the_network_alone() -> None:
         {},
         {"dispersion": 0.0, "library_size": 300.0, "library_size_sd": 100.0},
         {"dispersion": 1.0, "library_size": 20_000.0, "library_size_sd": 15_000.0, "state_sd": 0.6},
-        {"doses": [0, 1, 10], "combinations": 2, "interaction": 1.0, "frac_qc_failed": 0.3, "n_contexts": 2},
+        {"doses": [0, 1, 10], "combinations": 2, "batch_sd": 1.5, "frac_qc_failed": 0.3, "n_contexts": 2},
         {"perturbation_type": "drug", "n_drug_classes": 2, "acyclic": False},
         {"modality": "log", "perturbation_type": "activation"},
     ],
-    ids=["default", "shallow Poisson", "deep, overdispersed", "doses, pairs, QC", "drugs, cycles", "log"],
+    ids=[
+        "default",
+        "shallow Poisson",
+        "deep, overdispersed",
+        "doses, pairs, QC, batches",
+        "drugs, cycles",
+        "log",
+    ],
 )
 def test_truth_is_what_is_observed_within_sampling_error(options: dict) -> None:
     adata = simulate(
@@ -119,8 +126,16 @@ def test_truth_is_not_merely_wide() -> None:
     assert abs(z_scores(adata)).max() > 5
 
 
-def test_control_mean_is_what_is_observed() -> None:
-    adata = simulate(n_cells_per_condition=10, n_control_cells=4000, n_genes=60, n_truth_cells=2000)
+@pytest.mark.parametrize("depth", [150.0, 5000.0])
+def test_control_mean_is_what_is_observed(depth: float) -> None:
+    adata = simulate(
+        n_cells_per_condition=10,
+        n_control_cells=4000,
+        n_genes=60,
+        n_truth_cells=2000,
+        library_size=depth,
+        library_size_sd=depth / 5,
+    )
     for row, context in enumerate(adata.obs["cell_type"].cat.categories):
         control = group(adata, "control", context)
         error = control.std(axis=0) * np.sqrt(1 / len(control) + 1 / 2000)
@@ -171,6 +186,25 @@ def test_log_rate_shift_is_the_propagated_direct_shift() -> None:
         direct[adata.var_names.get_indexer(mine["target"])] = mine["shift"]
         factor = truth["contexts"].loc[context, "response_factor"]
         np.testing.assert_allclose(shift, factor * direct @ total, atol=1e-4)
+
+
+def test_cell_states_spread_through_the_network() -> None:
+    """The structural equation x = x A + z of the controls: x (I - A) is white."""
+    adata = simulate(
+        n_cells_per_condition=1,
+        n_control_cells=5000,
+        n_genes=60,
+        n_contexts=1,
+        n_unresponsive_contexts=0,
+        batch_sd=0.0,
+        modality="log",
+        noise_sd=0.0,
+        state_sd=0.5,
+    )
+    state = group(adata, "control", "context_1") - adata.uns["truth"]["context_baseline"][0]
+    innovation = state @ (np.eye(60) - adata.varp["true_grn"].toarray())
+    np.testing.assert_allclose(np.cov(innovation.T), 0.25 * np.eye(60), atol=0.025)
+    assert abs(np.cov(state.T) - 0.25 * np.eye(60)).max() > 0.15
 
 
 @pytest.mark.parametrize(("kind", "sign"), [("knockout", -1), ("activation", 1)])
@@ -230,6 +264,22 @@ def test_combinations_add_up_unless_they_interact() -> None:
                 assert abs(extra.loc[pair, "shift"]) == 1.0
                 assert extra.loc[pair, "target"] not in (first, second)
                 assert beyond[extra.loc[pair, "target"]] == pytest.approx(factor * extra.loc[pair, "shift"])
+
+
+def test_members_of_a_combination_interact_as_far_as_both_act() -> None:
+    adata = simulate(n_cells_per_condition=2, combinations=2, interaction=1.0, doses=[1, 10], hill=1.5)
+    truth = adata.uns["truth"]
+    shifts = true_effects(adata, kind="log_rate_shift").xs("context_1", level="cell_type")
+    factor = truth["contexts"].loc["context_1", "response_factor"]
+    for extra in truth["interactions"].itertuples():
+        members = extra.perturbation.split("+")
+        ec50 = truth["perturbations"].loc[members, "ec50"].to_numpy()
+        for dose in (1.0, 10.0):
+            beyond = shifts.loc[(extra.perturbation, dose)] - sum(
+                shifts.loc[(name, dose)] for name in members
+            )
+            response = (dose**1.5 / (dose**1.5 + ec50**1.5)).prod()
+            assert beyond[extra.target] == pytest.approx(factor * response * extra.shift, rel=1e-4)
 
 
 def test_contexts_respond_as_their_biomarkers_foretell() -> None:
