@@ -1,0 +1,23 @@
+"""Keys under which the registered fields reach a minibatch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from scvi import REGISTRY_KEYS
+
+
+class _Keys(NamedTuple):
+    """Registry keys; those that scvi-tools has keep its name."""
+
+    X: str = REGISTRY_KEYS.X_KEY
+    BATCH: str = REGISTRY_KEYS.BATCH_KEY
+    SIZE_FACTOR: str = REGISTRY_KEYS.SIZE_FACTOR_KEY
+    PERTURBATION: str = "perturbation"
+    CONTEXT: str = "context"
+
+
+KEYS = _Keys()
+
+CONTROL_ONLY = -1  # component code of an empty slot: nothing was done
+UNKNOWN = -2  # component code of a perturbation that the model's vocabulary does not hold

@@ -1,0 +1,120 @@
+"""Fields that register perturbations and contexts with scvi-tools' data manager."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+import rich.table
+from anndata import AnnData
+from scvi.data.fields import BaseAnnDataField, CategoricalObsField, MuDataWrapper
+
+from ._constants import KEYS
+from ._vocabulary import Vocabulary, build_vocabulary, encode_cells
+
+_OBSM_KEY = f"_scvi_{KEYS.PERTURBATION}"
+
+
+class PerturbationField(BaseAnnDataField):
+    """What was done to each cell: component codes and doses, ``obsm["_scvi_perturbation"]``.
+
+    Parameters
+    ----------
+    perturbation_key
+        Column of ``obs`` with the label.
+    control
+        Label of unperturbed cells.
+    dose_key
+        Column of ``obs`` with the dose.
+    delimiter
+        Joins the members of a combination.
+    features
+        Descriptions of perturbations, one row each.
+    """
+
+    def __init__(
+        self,
+        perturbation_key: str,
+        control: str,
+        *,
+        dose_key: str | None = None,
+        delimiter: str = "+",
+        features: pd.DataFrame | None = None,
+    ) -> None:
+        super().__init__()
+        self.perturbation_key = perturbation_key
+        self.control = control
+        self.dose_key = dose_key
+        self.delimiter = delimiter
+        self.features = features
+
+    registry_key = KEYS.PERTURBATION
+    attr_name = "obsm"
+    attr_key = _OBSM_KEY
+    is_empty = False
+
+    def validate_field(self, adata: AnnData) -> None:
+        """Check that the columns are there."""
+        super().validate_field(adata)
+        for argument, key in (("perturbation_key", self.perturbation_key), ("dose_key", self.dose_key)):
+            if key is not None and key not in adata.obs:
+                raise ValueError(
+                    f"`{argument}`: {key!r} is not a column of `adata.obs` (columns: {list(adata.obs.columns)}). "
+                    f"Add it; cells that were not perturbed carry {self.control!r} as their perturbation."
+                )
+
+    def register_field(self, adata: AnnData) -> dict[str, Any]:
+        """Build the vocabulary and encode the cells."""
+        super().register_field(adata)
+        labels, doses = self._columns(adata)
+        vocabulary = build_vocabulary(
+            labels, self.control, delimiter=self.delimiter, doses=doses, features=self.features
+        )
+        adata.obsm[_OBSM_KEY] = encode_cells(vocabulary, labels, doses)
+        return vocabulary.to_registry()
+
+    def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs) -> dict[str, Any]:
+        """Encode new cells with the vocabulary of the model; unknown perturbations get the code -2."""
+        super().transfer_field(state_registry, adata_target, **kwargs)
+        self.validate_field(adata_target)
+        vocabulary = Vocabulary.from_registry(state_registry)
+        encoded = encode_cells(vocabulary, *self._columns(adata_target), order=vocabulary.order)
+        adata_target.obsm[_OBSM_KEY] = encoded
+        return dict(state_registry)
+
+    def _columns(self, adata: AnnData) -> tuple[pd.Series, pd.Series | None]:
+        labels = adata.obs[self.perturbation_key].astype(str).reset_index(drop=True)
+        if self.dose_key is None:
+            return labels, None
+        return labels, adata.obs[self.dose_key].reset_index(drop=True)
+
+    def get_summary_stats(self, state_registry: dict) -> dict[str, int]:
+        """Number of single perturbations."""
+        return {"n_perturbations": len(state_registry["names"])}
+
+    def view_state_registry(self, state_registry: dict) -> rich.table.Table:
+        """Names, codes and doses."""
+        table = rich.table.Table(title=f"{self.registry_key} State Registry")
+        for column in ("Source Location", "Perturbation", "Code", "Doses"):
+            table.add_column(column, justify="center", overflow="fold")
+        source = f"adata.obs[{self.perturbation_key!r}]"
+        table.add_row(source, f"{state_registry['control']} (control)", "", "")
+        doses = state_registry["doses"] if state_registry["has_dose"] else [()] * len(state_registry["names"])
+        for code, (name, own) in enumerate(zip(state_registry["names"], doses, strict=True)):
+            table.add_row("", str(name), str(code), ", ".join(f"{d:g}" for d in own))
+        for members in state_registry["combinations"]:
+            table.add_row("", state_registry["delimiter"].join(members), "", "")
+        return table
+
+
+class ContextField(CategoricalObsField):
+    """Context of each cell. New contexts are legitimate questions: they extend the categories of the queried data."""
+
+    def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs) -> dict[str, Any]:
+        """Encode the contexts of new cells; those the model has not seen follow the registered ones."""
+        kwargs["extend_categories"] = True
+        return super().transfer_field(state_registry, adata_target, **kwargs)
+
+
+MuDataPerturbationField = MuDataWrapper(PerturbationField)
+MuDataContextField = MuDataWrapper(ContextField)

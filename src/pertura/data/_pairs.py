@@ -1,0 +1,159 @@
+"""Which control cell a perturbed cell is compared with in training.
+
+A coupling is a sparse matrix (perturbed cells x control cells) of weights; every epoch draws one partner per perturbed cell
+from it. Explicit pairs, random partners and optimal transport differ only in the weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy import sparse
+
+Pairing = Literal["random", "ot", "pairs"]
+_OT_BLOCK = 512  # exact transport is cubic in the number of cells: couple random blocks of this size
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """Partners of perturbed cells.
+
+    Attributes
+    ----------
+    treated
+        Rows of perturbed cells that have partners.
+    partners
+        Rows of the candidate controls, concatenated over `treated`.
+    start
+        Where the candidates of each treated cell start; one longer than `treated`.
+    weight
+        Probability of each candidate, or `None` where all candidates of a cell are equally likely.
+    """
+
+    treated: NDArray[np.int64]
+    partners: NDArray[np.int64]
+    start: NDArray[np.int64]
+    count: NDArray[np.int64]
+    cumulative: NDArray[np.float64] | None = None
+
+    def draw(self, rng: np.random.Generator) -> NDArray[np.int64]:
+        """One partner for each treated cell."""
+        u = rng.random(len(self.treated))
+        if self.cumulative is None:
+            return self.partners[self.start + (u * self.count).astype(np.int64)]
+        at = np.searchsorted(self.cumulative, np.arange(len(self.treated)) + u, side="right")
+        return self.partners[np.minimum(at, self.start + self.count - 1)]
+
+
+def strata(obs: pd.DataFrame, is_control: NDArray[np.bool_], keys: list[str]) -> NDArray[np.int64]:
+    """Stratum of each cell in which partners are looked for, -1 where there is no control.
+
+    The finest of `keys[:k]` (context, then context and batch) in which a cell finds controls.
+    """
+    result = np.full(len(obs), -1, dtype=np.int64)
+    offset = 0
+    for k in range(1, len(keys) + 1):
+        code = obs.groupby(keys[:k], observed=True, sort=False).ngroup().to_numpy()
+        has_control = np.isin(code, np.unique(code[is_control]))
+        result = np.where(has_control, code + offset, result)
+        offset += int(code.max(initial=0)) + 1
+    return result
+
+
+def random_coupling(
+    rows: NDArray[np.int64], is_control: NDArray[np.bool_], stratum: NDArray[np.int64]
+) -> Coupling:
+    """Any control of the same stratum; the arguments describe the cells `rows`, in that order."""
+    control = np.flatnonzero(is_control & (stratum >= 0))
+    control = control[np.argsort(stratum[control], kind="stable")]
+    levels, first, size = np.unique(stratum[control], return_index=True, return_counts=True)
+    treated = np.flatnonzero(~is_control & np.isin(stratum, levels))
+    at = np.searchsorted(levels, stratum[treated])
+    return Coupling(rows[treated], rows[control], first[at], size[at])
+
+
+def explicit_coupling(
+    rows: NDArray[np.int64], is_control: NDArray[np.bool_], pair: NDArray[np.object_]
+) -> Coupling:
+    """Controls that carry the same pair identifier."""
+    code, _ = pd.factorize(pd.Series(pair))
+    return random_coupling(rows, is_control, code.astype(np.int64))
+
+
+def transport_coupling(
+    rows: NDArray[np.int64],
+    is_control: NDArray[np.bool_],
+    stratum: NDArray[np.int64],
+    label: NDArray[np.object_],
+    embedding: NDArray[np.float32],
+    rng: np.random.Generator,
+) -> Coupling:
+    """Exact optimal transport (POT) between the controls and each perturbation of a stratum.
+
+    Both sides are centred first, so that cells are matched by what the perturbation did not change.
+
+    Parameters
+    ----------
+    rows, is_control, stratum, label
+        Cells to couple.
+    embedding
+        Low-dimensional expression of these cells, ``(len(rows), n_components)``.
+    rng
+        Forms the blocks.
+    """
+    import ot
+
+    plans: list[tuple[NDArray, NDArray, NDArray]] = []
+    for level in np.unique(stratum[stratum >= 0]):
+        control = np.flatnonzero(is_control & (stratum == level))
+        if not len(control):
+            continue
+        base = embedding[control] - embedding[control].mean(0)
+        for name in np.unique(label[(stratum == level) & ~is_control].astype(str)):
+            treated = np.flatnonzero(~is_control & (stratum == level) & (label == name))
+            moved = embedding[treated] - embedding[treated].mean(0)
+            n_blocks = -(-max(len(control), len(treated)) // _OT_BLOCK)
+            n_blocks = min(n_blocks, len(control), len(treated))
+            control_blocks = np.array_split(rng.permutation(len(control)), n_blocks)
+            treated_blocks = np.array_split(rng.permutation(len(treated)), n_blocks)
+            for c, t in zip(control_blocks, treated_blocks, strict=True):
+                plan = ot.emd(ot.unif(len(t)), ot.unif(len(c)), ot.dist(moved[t], base[c]))
+                i, j = np.nonzero(plan)
+                plans.append((treated[t[i]], control[c[j]], plan[i, j]))
+    if not plans:
+        empty = np.zeros(0, dtype=np.int64)
+        return Coupling(empty, empty, empty, empty)
+    treated, control, mass = (np.concatenate(part) for part in zip(*plans, strict=True))
+    weights = sparse.csr_matrix((mass, (treated, control)), shape=(len(rows), len(rows)))
+    used = np.flatnonzero(np.diff(weights.indptr))
+    weights = weights[used]
+    total = np.asarray(weights.sum(1)).ravel()
+    count = np.diff(weights.indptr)
+    probability = weights.data / np.repeat(total, count)
+    running = np.cumsum(probability)
+    # row r's candidates end at r + 1: one searchsorted draws for all cells
+    return Coupling(
+        rows[used],
+        rows[weights.indices],
+        weights.indptr[:-1].astype(np.int64),
+        count.astype(np.int64),
+        running,
+    )
+
+
+def embed(
+    x: sparse.spmatrix | NDArray, counts: bool, n_components: int = 30, seed: int = 0
+) -> NDArray[np.float32]:
+    """Truncated SVD of log-normalised expression, which stays sparse."""
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.preprocessing import normalize
+
+    if counts:
+        x = normalize(x, norm="l1", axis=1) * 1e4
+        x = x.log1p() if sparse.issparse(x) else np.log1p(x)
+    n_components = max(1, min(n_components, min(x.shape) - 1))
+    return TruncatedSVD(n_components, random_state=seed).fit_transform(x).astype(np.float32)

@@ -1,0 +1,10 @@
+"""Pyro models and guides, one file each; they read like the equations of the papers."""
+
+from __future__ import annotations
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={"_base": ["Action", "Basal", "Cells", "PerturbationModule"], "_pertvae": ["PertVAE"]},
+)

@@ -1,0 +1,14 @@
+"""Networks and distributions that the modules are made of."""
+
+from __future__ import annotations
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "_flows": ["InverseAutoregressiveFlow"],
+        "_likelihoods": ["CountLikelihood", "GaussianLikelihood"],
+        "_mlp": ["MLP"],
+    },
+)

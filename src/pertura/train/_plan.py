@@ -1,0 +1,145 @@
+"""The training plan of all Pyro modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from pyro.infer import ELBO, Trace_ELBO
+from scvi.train import LowLevelPyroTrainingPlan
+from torch import Tensor
+
+from pertura.data._constants import KEYS
+from pertura.module._base import PerturbationModule
+
+
+class PyroPlan(LowLevelPyroTrainingPlan):
+    """Optimises a module's parameters directly, with an ELBO per cell on training and on validation data.
+
+    scvi-tools' `PyroTrainingPlan` optimises the global parameter store: training after loading is then lost, a second model
+    shares the first one's parameters, gradients can not be clipped, and there is no validation.
+
+    Parameters
+    ----------
+    module
+        The module.
+    loss_fn
+        Pyro objective; by default :class:`~pyro.infer.Trace_ELBO`.
+    lr
+        Learning rate of Adam at its peak.
+    weight_decay
+        Decoupled weight decay of network weights (not of biases, and not of parameters that the module names in
+        `no_weight_decay`).
+    n_epochs_kl_warmup
+        Epochs in which the weight of the divergences rises to 1; a fraction below 1 is one of `max_epochs`.
+    lr_schedule
+        ``"cosine"`` lets the learning rate fall to zero over `max_epochs`, ``"constant"`` does not.
+    """
+
+    def __init__(
+        self,
+        module: PerturbationModule,
+        *,
+        loss_fn: ELBO | None = None,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        n_epochs_kl_warmup: float | None = None,
+        lr_schedule: str = "constant",
+        **kwargs: Any,
+    ) -> None:
+        if lr_schedule not in ("constant", "cosine"):
+            raise ValueError(f"`lr_schedule` must be 'constant' or 'cosine', got {lr_schedule!r}.")
+        super().__init__(
+            module,
+            loss_fn=Trace_ELBO() if loss_fn is None else loss_fn,
+            optim=torch.optim.AdamW,
+            optim_kwargs={"lr": lr},
+            n_epochs_kl_warmup=None if n_epochs_kl_warmup is None else int(n_epochs_kl_warmup),
+            **kwargs,
+        )
+        self.weight_decay = weight_decay
+        self.lr_schedule = lr_schedule
+        self._warmup_fraction = n_epochs_kl_warmup if n_epochs_kl_warmup and n_epochs_kl_warmup < 1 else None
+
+    def setup(self, stage: str) -> None:
+        """Turn a fractional warm-up into epochs, tell the module the size of the data."""
+        if self._warmup_fraction and self.trainer.max_epochs and self.trainer.max_epochs > 0:
+            self.n_epochs_kl_warmup = max(1, round(self._warmup_fraction * self.trainer.max_epochs))
+        self.module.n_train = self.n_obs_training or 1
+
+    def loss_per_cell(self, batch: dict[str, Tensor], kl_weight: float) -> tuple[Tensor, int]:
+        """Negative ELBO per cell, and the number of cells.
+
+        Raises
+        ------
+        FloatingPointError
+            If it is not finite.
+        """
+        args, kwargs = self.module._get_fn_args_from_batch(batch)
+        if self.use_kl_weight:
+            kwargs = {**kwargs, "kl_weight": kl_weight}
+        n_cells = len(batch[KEYS.X])
+        loss = self.differentiable_loss_fn(self.module.model, self.module.guide, *args, **kwargs) / n_cells
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"The loss became {loss.item()} in epoch {self.current_epoch}. Training stopped; the parameters are those of "
+                "the last step. Try a smaller learning rate (`plan_kwargs={'lr': 1e-4}`), gradient clipping "
+                "(`gradient_clip_val=10`), and check the expression for extreme values."
+            )
+        return loss, n_cells
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """One step on a minibatch."""
+        loss, n_cells = self.loss_per_cell(batch, self.kl_weight)
+        self.log("elbo_train", loss.detach(), on_step=False, on_epoch=True, prog_bar=True, batch_size=n_cells)
+        return loss
+
+    def on_train_epoch_start(self) -> None:
+        """Let the module see the epoch begin (moment estimates, temperatures)."""
+        hook: Callable[..., None] | None = getattr(self.module, "on_epoch_start", None)
+        if hook is not None:
+            hook(self.trainer.datamodule, self.current_epoch)
+
+    def on_train_epoch_end(self) -> None:
+        """Nothing: the mean over cells is logged as the epoch runs."""
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Negative ELBO of held-out cells, without warm-up."""
+        loss, n_cells = self.loss_per_cell(batch, self.max_kl_weight)
+        self.log(
+            "elbo_validation",
+            loss,
+            on_step=False,
+            on_epoch=True,
+            prog_bar=True,
+            batch_size=n_cells,
+            sync_dist=True,
+        )
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW; groups with and without weight decay, and with the module's own learning rates."""
+        decay, plain, own = [], [], []
+        special: dict[str, float] = getattr(self.module, "lr_factors", {})
+        skip: set[str] = getattr(self.module, "no_weight_decay", set())
+        for name, parameter in self.module.named_parameters():
+            factor = next((f for prefix, f in special.items() if name.startswith(prefix)), None)
+            if factor is not None:
+                own.append(
+                    {"params": [parameter], "weight_decay": 0.0, "lr": self.optim_kwargs["lr"] * factor}
+                )
+            elif parameter.dim() < 2 or any(name.startswith(s) for s in skip):
+                plain.append(parameter)
+            else:
+                decay.append(parameter)
+        groups = [
+            {"params": decay, "weight_decay": self.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+            *own,
+        ]
+        optimizer = self.optim([g for g in groups if g["params"]], **self.optim_kwargs)
+        if self.lr_schedule == "constant" or not self.trainer.max_epochs or self.trainer.max_epochs < 0:
+            return optimizer
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=self.trainer.max_epochs)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch"}}
