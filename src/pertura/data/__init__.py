@@ -10,11 +10,11 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "_constants": ["KEYS"],
         "_datamodule": ["PerturbationDataModule"],
         "_fields": ["ContextField", "PerturbationField"],
+        "_grn_splits": ["GRNSplit", "candidate_pairs", "make_grn_splits"],
+        "_partition": ["Split", "as_obs"],
         "_splits": [
-            "Split",
             "held_out_cells",
             "leave_context_out",
-            "make_grn_splits",
             "unseen_combination",
             "unseen_dose",
             "unseen_perturbation",

@@ -3,45 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
-from scvi.data import AnnDataManager, AnnTorchDataset
-from torch.utils.data import DataLoader, Dataset, Sampler
+from scvi import settings
+from scvi.data import AnnDataManager
+from torch.utils.data import DataLoader, Sampler
 
+from ._cells import Batch, CellDataset, Rows
 from ._pairs import Coupling
-
-Rows = NDArray[np.int64]
-
-
-class Batch(NamedTuple):
-    """Rows of a minibatch: pre-treatment cells of the pairs, singletons, post-treatment cells of the pairs."""
-
-    rows: Rows
-    n_pairs: int
-
-
-class CellDataset(Dataset):
-    """Registered tensors of any rows, in the order asked for, also where a backed file must be read in ascending order."""
-
-    def __init__(self, manager: AnnDataManager) -> None:
-        self.data = AnnTorchDataset(manager)
-
-    def __getitem__(self, batch: Batch) -> dict[str, torch.Tensor | int]:
-        rows, inverse = np.unique(batch.rows, return_inverse=True)
-        tensors = self.data[rows.tolist()]
-        out: dict[str, torch.Tensor | int] = {
-            key: torch.as_tensor(np.asarray(value), dtype=torch.float32)[torch.as_tensor(inverse)]
-            for key, value in tensors.items()
-        }
-        out["n_pairs"] = batch.n_pairs
-        return out
-
-    def __len__(self) -> int:
-        return len(self.data)
 
 
 class PairSampler(Sampler[Batch]):
@@ -80,9 +52,7 @@ class PairSampler(Sampler[Batch]):
         self.seed = seed
         self.epoch = 0
         n_pairs = 0 if coupling is None else len(coupling.treated)
-        self._n_batches = max(
-            1, round((len(rows) if singletons or not n_pairs else 2 * n_pairs) / batch_size)
-        )
+        self._n_batches = max(1, round((len(rows) if singletons or not n_pairs else 2 * n_pairs) / batch_size))
 
     def __len__(self) -> int:
         return len(self._shard(np.arange(self._n_batches)))
@@ -102,16 +72,13 @@ class PairSampler(Sampler[Batch]):
             pre, post, singles = self.rows[:0], self.rows[:0], self.rows
         else:
             post, pre = self.coupling.treated, self.coupling.draw(rng)
-            singles = (
-                np.setdiff1d(self.rows, np.concatenate([post, pre])) if self.singletons else self.rows[:0]
-            )
+            singles = np.setdiff1d(self.rows, np.concatenate([post, pre])) if self.singletons else self.rows[:0]
         order = rng.permutation(len(post)) if self.shuffle else np.arange(len(post))
         pairs = np.array_split(order, self._n_batches)
         singles = np.array_split(rng.permutation(singles) if self.shuffle else singles, self._n_batches)
         # the small halves of both splits come last: turn one around, so that batches are of equal size
         batches = [
-            Batch(np.concatenate([pre[p], s, post[p]]), len(p))
-            for p, s in zip(pairs, singles[::-1], strict=True)
+            Batch(np.concatenate([pre[p], s, post[p]]), len(p)) for p, s in zip(pairs, singles[::-1], strict=True)
         ]
         yield from self._shard([b for b in batches if len(b.rows)])
 
@@ -158,8 +125,6 @@ class PerturbationDataModule(LightningDataModule):
         self._val = PairSampler(val_idx, val_coupling, shuffle=False, **common) if len(val_idx) else None
 
     def _loader(self, sampler: PairSampler) -> DataLoader:
-        from scvi import settings
-
         return DataLoader(
             self.dataset,
             sampler=sampler,

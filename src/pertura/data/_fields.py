@@ -1,18 +1,58 @@
-"""Fields that register perturbations and contexts with scvi-tools' data manager."""
+"""Fields that register expression, perturbations, contexts and size factors with scvi-tools' data manager."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import rich.table
 from anndata import AnnData
-from scvi.data.fields import BaseAnnDataField, CategoricalObsField, MuDataWrapper
+from scvi.data.fields import BaseAnnDataField, CategoricalObsField, LayerField, NumericalObsField
 
 from ._constants import KEYS
+from ._validation import check_expression
 from ._vocabulary import Vocabulary, build_vocabulary, encode_cells
 
 _OBSM_KEY = f"_scvi_{KEYS.PERTURBATION}"
+_UNIT_CELLS = 10_000  # cells from which the unit of size factors is estimated
+
+
+class ExpressionField(LayerField):
+    """Expression, with the kind of its values (``"counts"`` or ``"continuous"``) in the registry.
+
+    Parameters
+    ----------
+    layer
+        Layer with the expression; `None` for ``X``.
+    """
+
+    KIND = "data_kind"
+
+    def __init__(self, layer: str | None) -> None:
+        super().__init__(KEYS.X, layer, is_count_data=False, correct_data_format=False)
+        self.layer = layer
+
+    def register_field(self, adata: AnnData) -> dict[str, Any]:
+        """Register, and look at the values."""
+        return {**super().register_field(adata), self.KIND: check_expression(adata, self.layer)}
+
+    def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs: Any) -> dict[str, Any]:
+        """Register new data; values must be of the model's kind. Genes stay the model's own, in its order."""
+        self.validate_field(adata_target)
+        found, wanted = check_expression(adata_target, self.layer), state_registry[self.KIND]
+        if wanted == "counts" and found != "counts":
+            raise ValueError(not_counts(self.layer))
+        return {**state_registry, self.N_OBS_KEY: adata_target.n_obs}
+
+
+def not_counts(layer: str | None) -> str:
+    """What to say of other values where counts are needed."""
+    where = "X" if layer is None else f"layers[{layer!r}]"
+    return (
+        "`adata`: the model was trained on counts, but these values are not (negative or fractional). "
+        f"Put the counts where they were in training ({where})."
+    )
 
 
 class PerturbationField(BaseAnnDataField):
@@ -30,7 +70,14 @@ class PerturbationField(BaseAnnDataField):
         Joins the members of a combination.
     features
         Descriptions of perturbations, one row each.
+    mudata
+        Where the labels come from in a MuData; see ``setup_mudata``.
     """
+
+    registry_key = KEYS.PERTURBATION
+    attr_name = "obsm"
+    attr_key = _OBSM_KEY
+    is_empty = False
 
     def __init__(
         self,
@@ -40,6 +87,7 @@ class PerturbationField(BaseAnnDataField):
         dose_key: str | None = None,
         delimiter: str = "+",
         features: pd.DataFrame | None = None,
+        mudata: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.perturbation_key = perturbation_key
@@ -47,11 +95,7 @@ class PerturbationField(BaseAnnDataField):
         self.dose_key = dose_key
         self.delimiter = delimiter
         self.features = features
-
-    registry_key = KEYS.PERTURBATION
-    attr_name = "obsm"
-    attr_key = _OBSM_KEY
-    is_empty = False
+        self.mudata = mudata
 
     def validate_field(self, adata: AnnData) -> None:
         """Check that the columns are there."""
@@ -71,9 +115,9 @@ class PerturbationField(BaseAnnDataField):
             labels, self.control, delimiter=self.delimiter, doses=doses, features=self.features
         )
         adata.obsm[_OBSM_KEY] = encode_cells(vocabulary, labels, doses)
-        return vocabulary.to_registry()
+        return {**vocabulary.to_registry(), "mudata": self.mudata}
 
-    def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs) -> dict[str, Any]:
+    def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs: Any) -> dict[str, Any]:
         """Encode new cells with the vocabulary of the model; unknown perturbations get the code -2."""
         super().transfer_field(state_registry, adata_target, **kwargs)
         self.validate_field(adata_target)
@@ -110,11 +154,37 @@ class PerturbationField(BaseAnnDataField):
 class ContextField(CategoricalObsField):
     """Context of each cell. New contexts are legitimate questions: they extend the categories of the queried data."""
 
-    def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs) -> dict[str, Any]:
+    def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs: Any) -> dict[str, Any]:
         """Encode the contexts of new cells; those the model has not seen follow the registered ones."""
         kwargs["extend_categories"] = True
         return super().transfer_field(state_registry, adata_target, **kwargs)
 
 
-MuDataPerturbationField = MuDataWrapper(PerturbationField)
-MuDataContextField = MuDataWrapper(ContextField)
+class SizeFactorField(NumericalObsField):
+    """Size factors, and how many counts one unit of them stands for.
+
+    Parameters
+    ----------
+    obs_key
+        Column of ``obs``; `None` where total counts serve.
+    layer
+        Layer with the counts.
+    """
+
+    def __init__(self, obs_key: str | None, layer: str | None) -> None:
+        super().__init__(KEYS.SIZE_FACTOR, obs_key, required=False)
+        self.layer = layer
+
+    def register_field(self, adata: AnnData) -> dict[str, Any]:
+        """Estimate the unit: median ratio of total counts to size factor."""
+        super().register_field(adata)
+        rows = np.unique(np.linspace(0, adata.n_obs - 1, _UNIT_CELLS).astype(np.int64))
+        values = adata.X if self.layer is None else adata.layers[self.layer]
+        total = np.asarray(values[rows].sum(1), dtype=np.float64).ravel()
+        ratio = total / adata.obs[self.attr_key].to_numpy(np.float64)[rows]
+        return {"unit": float(np.median(ratio)) or 1.0}
+
+    def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs: Any) -> dict[str, Any]:
+        """Keep the model's unit."""
+        self.validate_field(adata_target)
+        return dict(state_registry)

@@ -11,6 +11,7 @@ from anndata import AnnData
 from scipy import sparse
 
 DataKind = Literal["counts", "continuous"]
+_CHECK_ROWS = 4096
 
 
 def _names(values: Any, limit: int = 8) -> str:
@@ -59,9 +60,7 @@ def check_perturbations(adata: AnnData, perturbation_key: str, control: str, del
         )
 
 
-def check_doses(
-    adata: AnnData, dose_key: str | None, perturbation_key: str, control: str, delimiter: str
-) -> None:
+def check_doses(adata: AnnData, dose_key: str | None, perturbation_key: str, control: str, delimiter: str) -> None:
     """Raise unless every dose is a finite number >= 0 (or several, joined by the delimiter, for a combination)."""
     if dose_key is None:
         return
@@ -75,8 +74,8 @@ def check_doses(
         numbers = pd.to_numeric(parts.explode(), errors="coerce")
         if numbers.isna().any():
             raise ValueError(
-                f"`dose_key`: `adata.obs[{dose_key!r}]` holds {parts.explode()[numbers.isna()].iloc[0]!r}, not a number. "
-                f"Give doses as numbers, or as text joined by {delimiter!r} for the members of a combination."
+                f"`dose_key`: `adata.obs[{dose_key!r}]` holds {parts.explode()[numbers.isna()].iloc[0]!r}, not a "
+                f"number. Give doses as numbers, or as text joined by {delimiter!r} for the members of a combination."
             )
         members = pairs["label"].str.split(delimiter, regex=False).str.len()
         bad = (parts.str.len() > 1) & (parts.str.len() != members)
@@ -92,7 +91,8 @@ def check_doses(
     if not np.isfinite(values).all() or (values < 0).any():
         worst = values[~np.isfinite(values) | (values < 0)][0]
         raise ValueError(
-            f"`dose_key`: `adata.obs[{dose_key!r}]` holds {worst:g}; doses must be finite and not negative (0 for control)."
+            f"`dose_key`: `adata.obs[{dose_key!r}]` holds {worst:g}; doses must be finite and not negative (0 for "
+            "control)."
         )
     treated = adata.obs[perturbation_key].astype(str) != control
     if pd.api.types.is_numeric_dtype(column) and treated.any() and not (column[treated] > 0).any():
@@ -102,14 +102,21 @@ def check_doses(
         )
 
 
-def check_expression(adata: AnnData, layer: str | None) -> DataKind:
+def check_expression(adata: AnnData, layer: str | None, rows: np.ndarray | None = None) -> DataKind:
     """Kind of the values of a layer; raises where they can not be expression.
+
+    Parameters
+    ----------
+    adata, layer
+        Cells and the layer to look at; `None` for ``X``.
+    rows
+        Cells to look at, ascending; by default all.
 
     Returns
     -------
     ``"counts"`` where all values are non-negative integers, else ``"continuous"``.
     """
-    if layer is not None and layer not in adata.layers:
+    if layer is not None and (not isinstance(layer, str) or layer not in adata.layers):
         available = [name for name in adata.layers if name is not None]
         raise ValueError(
             f"`layer`: {layer!r} is not in `adata.layers`, which has {_names(available) or 'no entries'}. "
@@ -119,25 +126,20 @@ def check_expression(adata: AnnData, layer: str | None) -> DataKind:
         raise ValueError(
             f"`adata` is empty ({adata.n_obs} cells x {adata.n_vars} genes). Check the filtering before it."
         )
-    if not adata.var_names.is_unique:
-        doubled = adata.var_names[adata.var_names.duplicated()].unique()
-        raise ValueError(
-            f"`adata`: {len(doubled)} gene names occur more than once ({_names(doubled)}), and genes are matched by name. "
-            "Call `adata.var_names_make_unique()` first."
-        )
-    if not adata.obs_names.is_unique:
-        raise ValueError(
-            "`adata`: cell names occur more than once. Call `adata.obs_names_make_unique()` first."
-        )
     values = adata.X if layer is None else adata.layers[layer]
     if values is None:
         raise ValueError("`layer`: `adata.X` is empty. Name the layer that holds the expression.")
     where = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
-    chunk = 4096
+    rows = np.arange(adata.n_obs) if rows is None else rows
     counts = True
-    for start in range(0, adata.n_obs, chunk):
-        block = values[start : start + chunk]
+    for start in range(0, len(rows), _CHECK_ROWS):
+        part = rows[start : start + _CHECK_ROWS]
+        contiguous = part[-1] - part[0] == len(part) - 1
+        block = values[int(part[0]) : int(part[-1]) + 1] if contiguous else values[part]
+        block = block.compute() if hasattr(block, "compute") else block
         block = block.data if sparse.issparse(block) else np.asarray(block)
+        if block.dtype.kind not in "biuf":
+            raise ValueError(f"`layer`: `{where}` holds {block.dtype} values, not numbers.")
         if not np.isfinite(block).all():
             raise ValueError(
                 f"`layer`: `{where}` holds NaN or infinite values. Remove or impute them before `setup_anndata`."
@@ -146,12 +148,29 @@ def check_expression(adata: AnnData, layer: str | None) -> DataKind:
     return "counts" if counts else "continuous"
 
 
-def check_size_factor(adata: AnnData, size_factor_key: str | None) -> None:
-    """Raise unless size factors are positive numbers."""
+def check_names(adata: AnnData) -> None:
+    """Raise unless cells and genes have unique names."""
+    if not adata.var_names.is_unique:
+        doubled = adata.var_names[adata.var_names.duplicated()].unique()
+        raise ValueError(
+            f"`adata`: {len(doubled)} gene names occur more than once ({_names(doubled)}), and genes are matched by "
+            "name. Call `adata.var_names_make_unique()` first."
+        )
+    if not adata.obs_names.is_unique:
+        raise ValueError("`adata`: cell names occur more than once. Call `adata.obs_names_make_unique()` first.")
+
+
+def check_size_factor(adata: AnnData, size_factor_key: str | None, kind: DataKind) -> None:
+    """Raise unless size factors are positive numbers, and scale counts."""
     if size_factor_key is None:
         return
     check_obs_key(adata, "size_factor_key", size_factor_key)
     values = adata.obs[size_factor_key]
+    if kind != "counts":
+        raise ValueError(
+            "`size_factor_key`: size factors scale counts, but the registered layer holds negative or fractional "
+            "values. Leave the argument out, or name the layer with the counts."
+        )
     if not pd.api.types.is_numeric_dtype(values) or not (np.isfinite(values) & (values > 0)).all():
         raise ValueError(
             f"`size_factor_key`: `adata.obs[{size_factor_key!r}]` must hold positive numbers. "
@@ -162,10 +181,13 @@ def check_size_factor(adata: AnnData, size_factor_key: str | None) -> None:
 def check_features(adata: AnnData, key: str | None, names: list[str]) -> pd.DataFrame | None:
     """Feature table of perturbations: a DataFrame in ``uns`` or gene embeddings in ``varm``.
 
-    Raises where the key is not found, has values that are not finite, or describes none of the registered perturbations.
+    Raises where the key is not found, has values that are not finite, or describes none of the registered
+    perturbations.
     """
     if key is None:
         return None
+    if not isinstance(key, str):
+        raise ValueError(f"`perturbation_features_key` must be a key of `adata.uns` or `adata.varm`, got {key!r}.")
     if key in adata.uns:
         table = adata.uns[key]
         if not isinstance(table, pd.DataFrame):
@@ -176,19 +198,29 @@ def check_features(adata: AnnData, key: str | None, names: list[str]) -> pd.Data
     elif key in adata.varm:
         table = adata.varm[key]
         if not isinstance(table, pd.DataFrame):
-            table = pd.DataFrame(np.asarray(table), index=adata.var_names)
+            table = table.toarray() if sparse.issparse(table) else np.asarray(table)
+            table = pd.DataFrame(table, index=adata.var_names)
     else:
         raise ValueError(
             f"`perturbation_features_key`: {key!r} is neither in `adata.uns` ({_names(adata.uns) or 'no entries'}) "
             f"nor in `adata.varm` ({_names(adata.varm) or 'no entries'})."
         )
+    words = [str(c) for c, dtype in table.dtypes.items() if not pd.api.types.is_numeric_dtype(dtype)]
+    if words:
+        raise ValueError(
+            f"`perturbation_features_key`: columns {_names(words)} of {key!r} are not numeric. Drop or encode them."
+        )
     table = table.astype(np.float32)
     table.index = table.index.astype(str)
     table.columns = table.columns.astype(str)
-    if not np.isfinite(table.to_numpy()).all():
+    if not table.index.is_unique:
+        doubled = table.index[table.index.duplicated()].unique()
         raise ValueError(
-            f"`perturbation_features_key`: {key!r} holds NaN or infinite values. Drop those rows."
+            f"`perturbation_features_key`: {key!r} has several rows of {_names(doubled)}. Keep one row per "
+            "perturbation."
         )
+    if not np.isfinite(table.to_numpy()).all():
+        raise ValueError(f"`perturbation_features_key`: {key!r} holds NaN or infinite values. Drop those rows.")
     if not set(names) & set(table.index):
         raise ValueError(
             f"`perturbation_features_key`: none of the perturbations ({_names(names)}) is a row of {key!r} "

@@ -1,8 +1,8 @@
 """The perturbations a model knows: names, combinations, doses, features.
 
 A perturbation is not a plain categorical field, because new combinations, new doses and (where features describe them)
-new perturbations are legitimate questions. The vocabulary lives in the model, is saved with it, and turns labels such as
-``"A+B"`` into the component codes and doses that modules compute with.
+new perturbations are legitimate questions. The vocabulary lives in the model, is saved with it, and turns labels such
+as ``"A+B"`` into the component codes and doses that modules compute with.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pandas as pd
 
 from ._constants import CONTROL_ONLY, UNKNOWN
 
-Novelty = Literal["control", "seen", "new combination", "unseen with features", "unseen"]
+Novelty = Literal["control", "seen", "new dose", "new combination", "unseen with features", "unseen"]
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,14 @@ class Vocabulary:
     delimiter
         Joins the members of a combination.
     max_dose
-        Highest registered dose of each perturbation (1 where no dose was registered): the unit in which modules see doses.
+        Highest registered dose of each perturbation (1 where no dose was registered): the unit in which modules see
+        doses.
     reference_dose
         Dose that a prediction assumes when none is asked: the most frequent registered one.
     doses
         All registered doses of each perturbation, ascending.
+    has_dose
+        Whether doses were registered.
     features
         Descriptions of perturbations, registered ones and others: rows are names, columns are features.
     """
@@ -61,7 +64,7 @@ class Vocabulary:
 
     @property
     def labels(self) -> list[str]:
-        """Every registered label but the control: singles that were applied alone or in combination, then combinations."""
+        """Every registered label but the control: singles, applied alone or in combination, then combinations."""
         return [*self.names, *(self.delimiter.join(c) for c in self.combinations)]
 
     @property
@@ -70,7 +73,7 @@ class Vocabulary:
         return max([1, *(len(c) for c in self.combinations)])
 
     def parse(self, label: str) -> tuple[str, ...]:
-        """Members of a label, sorted, without the control: ``"B+A"`` and ``"A+B"`` are one, ``"A+ctrl"`` is ``("A",)``."""
+        """Members, sorted, without the control: ``"B+A"`` and ``"A+B"`` are one, ``"A+ctrl"`` is ``("A",)``."""
         return parse_label(label, self.control, self.delimiter)
 
     def canonical(self, label: str) -> str:
@@ -86,19 +89,32 @@ class Vocabulary:
         codes[: len(members)] = [lookup.get(m, UNKNOWN) for m in members]
         return codes
 
-    def novelty(self, label: str) -> Novelty:
-        """How far a perturbation is from what was registered."""
+    def novelty(self, label: str, dose: Sequence[float] = ()) -> Novelty:
+        """How far a perturbation is from what was registered.
+
+        Parameters
+        ----------
+        label
+            Perturbation.
+        dose
+            Dose of each member, sorted by name; empty where doses play no part.
+        """
         members = self.parse(label)
-        if not members:
+        if not members or (len(dose) and not any(dose)):
             return "control"
         lookup = self._lookup()
         new = [m for m in members if m not in lookup]
         if new:
             described = self.features is not None and all(m in self.features.index for m in new)
             return "unseen with features" if described else "unseen"
-        if len(members) == 1 or members in self.combinations:
-            return "seen"
-        return "new combination"
+        if len(members) > 1 and members not in self.combinations:
+            return "new combination"
+        if self.has_dose and any(
+            not np.isclose(d, self.doses[lookup[m]], rtol=1e-5, atol=0.0).any()
+            for m, d in zip(members, dose, strict=False)
+        ):
+            return "new dose"
+        return "seen"
 
     def feature_matrix(self, names: Sequence[str]) -> np.ndarray:
         """Features of the named perturbations, shape ``(len(names), n_features)``; zero where a name has none."""
@@ -147,9 +163,10 @@ def parse_label(label: str, control: str, delimiter: str = "+") -> tuple[str, ..
 
 
 def member_doses(labels: pd.Series, doses: pd.Series, control: str, delimiter: str) -> np.ndarray:
-    """Doses of each cell's members in the vocabulary's order (sorted by name), shape ``(n_cells, order)``, padded with 0.
+    """Doses of each cell's members, sorted by name, shape ``(n_cells, order)``, padded with 0.
 
-    Numeric doses hold for every member; text such as ``"1+0.5"`` gives the members, as the label spells them, their own.
+    Numeric doses hold for every member; text such as ``"1+0.5"`` gives the members, as the label spells them, their
+    own.
     """
     members = {label: parse_label(label, control, delimiter) for label in labels.unique()}
     order = max([1, *(len(m) for m in members.values())])
@@ -197,9 +214,7 @@ def build_vocabulary(
     if doses is not None:
         matrix = member_doses(labels, doses, control, delimiter)
         for slot in range(matrix.shape[1]):
-            name = labels.map(
-                lambda label, s=slot: dict(enumerate(parse_label(label, control, delimiter))).get(s)
-            )
+            name = labels.map(lambda label, s=slot: dict(enumerate(parse_label(label, control, delimiter))).get(s))
             for key, own in pd.Series(matrix[:, slot]).groupby(name.to_numpy()):
                 counts = own[own > 0].value_counts()
                 known[key] = known[key].add(counts, fill_value=0) if key in known else counts

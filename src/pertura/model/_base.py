@@ -1,82 +1,68 @@
-"""What every model shares: registration, validation of queries, training."""
+"""What every model shares: registration, and how it fits into scvi-tools."""
 
 from __future__ import annotations
 
-import logging
-import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
-import torch
 from anndata import AnnData
 from mudata import MuData
-from scvi import settings
 from scvi.data import AnnDataManager
-from scvi.data.fields import BaseAnnDataField, CategoricalObsField, LayerField, NumericalObsField
+from scvi.data.fields import BaseAnnDataField, CategoricalObsField
 from scvi.model.base import BaseModelClass
-from scvi.train import TrainRunner
 
 from pertura.data import _mudata
+from pertura.data._cells import Expression
 from pertura.data._constants import KEYS
-from pertura.data._datamodule import PerturbationDataModule
-from pertura.data._fields import ContextField, PerturbationField
+from pertura.data._fields import ContextField, ExpressionField, PerturbationField, SizeFactorField
 from pertura.data._validation import (
     check_doses,
     check_expression,
     check_features,
+    check_names,
     check_obs_key,
     check_perturbations,
     check_size_factor,
 )
 from pertura.data._vocabulary import Vocabulary, parse_label
 from pertura.module._base import PerturbationModule
-from pertura.train._plan import PyroPlan
 
 from ._prediction import PredictionMixin
+from ._training import TrainingMixin
 
-logger = logging.getLogger(__name__)
-
-
-class ExpressionField(LayerField):
-    """Expression, with the kind of its values (``"counts"`` or ``"continuous"``) in the registry."""
-
-    KIND = "data_kind"
-
-    def __init__(self, layer: str | None) -> None:
-        super().__init__(KEYS.X, layer, is_count_data=False, correct_data_format=False)
-        self.layer = layer
-
-    def register_field(self, adata: AnnData) -> dict[str, Any]:
-        """Register, and look at the values."""
-        return {**super().register_field(adata), self.KIND: check_expression(adata, self.layer)}
-
-    def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs: Any) -> dict[str, Any]:
-        """Register new data; they must be of the kind that the model was trained on."""
-        state = super().transfer_field(state_registry, adata_target, **kwargs)
-        found, wanted = check_expression(adata_target, self.layer), state_registry[self.KIND]
-        if wanted == "counts" and found != "counts":
-            raise ValueError(
-                "`adata`: the model was trained on counts, but these values are not (negative or fractional). "
-                f"Put the counts where they were in training ({'X' if self.layer is None else f'layers[{self.layer!r}]'})."
-            )
-        return {**state, self.KIND: wanted}
+_OURS = ("_scvi", "_pertura")
 
 
-class PerturbationModel(PredictionMixin, BaseModelClass):
+class PerturbationModel(PredictionMixin, TrainingMixin, BaseModelClass):
     """Base of all models and baselines.
 
-    A subclass sets ``_module_cls``, builds ``self.module`` in ``__init__`` and, where it needs more than the shared arguments,
-    overrides :meth:`setup_anndata` and calls :meth:`_setup`.
+    A subclass sets ``_module_cls``, builds ``self.module`` in ``__init__`` and, where it needs more than the shared
+    arguments, overrides :meth:`setup_anndata` and calls :meth:`_setup`.
+
+    Parameters
+    ----------
+    adata
+        Set up by :meth:`setup_anndata` or :meth:`setup_mudata`; `None` to make a model of a `registry` alone.
+    registry
+        Registry of a saved model.
     """
 
-    _training_plan_cls: ClassVar[type] = PyroPlan
     _counts_only: ClassVar[bool] = False
     module: PerturbationModule
 
     def __init__(self, adata: AnnData | MuData | None = None, registry: dict | None = None) -> None:
         if isinstance(adata, MuData):
             adata = _registered_modality(adata)
+        elif adata is not None and not isinstance(adata, AnnData):
+            raise ValueError(f"`adata` must be an AnnData or MuData, got {type(adata).__name__}.")
+        if adata is None and (not isinstance(registry, dict) or "field_registries" not in registry):
+            raise ValueError(
+                "`adata` or `registry` must be given: data that were set up with `setup_anndata`, or the registry of a "
+                f"saved model, got {type(registry).__name__} as `registry`."
+            )
         super().__init__(adata, registry)
         self.calibration_: dict[str, Any] | None = None
 
@@ -117,19 +103,21 @@ class PerturbationModel(PredictionMixin, BaseModelClass):
         batch_key
             Column of ``obs`` with the batch.
         size_factor_key
-            Column of ``obs`` with positive size factors; by default total counts over the genes of `adata`.
+            Column of ``obs`` with positive size factors, of which only the ratios matter; by default total counts over
+            the genes of `adata`.
         perturbation_features_key
-            Descriptions of perturbations, with which new ones can be predicted: key of a DataFrame in ``uns`` (one row per
-            perturbation) or of gene embeddings in ``varm``.
+            Descriptions of perturbations, with which new ones can be predicted: key of a DataFrame in ``uns`` (one row
+            per perturbation) or of gene embeddings in ``varm``.
         delimiter
             Joins the members of a combination.
         **kwargs
-            Keyword arguments of :meth:`scvi.data.AnnDataManager.register_fields`.
+            ``source_registry``, which :meth:`load` passes.
 
         Raises
         ------
         ValueError
-            Where an argument does not fit the data; it says which, what was found and what to do. `adata` is then unchanged.
+            Where an argument does not fit the data; it says which, what was found and what to do. `adata` is then
+            unchanged.
         """
         cls._setup(adata, cls._get_setup_method_args(**locals()))
 
@@ -155,6 +143,8 @@ class PerturbationModel(PredictionMixin, BaseModelClass):
     ) -> None:
         """Register a MuData whose second modality (cells x perturbations) says what was done to each cell.
 
+        The model is then one of the expression modality, in which results are written: ``mdata[rna_mod]``.
+
         Parameters
         ----------
         mdata
@@ -174,10 +164,10 @@ class PerturbationModel(PredictionMixin, BaseModelClass):
         context_key, batch_key, size_factor_key
             Columns of the expression modality's ``obs``, or of the MuData's.
         perturbation_features_key, delimiter, **kwargs
-            As in :meth:`setup_anndata`.
+            As in :meth:`setup_anndata`; further arguments of the model's own are columns of the same ``obs``.
         """
-        if values not in ("presence", "dose"):
-            raise ValueError(f"`values` must be 'presence' or 'dose', got {values!r}.")
+        keys = {"context_key": context_key, "batch_key": batch_key, "size_factor_key": size_factor_key}
+        others = {name: key for name, key in kwargs.items() if name.endswith("_key")}
         source = {
             "rna_mod": rna_mod,
             "perturbation_mod": perturbation_mod,
@@ -187,24 +177,25 @@ class PerturbationModel(PredictionMixin, BaseModelClass):
             "threshold": threshold,
             "control": control,
             "delimiter": delimiter,
-            "obs_keys": [key for key in (context_key, batch_key, size_factor_key) if key is not None],
+            "obs_keys": [key for key in (*keys.values(), *others.values()) if isinstance(key, str)],
         }
-        rna = _mudata.annotate(mdata, source)
-        cls.setup_anndata(
-            rna,
-            perturbation_key=_mudata.LABEL,
-            control=control,
-            layer=layer,
-            context_key=context_key,
-            dose_key=_mudata.DOSE if values == "dose" else None,
-            batch_key=batch_key,
-            size_factor_key=size_factor_key,
-            perturbation_features_key=perturbation_features_key,
-            delimiter=delimiter,
-            **kwargs,
-        )
-        manager = cls._get_most_recent_anndata_manager(rna)
-        manager.registry["field_registries"][KEYS.PERTURBATION]["state_registry"]["mudata"] = source
+        _mudata.check_settings(source)
+        annotations = _mudata.annotations(mdata, source)
+        rna = mdata.mod[rna_mod]
+        with _restored_on_error(rna):
+            rna.obs[list(annotations)] = annotations
+            cls.setup_anndata(
+                rna,
+                perturbation_key=_mudata.LABEL,
+                control=control,
+                layer=layer,
+                dose_key=_mudata.DOSE if values == "dose" else None,
+                perturbation_features_key=perturbation_features_key,
+                delimiter=delimiter,
+                mudata=source,
+                **keys,
+                **kwargs,
+            )
 
     @classmethod
     def _fields(cls, args: dict[str, Any], features: pd.DataFrame | None = None) -> list[BaseAnnDataField]:
@@ -220,37 +211,83 @@ class PerturbationModel(PredictionMixin, BaseModelClass):
             ),
             ContextField(KEYS.CONTEXT, args["context_key"]),
             CategoricalObsField(KEYS.BATCH, args["batch_key"]),
-            NumericalObsField(KEYS.SIZE_FACTOR, args["size_factor_key"], required=False),
+            SizeFactorField(args["size_factor_key"], args["layer"]),
         ]
+
+    @staticmethod
+    def _get_setup_method_args(**setup_locals: Any) -> dict[str, Any]:
+        """Arguments of ``setup_anndata`` as scvi-tools stores them, and beside them those that are not stored."""
+        result = BaseModelClass._get_setup_method_args(**setup_locals)
+        return {**result, "kwargs": dict(setup_locals.get("kwargs", {}))}
 
     @classmethod
     def _setup(cls, adata: AnnData, setup_args: dict[str, Any]) -> None:
         """Check all arguments, then register: after an error `adata` is as it was."""
-        args = dict(setup_args["setup_args"])
+        kwargs = setup_args.pop("kwargs")
+        source, mudata = kwargs.pop("source_registry", None), kwargs.pop("mudata", None)
+        if kwargs:
+            raise TypeError(f"{cls.__name__}.setup_anndata() got unexpected arguments: {', '.join(kwargs)}.")
         if not isinstance(adata, AnnData):
             hint = " Use `setup_mudata`." if isinstance(adata, MuData) else ""
             raise ValueError(f"`adata` must be an AnnData, got {type(adata).__name__}.{hint}")
         if adata.is_view:
             raise ValueError("`adata` is a view of another AnnData. Call `adata = adata.copy()` first.")
+        args = setup_args["setup_args"]
+        features = cls._check_new(adata, args) if source is None else cls._check_known_setup(adata, args, source)
+        fields = cls._fields(args, features)
+        for field in fields:
+            if isinstance(field, PerturbationField) and mudata is not None:
+                field.mudata = mudata
+        manager = AnnDataManager(fields=fields, setup_method_args=setup_args)
+        with _restored_on_error(adata):
+            manager.register_fields(adata, source)
+        cls.register_manager(manager)
+
+    @classmethod
+    def _check_new(cls, adata: AnnData, args: dict[str, Any]) -> pd.DataFrame | None:
+        """Check data that a new model is to be made of; gives the features of perturbations."""
+        check_names(adata)
         kind = check_expression(adata, args["layer"])
         if cls._counts_only and kind != "counts":
             raise ValueError(
-                f"`layer`: {cls.__name__} needs raw counts, but `{args['layer'] or 'X'}` holds negative or fractional values. "
-                "Name the layer with the counts."
+                f"`layer`: {cls.__name__} needs raw counts, but `{args['layer'] or 'X'}` holds negative or fractional "
+                "values. Name the layer with the counts."
             )
-        check_perturbations(adata, args["perturbation_key"], args["control"], args["delimiter"])
-        check_doses(adata, args["dose_key"], args["perturbation_key"], args["control"], args["delimiter"])
+        key, control, delimiter = args["perturbation_key"], args["control"], args["delimiter"]
+        check_perturbations(adata, key, control, delimiter)
+        check_doses(adata, args["dose_key"], key, control, delimiter)
         for name in ("context_key", "batch_key"):
             check_obs_key(adata, name, args[name])
-        check_size_factor(adata, args["size_factor_key"])
-        labels = adata.obs[args["perturbation_key"]].astype(str).unique()
-        names = sorted(
-            {m for label in labels for m in parse_label(label, args["control"], args["delimiter"])}
-        )
-        features = check_features(adata, args["perturbation_features_key"], names)
-        manager = AnnDataManager(fields=cls._fields(args, features), setup_method_args=setup_args)
-        manager.register_fields(adata, **args.get("kwargs", {}))
-        cls.register_manager(manager)
+            if args[name] is not None and args[name] == key:
+                raise ValueError(f"`{name}` and `perturbation_key` are both {key!r}. Name two different columns.")
+        check_size_factor(adata, args["size_factor_key"], kind)
+        labels = adata.obs[key].astype(str).unique()
+        names = sorted({m for label in labels for m in parse_label(label, control, delimiter)})
+        return check_features(adata, args["perturbation_features_key"], names)
+
+    @classmethod
+    def _check_known_setup(cls, adata: AnnData, args: dict[str, Any], source: dict[str, Any]) -> pd.DataFrame | None:
+        """Check data that a saved model is loaded with: the model's names, codes and features stay."""
+        states = {key: entry["state_registry"] for key, entry in source["field_registries"].items()}
+        kind = check_expression(adata, args["layer"])
+        Expression.of(adata, args["layer"], states[KEYS.X]["column_names"], kind)
+        for name in ("perturbation_key", "dose_key", "context_key", "batch_key"):
+            check_obs_key(adata, name, args[name])
+        check_doses(adata, args["dose_key"], args["perturbation_key"], args["control"], args["delimiter"])
+        check_size_factor(adata, args["size_factor_key"], states[KEYS.X]["data_kind"])
+        for name, key in (("context_key", KEYS.CONTEXT), ("batch_key", KEYS.BATCH)):
+            if args[name] is None:
+                continue
+            known = list(states[key]["categorical_mapping"])
+            new = [v for v in adata.obs[args[name]].unique() if v not in known]
+            if new:
+                raise ValueError(
+                    f"`adata`: {new[0]!r} in `obs[{args[name]!r}]` was not in training. Load the model with "
+                    "`adata=False`, and pass these cells to `predict_perturbation(adata=...)`."
+                )
+        return states[KEYS.PERTURBATION]["features"]
+
+    # -- what was registered ----------------------------------------------------------------------------------------
 
     def _state(self, key: str) -> dict[str, Any]:
         return self.registry["field_registries"][key]["state_registry"]
@@ -275,179 +312,54 @@ class PerturbationModel(PredictionMixin, BaseModelClass):
         """Genes of the model, in its order."""
         return pd.Index(np.asarray(self._state(KEYS.X)["column_names"]).astype(str))
 
+    def get_var_names(self, legacy_mudata_format: bool = False) -> np.ndarray:
+        """Genes of the model, whatever the order of those in the data it holds."""
+        return np.asarray(self._state(KEYS.X)["column_names"])
+
     def _argument(self, name: str) -> Any:
         return self.registry["setup_args"].get(name)
-
-    # -- training ---------------------------------------------------------------------------------------------------
-
-    def train(
-        self,
-        max_epochs: int | None = None,
-        *,
-        accelerator: str = "auto",
-        devices: int | list[int] | str = "auto",
-        train_size: float | None = None,
-        validation_size: float | None = None,
-        batch_size: int | None = None,
-        early_stopping: bool = False,
-        lr: float | None = None,
-        seed: int | None = None,
-        datasplitter_kwargs: dict[str, Any] | None = None,
-        plan_kwargs: dict[str, Any] | None = None,
-        **trainer_kwargs: Any,
-    ) -> None:
-        """Train the model.
-
-        Parameters
-        ----------
-        max_epochs
-            Passes over the data; by default enough for a fixed number of steps.
-        accelerator, devices
-            As in :class:`lightning.pytorch.trainer.trainer.Trainer`.
-        train_size, validation_size
-            Fractions of the cells. By default all cells train, or 90 % where `early_stopping` needs the rest.
-        batch_size
-            Cells per minibatch.
-        early_stopping
-            Stop when the ELBO of validation cells no longer improves; see :class:`scvi.train.Trainer` for its patience.
-        lr
-            Learning rate; short for ``plan_kwargs={"lr": lr}``.
-        seed
-            Of the split and the order of cells; by default ``scvi.settings.seed``, else 0. Parameters are initialised when
-            the model is made: set ``scvi.settings.seed`` before that for a run that repeats.
-        datasplitter_kwargs
-            ``{"external_indexing": [train, validation, test]}`` imposes a split by row numbers.
-        plan_kwargs
-            Arguments of :class:`~pertura.train.PyroPlan`.
-        **trainer_kwargs
-            Arguments of :class:`scvi.train.Trainer`, such as ``gradient_clip_val`` or ``early_stopping_patience``.
-        """
-        if self.adata is None:
-            raise ValueError("The model was loaded without data. Load it with `adata=` to train it.")
-        seed = seed if seed is not None else (settings.seed if settings.seed is not None else 0)
-        train_idx, val_idx = self._split(
-            train_size, validation_size, early_stopping, seed, datasplitter_kwargs
-        )
-        batch_size = batch_size or self._default_batch_size(len(train_idx))
-        data = self._data_module(train_idx, val_idx, batch_size, seed)
-        self._initialise(data)
-        plan_kwargs = {**self._plan_defaults(), **(plan_kwargs or {})}
-        if lr is not None:
-            plan_kwargs["lr"] = lr
-        trainer_kwargs = {**self._trainer_defaults(), **trainer_kwargs}
-        if max_epochs is None:
-            max_epochs = self._default_max_epochs(len(data.train_dataloader()))
-        plan = self._training_plan_cls(self.module, **plan_kwargs)
-        runner = TrainRunner(
-            self,
-            training_plan=plan,
-            data_splitter=data,
-            max_epochs=max_epochs,
-            accelerator=accelerator,
-            devices=devices,
-            early_stopping=early_stopping,
-            **trainer_kwargs,
-        )
-        with warnings.catch_warnings():
-            # one process on few cores: more loader workers would not help
-            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-            warnings.filterwarnings("ignore", message=".*The number of training batches.*")
-            torch.manual_seed(seed)
-            runner()
-        self._after_training(train_idx)
-
-    def _split(
-        self,
-        train_size: float | None,
-        validation_size: float | None,
-        early_stopping: bool,
-        seed: int,
-        datasplitter_kwargs: dict[str, Any] | None,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        n = self.adata.n_obs
-        own = dict(datasplitter_kwargs or {})
-        indexing = own.pop("external_indexing", None)
-        if own:
-            raise ValueError(
-                f"`datasplitter_kwargs` takes 'external_indexing', got {', '.join(map(repr, own))}."
-            )
-        if indexing is not None:
-            parts = [np.asarray(part, dtype=np.int64) for part in indexing if part is not None]
-            rows = np.concatenate(parts) if parts else np.zeros(0, np.int64)
-            if (
-                not len(parts)
-                or not len(parts[0])
-                or len(np.unique(rows)) < len(rows)
-                or rows.min() < 0
-                or rows.max() >= n
-            ):
-                raise ValueError(
-                    "`datasplitter_kwargs['external_indexing']` must be [train, validation, test] with row numbers below "
-                    f"{n} that do not overlap, and train must not be empty."
-                )
-            return np.sort(parts[0]), np.sort(parts[1]) if len(parts) > 1 else rows[:0]
-        if train_size is None:
-            train_size = (
-                1.0 - validation_size if validation_size is not None else (0.9 if early_stopping else 1.0)
-            )
-        if not 0 < train_size <= 1:
-            raise ValueError(f"`train_size` must be above 0 and at most 1, got {train_size}.")
-        if validation_size is None:
-            validation_size = 1.0 - train_size
-        if not 0 <= validation_size <= 1 - train_size + 1e-9:
-            raise ValueError(
-                f"`validation_size` must be between 0 and 1 - train_size = {1 - train_size:g}, got {validation_size}."
-            )
-        order = np.random.default_rng(seed).permutation(n)
-        n_train, n_val = max(1, round(train_size * n)), round(validation_size * n)
-        if early_stopping and n_val == 0:
-            raise ValueError("`early_stopping` needs validation cells: set `train_size` below 1.")
-        return np.sort(order[:n_train]), np.sort(order[n_train : n_train + n_val])
-
-    def _data_module(
-        self, train_idx: np.ndarray, val_idx: np.ndarray, batch_size: int, seed: int
-    ) -> PerturbationDataModule:
-        """Plain minibatches; models that compare pairs override this."""
-        return PerturbationDataModule(
-            self.adata_manager, train_idx, val_idx, batch_size=batch_size, seed=seed
-        )
-
-    def _initialise(self, data: PerturbationDataModule) -> None:
-        """Set what the module takes from the data before the first training."""
-
-    def _plan_defaults(self) -> dict[str, Any]:
-        return {}
-
-    def _trainer_defaults(self) -> dict[str, Any]:
-        return {}
-
-    def _default_batch_size(self, n_cells: int) -> int:
-        return settings.batch_size
-
-    def _default_max_epochs(self, n_batches: int) -> int:
-        return int(np.clip(round(10_000 / n_batches), 10, 400))
-
-    def _after_training(self, train_idx: np.ndarray) -> None:
-        """Measure how far effects are from the training data, for honest intervals."""
-        from ._calibration import calibrate
-
-        self.calibration_ = calibrate(self, train_idx)
 
     # -- loading ----------------------------------------------------------------------------------------------------
 
     @classmethod
-    def load(cls, dir_path: str, adata: AnnData | MuData | bool | None = None, *args: Any, **kwargs: Any):
+    def load(
+        cls, dir_path: str, adata: AnnData | MuData | bool | None = None, *args: Any, **kwargs: Any
+    ) -> PerturbationModel:
         """Load a saved model, with or without data (``adata=False``).
 
-        A saved model is a pickle: load only files that you trust. A loaded model predicts what the saved one did, and trains
-        on. See :meth:`scvi.model.base.BaseModelClass.load` for the arguments.
+        A saved model is a pickle: load only files that you trust. A loaded model predicts what the saved one did, and
+        trains on. See :meth:`scvi.model.base.BaseModelClass.load` for the arguments.
         """
-        if isinstance(adata, MuData):
-            source = cls.load_registry(dir_path, kwargs.get("prefix"))
-            adata = _mudata.annotate(
-                adata, source["field_registries"][KEYS.PERTURBATION]["state_registry"]["mudata"]
+        if not isinstance(adata, MuData):
+            return super().load(dir_path, adata, *args, **kwargs)
+        registry = cls.load_registry(dir_path, kwargs.get("prefix"))
+        source = registry["field_registries"][KEYS.PERTURBATION]["state_registry"].get("mudata")
+        if source is None:
+            raise ValueError(
+                "`adata` is a MuData, but the model was set up with an AnnData. Pass the expression modality."
             )
-        return super().load(dir_path, adata, *args, **kwargs)
+        annotations = _mudata.annotations(adata, source)
+        rna = adata.mod[source["rna_mod"]]
+        with _restored_on_error(rna):
+            rna.obs[list(annotations)] = annotations
+            return super().load(dir_path, rna, *args, **kwargs)
+
+
+@contextmanager
+def _restored_on_error(adata: AnnData) -> Iterator[None]:
+    """Put back what registration adds to an AnnData, should it fail."""
+    slots = {name: getattr(adata, name) for name in ("obs", "obsm", "uns")}
+    before = {name: {k: slot[k] for k in list(slot.keys()) if str(k).startswith(_OURS)} for name, slot in slots.items()}
+    try:
+        yield
+    except BaseException:
+        for name, kept in before.items():
+            slot = getattr(adata, name)
+            for key in [k for k in slot.keys() if str(k).startswith(_OURS) and k not in kept]:
+                del slot[key]
+            for key, value in kept.items():
+                slot[key] = value
+        raise
 
 
 def _registered_modality(mdata: MuData) -> AnnData:

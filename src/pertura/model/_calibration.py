@@ -1,157 +1,160 @@
-"""How far predicted effects are from measured ones, and what that says about effects nobody measured.
+"""Compares predicted effects with measured ones, after training.
 
 The posterior of a model says how well its parameters are known if the model is right. Whether it is right shows where
-predictions can be compared with measurements: in training conditions for what was seen, and across contexts and
-perturbations, each predicted from the others, for what was not. The discrepancy of gene g is modelled as
-:math:`u_g \\sim N(0, a^2 + k^2 m_g^2)` with predicted effect :math:`m_g`; a and k are estimated by moments from squared
-differences minus squared standard errors of the measurement.
+predictions can be compared with measurements: in training conditions for what was seen, and across contexts, doses and
+perturbations, each predicted from the others, for what was not.
 """
 
 from __future__ import annotations
 
-import logging
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import nnls
+from numpy.typing import NDArray
+
+from ._discrepancy import UNINFORMED, fit_discrepancy
+from ._engine import Question
 
 if TYPE_CHECKING:
     from ._base import PerturbationModel
 
-logger = logging.getLogger(__name__)
-
-_MAX_CONDITIONS, _MAX_CONTROLS, _MIN_CELLS = 60, 200, 10
-# nothing to learn from: one context, no combination, one perturbation. The effect may be absent or twice as large.
-_UNINFORMED = (0.05, 1.0)
+_MAX_CONDITIONS, _MAX_CONTROLS, _MAX_TREATED, _MIN_CELLS = 60, 200, 2000, 10
 
 
-def fit_discrepancy(difference: np.ndarray, se: np.ndarray, effect: np.ndarray) -> tuple[float, float]:
-    """Moment estimates of a and k.
+@dataclass
+class Measured:
+    """Measured effects on means.
 
-    Parameters
+    Attributes
     ----------
-    difference
-        Predicted minus measured effects, any shape.
-    se
-        Standard errors of the measured effects, same shape.
+    table
+        ``label, dose, context, n_members`` of each condition.
     effect
-        Predicted effects, same shape.
+        Mean of the condition minus mean of the controls of its context, ``(n_conditions, n_genes)``.
+    se
+        Standard errors.
     """
-    excess = (difference**2 - se**2).ravel()
-    magnitude = effect.ravel() ** 2
-    order = np.argsort(magnitude)
-    # bins of equal size: means of squares are stable enough to regress on, and large effects do not drown in the rest
-    bins = [b for b in np.array_split(order, min(20, max(1, len(order) // 25))) if len(b)]
-    y = np.array([excess[b].mean() for b in bins])
-    m = np.array([magnitude[b].mean() for b in bins])
-    weight = 1.0 / (np.abs(y) + np.mean(se**2) + 1e-6)
-    design = np.stack([np.ones_like(m), m], axis=1)
-    a2, k2 = nnls(design * weight[:, None], np.maximum(y, 0.0) * weight)[0]
-    return float(np.sqrt(a2)), float(np.sqrt(k2))
+
+    table: pd.DataFrame
+    effect: NDArray[np.float64]
+    se: NDArray[np.float64]
+
+    def others(self, rows: NDArray[np.bool_], within: list[str], differ: str) -> tuple[float, float] | None:
+        """Discrepancy of predicting a condition by the mean of those that share `within` and differ in `differ`."""
+        index = np.flatnonzero(rows)
+        if not len(index):
+            return None
+        table = self.table.iloc[index]
+        group = table.groupby(within, observed=True, sort=False).ngroup().to_numpy()
+        other = pd.factorize(table[differ])[0]
+        weights = ((group[:, None] == group) & (other[:, None] != other)).astype(np.float64)
+        number = weights.sum(1, keepdims=True)
+        return self._compare(index, weights / np.maximum(number, 1), number.ravel() > 0, index)
+
+    def additive(self, delimiter: str) -> tuple[float, float] | None:
+        """Discrepancy of predicting a measured combination by the sum of its members."""
+        lookup = {(row.label, row.dose, row.context): i for i, row in enumerate(self.table.itertuples(index=False))}
+        combined = np.flatnonzero((self.table["n_members"] > 1).to_numpy())
+        weights = np.zeros((len(combined), len(self.table)))
+        complete = np.ones(len(combined), dtype=bool)
+        for row, i in enumerate(combined):
+            label, dose, context = self.table.loc[i, ["label", "dose", "context"]]
+            for member, own in zip(label.split(delimiter), dose, strict=True):
+                at = lookup.get((member, (own,), context))
+                complete[row] &= at is not None
+                weights[row, 0 if at is None else at] = 1.0
+        return self._compare(combined, weights, complete, np.arange(len(self.table)))
+
+    def _compare(
+        self, target: NDArray, weights: NDArray, usable: NDArray[np.bool_], source: NDArray
+    ) -> tuple[float, float] | None:
+        if not usable.any():
+            return None
+        weights, target = weights[usable], target[usable]
+        predicted = weights @ self.effect[source]
+        variance = weights**2 @ self.se[source] ** 2 + self.se[target] ** 2
+        return fit_discrepancy(predicted - self.effect[target], np.sqrt(variance), predicted)
 
 
-def measured_effects(model: PerturbationModel, rows: np.ndarray) -> pd.DataFrame:
-    """Cells per (label, dose, context) of the given rows, treated only."""
-    adata = model.adata
-    obs = pd.DataFrame(
-        {
-            "label": adata.obs[model._argument("perturbation_key")].astype(str).to_numpy()[rows],
-            "context": np.asarray(adata.obs["_scvi_context"])[rows],
-            "row": rows,
-        }
-    )
-    dose_key = model._argument("dose_key")
-    obs["dose"] = adata.obs[dose_key].astype(str).to_numpy()[rows] if dose_key else ""
-    obs["label"] = obs["label"].map({v: model.vocabulary.canonical(v) for v in obs["label"].unique()})
-    return obs
+def conditions(model: PerturbationModel, rows: NDArray[np.int64]) -> pd.DataFrame:
+    """What was done to each of the given cells: ``condition, label, dose, context, row``."""
+    done, which = model._done(model.adata_manager, rows)
+    table = pd.DataFrame({"condition": which, "context": model._contexts_of(model.adata_manager, rows), "row": rows})
+    table["label"] = pd.Series([q.label for q in done], dtype=object).to_numpy()[which]
+    table["dose"] = pd.Series([q.dose for q in done], dtype=object).to_numpy()[which]
+    return table
 
 
-def calibrate(model: PerturbationModel, train_idx: np.ndarray, seed: int = 0) -> dict[str, Any]:
-    """Discrepancies of a trained model, by novelty, on the default scale.
+def calibrate(model: PerturbationModel, train_idx: NDArray[np.int64], seed: int = 0) -> dict[str, Any]:
+    """Discrepancies of a trained model, by novelty, on its default scale.
 
     Returns
     -------
-    ``{"scale": ..., "seen": (a, k), "new context": ..., "new combination": ..., "unseen with features": ...,
-    "observed": ["label|context", ...]}``.
+    ``scale``; ``observed`` (label to contexts); ``(a, k)`` of ``"seen"``, ``"new dose"``, ``"new context"``,
+    ``"new combination"`` and ``"unseen with features"``.
     """
     scale = model._resolve_scale(None)
-    obs = measured_effects(model, train_idx)
     control = model.vocabulary.control
-    rng = np.random.default_rng(seed)
-    groups = obs[obs["label"] != control].groupby(["label", "dose", "context"], observed=True)["row"]
-    sizes = groups.size()
-    # bulk: replicates are few, and a profile is a mean already
-    floor = _MIN_CELLS if model.data_kind == "counts" else 2
-    keep = sizes[sizes >= floor].index
+    cells = conditions(model, train_idx)
+    treated = cells[cells["label"] != control]
+    seen = treated[["label", "context"]].drop_duplicates()
     result: dict[str, Any] = {
         "scale": scale,
-        "observed": sorted({f"{label}|{model.contexts[context]}" for label, _, context in sizes.index}),
+        "observed": {label: sorted(model.contexts[c] for c in own) for label, own in seen.groupby("label")["context"]},
         "seen": (0.0, 0.0),
-        "new context": _UNINFORMED,
-        "new combination": _UNINFORMED,
-        "unseen with features": _UNINFORMED,
+        **dict.fromkeys(("new dose", "new context", "new combination", "unseen with features"), UNINFORMED),
     }
-    controls = {c: g["row"].to_numpy() for c, g in obs[obs["label"] == control].groupby("context")}
-    keep = [key for key in keep if len(controls.get(key[2], ())) >= floor]
-    if not keep:
+    measured, predicted = _effects(model, cells, treated, scale, seed)
+    if measured is None:
         return result
-    if len(keep) > _MAX_CONDITIONS:
-        keep = [keep[i] for i in rng.choice(len(keep), _MAX_CONDITIONS, replace=False)]
-    table = pd.DataFrame(keep, columns=["label", "dose", "context"]).sort_values("context", ignore_index=True)
-    measured, predicted, se = [], [], []
-    for context, conditions in table.groupby("context"):
-        keys = list(conditions.itertuples(index=False, name=None))
-        base_mean, base_var = model._moments(_some(controls[context], 2000, rng), scale)
-        effects = model._mean_effects(
-            _some(controls[context], _MAX_CONTROLS, rng), [(k[0], k[1]) for k in keys], scale, seed
-        )
-        for key, effect in zip(keys, effects, strict=True):
-            mean, variance = model._moments(_some(groups.get_group(key).to_numpy(), 2000, rng), scale)
-            measured.append(mean - base_mean)
-            se.append(np.sqrt(variance + base_var))
-            predicted.append(effect)
-    y, m, s = np.stack(measured), np.stack(predicted), np.stack(se)
-    result["seen"] = fit_discrepancy(m - y, s, m)
-    result["new context"] = _across(table, y, s, ["label", "dose"]) or _UNINFORMED
-    result["unseen with features"] = _across(table, y, s, ["context"]) or _UNINFORMED
-    combined = table["label"].str.contains(model.vocabulary.delimiter, regex=False).to_numpy()
-    result["new combination"] = _additive(table, y, s, combined, model) or result["unseen with features"]
+    result["seen"] = fit_discrepancy(predicted - measured.effect, measured.se, predicted)
+    single = (measured.table["n_members"] == 1).to_numpy()
+    every = np.ones(len(single), dtype=bool)
+    unseen = measured.others(single, ["context"], "label") or UNINFORMED
+    result["unseen with features"] = unseen
+    result["new context"] = measured.others(every, ["label", "dose"], "context") or UNINFORMED
+    result["new dose"] = measured.others(every, ["label", "context"], "dose") or UNINFORMED
+    result["new combination"] = measured.additive(model.vocabulary.delimiter) or unseen
     return result
 
 
-def _some(rows: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
+def _effects(
+    model: PerturbationModel, cells: pd.DataFrame, treated: pd.DataFrame, scale: str, seed: int
+) -> tuple[Measured | None, NDArray[np.float64] | None]:
+    """Measured and predicted effects of training conditions that have enough cells."""
+    rng = np.random.default_rng(seed)
+    # bulk: replicates are few, and a profile is a mean already
+    floor = _MIN_CELLS if model.data_kind == "counts" else 2
+    is_control = cells["label"] == model.vocabulary.control
+    controls = {c: own.to_numpy() for c, own in cells[is_control].groupby("context")["row"]}
+    groups = treated.groupby(["condition", "context"])["row"]
+    sizes = groups.size()
+    enough = [key[1] in controls and len(controls[key[1]]) >= floor for key in sizes.index]
+    keep = list(sizes.index[(sizes >= floor).to_numpy() & np.array(enough, dtype=bool)])
+    if not keep:
+        return None, None
+    if len(keep) > _MAX_CONDITIONS:
+        keep = [keep[i] for i in np.sort(rng.choice(len(keep), _MAX_CONDITIONS, replace=False))]
+    described = treated.drop_duplicates("condition").set_index("condition")
+    lines, measured, predicted, se = [], [], [], []
+    for context in sorted({key[1] for key in keep}):
+        own = [condition for condition, c in keep if c == context]
+        questions = [Question(described["label"][i], described["dose"][i]) for i in own]
+        base_mean, base_variance = model._moments(_some(controls[context], _MAX_TREATED, rng), scale)
+        effects = model._mean_effects(_some(controls[context], _MAX_CONTROLS, rng), questions, scale, seed)
+        for condition, effect in zip(own, effects, strict=True):
+            rows = _some(groups.get_group((condition, context)).to_numpy(), _MAX_TREATED, rng)
+            mean, variance = model._moments(rows, scale)
+            measured.append(mean - base_mean)
+            se.append(np.sqrt(variance + base_variance))
+            predicted.append(effect)
+            dose = described["dose"][condition]
+            lines.append((described["label"][condition], dose, context, len(dose)))
+    table = pd.DataFrame(lines, columns=["label", "dose", "context", "n_members"])
+    return Measured(table, np.stack(measured), np.stack(se)), np.stack(predicted)
+
+
+def _some(rows: NDArray[np.int64], n: int, rng: np.random.Generator) -> NDArray[np.int64]:
     return rows if len(rows) <= n else np.sort(rng.choice(rows, n, replace=False))
-
-
-def _across(table: pd.DataFrame, y: np.ndarray, s: np.ndarray, by: list[str]) -> tuple[float, float] | None:
-    """Discrepancy of predicting each condition of a group by the others' mean, weighted by similarity."""
-    difference, errors, effects = [], [], []
-    for _, index in table.groupby(by, observed=True).indices.items():
-        if len(index) < 2:
-            continue
-        total, variance = y[index].sum(0), (s[index] ** 2).sum(0)
-        others = (total - y[index]) / (len(index) - 1)
-        difference.append(others - y[index])
-        errors.append(np.sqrt(s[index] ** 2 + (variance - s[index] ** 2) / (len(index) - 1) ** 2))
-        effects.append(others)
-    if not difference:
-        return None
-    return fit_discrepancy(np.concatenate(difference), np.concatenate(errors), np.concatenate(effects))
-
-
-def _additive(
-    table: pd.DataFrame, y: np.ndarray, s: np.ndarray, combined: np.ndarray, model: PerturbationModel
-) -> tuple[float, float] | None:
-    """Discrepancy of predicting measured combinations by the sum of their members."""
-    lookup = {(r.label, r.context): i for i, r in enumerate(table.itertuples())}
-    difference, errors, effects = [], [], []
-    for i in np.flatnonzero(combined):
-        members = [lookup.get((m, table["context"][i])) for m in model.vocabulary.parse(table["label"][i])]
-        if any(m is None for m in members):
-            continue
-        total = y[members].sum(0)
-        difference.append(total - y[i])
-        errors.append(np.sqrt(s[i] ** 2 + (s[members] ** 2).sum(0)))
-        effects.append(total)
-    return fit_discrepancy(np.stack(difference), np.stack(errors), np.stack(effects)) if difference else None

@@ -1,8 +1,8 @@
 """What every module shares: a Pyro model and guide, and the three steps of a counterfactual.
 
-A prediction is *abduction* (the basal state and the measurement noise of the very cell, inferred from its own expression
-and its own perturbation), *action* (the perturbation is exchanged), *prediction* (decoding with the same noise).
-Global parameters are drawn once per prediction, so that their uncertainty does not average out over cells.
+A prediction is *abduction* (the basal state and the measurement noise of the very cell, inferred from its own
+expression and its own perturbation), *action* (the perturbation is exchanged), *prediction* (decoding with the same
+noise). Global parameters are drawn once per prediction, so that their uncertainty does not average out over cells.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ class Cells:
     context, batch
         Codes, ``(n_cells,)``. Contexts that the model has not seen follow those it has.
     library
-        Total counts or registered size factor, ``(n_cells, 1)``.
+        Total counts, or registered size factors in units of total counts, ``(n_cells, 1)``; 1 for data that are not
+        counts.
     """
 
     x: Tensor
@@ -83,17 +84,13 @@ class Cells:
         """Cells of a loader's minibatch."""
         x = tensors[KEYS.X]
         codes, dose = tensors[KEYS.PERTURBATION].chunk(2, dim=1)
-        library = tensors.get(KEYS.SIZE_FACTOR)
-        if library is None:
-            library = x.sum(1, keepdim=True)
+        library = tensors.get(KEYS.LIBRARY)
         return cls(
             x=x,
             action=Action(codes.round().long(), dose),
             context=tensors[KEYS.CONTEXT].long().flatten(),
             batch=tensors[KEYS.BATCH].long().flatten(),
-            library=library.reshape(-1, 1).float().clamp(min=1.0)
-            if (x >= 0).all()
-            else torch.ones_like(x[:, :1]),
+            library=x.sum(1, keepdim=True).clamp(min=1.0) if library is None else library,
         )
 
     def __len__(self) -> int:
@@ -133,8 +130,8 @@ class Basal:
 class PerturbationModule(PyroBaseModuleClass):
     """Base of all modules.
 
-    Every parameter is an attribute that exists after ``__init__`` (no `PyroModule`, no global parameter store), so that two
-    models live side by side, training goes on after loading, and gradients are clipped and synchronised as usual.
+    Every parameter is an attribute that exists after ``__init__`` (no `PyroModule`, no global parameter store), so that
+    two models live side by side, training goes on after loading, and gradients are clipped and synchronised as usual.
 
     Attributes
     ----------
@@ -172,4 +169,11 @@ class PerturbationModule(PyroBaseModuleClass):
 
     @abstractmethod
     def decode(self, z: Tensor, basal: Basal) -> Tensor:
-        """Draws of expression on :attr:`native_scale`, ``(n_samples, n_cells, n_genes)``, replaying the cells' noise."""
+        """Draws of expression on :attr:`native_scale`, replaying noise, ``(n_samples, n_cells, n_genes)``."""
+
+    def fresh_noise(self, z: Tensor, basal: Basal) -> Tensor:
+        """Measurement noise of cells that were never measured, as :meth:`decode` takes it.
+
+        Modules whose expression has a ``likelihood`` of :mod:`pertura.nn` need not override this.
+        """
+        return self.likelihood.fresh_noise(self._decoded(z, basal.batch), basal.library)

@@ -10,7 +10,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 
 class MLP(nn.Sequential):
-    """ELU layers ``n_in -> hidden[0] -> ... -> hidden[-1]``, optionally weight-normalised.
+    """Layers of ELU units, from `n_in` to `hidden` one after the other, optionally weight-normalised.
 
     Shapes: ``(..., n_in) -> (..., hidden[-1])``; with no hidden layers the identity.
 

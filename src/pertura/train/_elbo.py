@@ -13,8 +13,8 @@ class FreeBitsELBO(Trace_ELBO):
     r"""Monte-Carlo ELBO in which a latent's divergence costs nothing below its free nats (Kingma et al., 2016).
 
     :math:`-\log p(x \mid z) + \sum_s \max(\lambda_s, w\,\mathrm{KL}_s)`, where the divergence of site `s`,
-    :math:`\log q(z_s) - \log p(z_s)`, is averaged over the cells that have it. The divergence is by Monte Carlo, because an
-    autoregressive guide has no closed form.
+    :math:`\log q(z_s) - \log p(z_s)`, is averaged over the cells that have it. The divergence is by Monte Carlo,
+    because an autoregressive guide has no closed form.
 
     Parameters
     ----------

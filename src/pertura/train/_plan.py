@@ -18,8 +18,8 @@ from pertura.module._base import PerturbationModule
 class PyroPlan(LowLevelPyroTrainingPlan):
     """Optimises a module's parameters directly, with an ELBO per cell on training and on validation data.
 
-    scvi-tools' `PyroTrainingPlan` optimises the global parameter store: training after loading is then lost, a second model
-    shares the first one's parameters, gradients can not be clipped, and there is no validation.
+    scvi-tools' `PyroTrainingPlan` optimises the global parameter store: training after loading is then lost, a second
+    model shares the first one's parameters, gradients can not be clipped, and there is no validation.
 
     Parameters
     ----------
@@ -84,8 +84,8 @@ class PyroPlan(LowLevelPyroTrainingPlan):
         loss = self.differentiable_loss_fn(self.module.model, self.module.guide, *args, **kwargs) / n_cells
         if not torch.isfinite(loss):
             raise FloatingPointError(
-                f"The loss became {loss.item()} in epoch {self.current_epoch}. Training stopped; the parameters are those of "
-                "the last step. Try a smaller learning rate (`plan_kwargs={'lr': 1e-4}`), gradient clipping "
+                f"The loss became {loss.item()} in epoch {self.current_epoch}. Training stopped; the parameters are "
+                "those of the last step. Try a smaller learning rate (`plan_kwargs={'lr': 1e-4}`), gradient clipping "
                 "(`gradient_clip_val=10`), and check the expression for extreme values."
             )
         return loss, n_cells
@@ -126,9 +126,7 @@ class PyroPlan(LowLevelPyroTrainingPlan):
         for name, parameter in self.module.named_parameters():
             factor = next((f for prefix, f in special.items() if name.startswith(prefix)), None)
             if factor is not None:
-                own.append(
-                    {"params": [parameter], "weight_decay": 0.0, "lr": self.optim_kwargs["lr"] * factor}
-                )
+                own.append({"params": [parameter], "weight_decay": 0.0, "lr": self.optim_kwargs["lr"] * factor})
             elif parameter.dim() < 2 or any(name.startswith(s) for s in skip):
                 plain.append(parameter)
             else:

@@ -1,0 +1,163 @@
+"""Checks of what a user asks a model: each error names the argument, what was found and what to do."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import Any
+
+import numpy as np
+from anndata import AnnData
+from numpy.typing import NDArray
+from scvi import settings
+
+from pertura.data._vocabulary import Vocabulary
+
+from ._engine import Question
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise unless an argument is true or false."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"`{name}` must be True or False, got {value!r}.")
+
+
+def check_whole(name: str, value: Any, least: int = 1) -> None:
+    """Raise unless an argument is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
+
+
+def check_draws(n_samples: Any, ci: Any, batch_size: Any) -> None:
+    """Raise unless number of draws, level of the interval and cells read at a time are possible."""
+    check_whole("n_samples", n_samples)
+    if ci is not None and (isinstance(ci, bool) or not isinstance(ci, (int, float, np.number)) or not 0 < ci < 1):
+        raise ValueError(f"`ci` must be between 0 and 1 (0.9 is a 90 % interval), or None, got {ci!r}.")
+    if ci is not None and n_samples < 2:
+        raise ValueError(f"`ci` needs at least 2 draws, but `n_samples` is {n_samples}. Raise it or pass `ci=None`.")
+    if batch_size is not None:
+        check_whole("batch_size", batch_size)
+
+
+def check_key(key: Any) -> str:
+    """The key, if AnnData and h5ad can have it."""
+    if not isinstance(key, str) or not key or "/" in key:
+        raise ValueError(f"`key_added` must be a string without '/', which h5ad can not store, got {key!r}.")
+    return key
+
+
+def as_rows(n_cells: int, indices: Any) -> NDArray[np.int64]:
+    """Rows of the cells asked."""
+    if indices is None:
+        return np.arange(n_cells)
+    rows = np.asarray(indices)
+    if rows.dtype == bool and rows.shape == (n_cells,):
+        rows = np.flatnonzero(rows)
+    if rows.ndim != 1 or (rows.size and not np.issubdtype(rows.dtype, np.integer)):
+        raise ValueError(f"`indices` must be row numbers, or a boolean for each of the {n_cells} cells.")
+    if not len(rows) or rows.min() < 0 or rows.max() >= n_cells:
+        found = f"{rows.min()} to {rows.max()}" if len(rows) else "none"
+        raise ValueError(f"`indices` must be between 0 and {n_cells - 1} and not empty, got {found}.")
+    if len(np.unique(rows)) < len(rows):
+        raise ValueError("`indices`: a cell was named twice.")
+    return rows.astype(np.int64)
+
+
+class ArgumentMixin:
+    """What an argument means for this model."""
+
+    vocabulary: Vocabulary
+    data_kind: str
+    _can_predict_features: bool = False
+
+    def _resolve_scale(self, scale: str | None) -> str:
+        counts = self.data_kind == "counts"
+        if scale is None:
+            return "log1p" if counts else "layer"
+        if scale not in ("log1p", "counts", "layer"):
+            raise ValueError(f"`scale` must be 'log1p', 'counts' or 'layer', got {scale!r}.")
+        if not counts and scale != "layer":
+            raise ValueError(
+                f"`scale`: {scale!r} needs a model of counts, but the registered layer holds other values. "
+                "Use scale='layer', or register the counts."
+            )
+        return "counts" if counts and scale == "layer" else scale
+
+    @staticmethod
+    def _seed(seed: int | None) -> int:
+        if seed is None:
+            return settings.seed if settings.seed is not None else 0
+        check_whole("seed", seed, least=0)
+        return int(seed)
+
+    def _questions(self, perturbation: Any, dose: Any) -> list[Question]:
+        """Every perturbation at every dose."""
+        vocabulary = self.vocabulary
+        if perturbation is None:
+            if len(vocabulary.labels) != 1:
+                known = ", ".join(vocabulary.labels[:8])
+                raise ValueError(
+                    f"`perturbation`: the model knows {len(vocabulary.labels)} ({known}, …). Name one, or a list of "
+                    "them."
+                )
+            perturbation = vocabulary.names[0]
+        labels = [perturbation] if isinstance(perturbation, str) else perturbation
+        if (
+            not isinstance(labels, (list, tuple, np.ndarray))
+            or not len(labels)
+            or not all(isinstance(label, str) for label in labels)
+        ):
+            raise ValueError(f"`perturbation` must be a name or a non-empty list of names, got {perturbation!r}.")
+        doses = self._doses(dose)
+        lookup = {name: code for code, name in enumerate(vocabulary.names)}
+        questions = []
+        for label in labels:
+            self._check_representable(label)
+            members = vocabulary.parse(label)
+            for value in doses:
+                reference = [vocabulary.reference_dose[lookup[m]] if m in lookup else 1.0 for m in members]
+                each = tuple(reference if value is None else [value] * len(members))
+                questions.append(Question(vocabulary.canonical(label), each))
+        if len(set(questions)) < len(questions):
+            raise ValueError("`perturbation` and `dose`: the same question was asked twice.")
+        return questions
+
+    def _doses(self, dose: Any) -> list[float | None]:
+        if dose is None:
+            return [None]
+        try:
+            doses = np.atleast_1d(np.asarray(dose, dtype=float))
+        except (TypeError, ValueError):
+            doses = np.array([np.nan])
+        if doses.ndim != 1 or not len(doses) or not np.isfinite(doses).all() or (doses < 0).any():
+            raise ValueError(f"`dose` must be a finite number that is not negative, or several, got {dose!r}.")
+        if not self.vocabulary.has_dose:
+            raise ValueError(
+                f"`dose`: {dose!r} was asked, but the model was registered without doses. "
+                "Leave `dose` out, or set the data up with `dose_key`."
+            )
+        return doses.tolist()
+
+    def _check_representable(self, label: str) -> None:
+        """Raise where the model has no way to represent a perturbation."""
+        vocabulary = self.vocabulary
+        novelty = vocabulary.novelty(label)
+        if novelty != "unseen" and (novelty != "unseen with features" or self._can_predict_features):
+            return
+        new = [m for m in vocabulary.parse(label) if m not in vocabulary.names]
+        close = get_close_matches(new[0], vocabulary.names, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        remedy = (
+            "Register descriptions of perturbations, this one included, with `perturbation_features_key`."
+            if self._can_predict_features
+            else f"{type(self).__name__} can not represent a new perturbation; PertVAE or baseline.Linear with "
+            "`perturbation_features_key` can."
+        )
+        known = ", ".join(vocabulary.names[:8])
+        without = " and has no features" if novelty == "unseen" and vocabulary.features is not None else ""
+        raise ValueError(
+            f"`perturbation`: {', '.join(map(repr, new))} was not seen in training{without} "
+            f"(known: {known}{', …' if len(vocabulary.names) > 8 else ''}).{hint} {remedy}"
+        )
+
+    def _rows(self, user: AnnData, indices: Any) -> NDArray[np.int64]:
+        return as_rows(user.n_obs, indices)
