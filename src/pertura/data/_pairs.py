@@ -64,9 +64,7 @@ def strata(obs: pd.DataFrame, is_control: NDArray[np.bool_], keys: list[str]) ->
     return result
 
 
-def random_coupling(
-    rows: NDArray[np.int64], is_control: NDArray[np.bool_], stratum: NDArray[np.int64]
-) -> Coupling:
+def random_coupling(rows: NDArray[np.int64], is_control: NDArray[np.bool_], stratum: NDArray[np.int64]) -> Coupling:
     """Any control of the same stratum; the arguments describe the cells `rows`, in that order."""
     control = np.flatnonzero(is_control & (stratum >= 0))
     control = control[np.argsort(stratum[control], kind="stable")]
@@ -76,9 +74,7 @@ def random_coupling(
     return Coupling(rows[treated], rows[control], first[at], size[at])
 
 
-def explicit_coupling(
-    rows: NDArray[np.int64], is_control: NDArray[np.bool_], pair: NDArray[np.object_]
-) -> Coupling:
+def explicit_coupling(rows: NDArray[np.int64], is_control: NDArray[np.bool_], pair: NDArray[np.object_]) -> Coupling:
     """Controls that carry the same pair identifier."""
     code, _ = pd.factorize(pd.Series(pair))
     return random_coupling(rows, is_control, code.astype(np.int64))
@@ -146,14 +142,15 @@ def transport_coupling(
 
 
 def embed(
-    x: sparse.spmatrix | NDArray, counts: bool, n_components: int = 30, seed: int = 0
-) -> NDArray[np.float32]:
-    """Truncated SVD of log-normalised expression, which stays sparse."""
+    x: sparse.spmatrix | NDArray, counts: bool, n_components: int = 30, *, seed: int = 0, return_basis: bool = False
+) -> NDArray[np.float32] | tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Truncated SVD of log-normalised expression, which stays sparse: ``(n_cells, n_components)``, and the axes."""
     from sklearn.decomposition import TruncatedSVD
     from sklearn.preprocessing import normalize
 
     if counts:
         x = normalize(x, norm="l1", axis=1) * 1e4
         x = x.log1p() if sparse.issparse(x) else np.log1p(x)
-    n_components = max(1, min(n_components, min(x.shape) - 1))
-    return TruncatedSVD(n_components, random_state=seed).fit_transform(x).astype(np.float32)
+    svd = TruncatedSVD(max(1, min(n_components, min(x.shape) - 1)), random_state=seed)
+    embedding = svd.fit_transform(x).astype(np.float32)
+    return (embedding, svd.components_.astype(np.float32)) if return_basis else embedding

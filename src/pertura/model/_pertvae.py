@@ -42,6 +42,8 @@ _PAPER = {
     "use_weight_norm": True,
     "free_nats": 2.0,
     "prediction_weight": 0.0,
+    "link_sharpness": 1.0,
+    "prior_sd_W": 1.0,
     "effect_lr_factor": 1.0,
 }
 
@@ -82,7 +84,7 @@ class PertVAE(PerturbationModel):
         Standard deviations of the normal priors of W and b: the L2 penalty.
     free_nats
         Divergence per latent variable (z1, z2) and cell that costs nothing.
-    use_weight_norm, dropout_rate, input_noise, prediction_weight, effect_lr_factor
+    link_sharpness, use_weight_norm, dropout_rate, input_noise, prediction_weight, effect_lr_factor
         See :class:`pertura.module.PertVAE`.
     singletons
         Whether cells without a partner take part in training.
@@ -92,9 +94,7 @@ class PertVAE(PerturbationModel):
 
     Examples
     --------
-    >>> pertura.model.PertVAE.setup_anndata(
-    ...     adata, perturbation_key="condition", control="ctrl", layer="counts"
-    ... )
+    >>> pertura.model.PertVAE.setup_anndata(adata, perturbation_key="condition", control="ctrl", layer="counts")
     >>> model = pertura.model.PertVAE(adata)
     >>> model.train()
     >>> model.predict_perturbation("stim", key_added="stim")
@@ -118,6 +118,7 @@ class PertVAE(PerturbationModel):
         effect_input: Literal["cell", "context"] | None = None,
         pairing: Literal["pairs", "random", "ot"] | None = None,
         likelihood: Literal["nb", "normal"] | None = None,
+        link_sharpness: float | None = None,
         prior_sd_W: float | None = None,
         prior_sd_b: float | None = None,
         free_nats: float | None = None,
@@ -139,9 +140,7 @@ class PertVAE(PerturbationModel):
             raise ValueError(f"`preset` must be 'paper' or None, got {preset!r}.")
         options = {**(_PAPER if preset == "paper" else {}), **given}
         paired = self._argument("pair_key") is not None
-        self.pairing = options.pop(
-            "pairing", "pairs" if paired else ("random" if preset == "paper" else "ot")
-        )
+        self.pairing = options.pop("pairing", "pairs" if paired else ("random" if preset == "paper" else "ot"))
         if self.pairing not in ("pairs", "random", "ot"):
             raise ValueError(f"`pairing` must be 'pairs', 'random' or 'ot', got {self.pairing!r}.")
         if self.pairing == "pairs" and not paired:
@@ -221,9 +220,7 @@ class PertVAE(PerturbationModel):
         half = codes.shape[1] // 2
         is_control = ~((codes[:, :half] >= 0) & (codes[:, half:] > 0)).any(1)
         if self.pairing == "pairs":
-            return explicit_coupling(
-                rows, is_control, adata.obs[self._argument("pair_key")].to_numpy(object)[rows]
-            )
+            return explicit_coupling(rows, is_control, adata.obs[self._argument("pair_key")].to_numpy(object)[rows])
         keys = [f"_scvi_{KEYS.CONTEXT}", f"_scvi_{KEYS.BATCH}"]
         stratum = strata(adata.obs.iloc[rows], is_control, keys)
         alone = int((~is_control & (stratum < 0)).sum())
@@ -281,6 +278,35 @@ class PertVAE(PerturbationModel):
         self.module.input_scale.copy_(variance.sqrt().clamp(min=0.2 * float(variance.mean().sqrt()) + 1e-6))
         spread = (raw_square / n - (raw / n) ** 2).clamp(min=0).sqrt()
         self.module.likelihood.initialise((raw / n).float(), spread.float())
+        self._describe_contexts(data)
+
+    def _describe_contexts(self, data: PerturbationDataModule) -> None:
+        """Principal components of the training cells, and where the mean control profile of each context lies in them.
+
+        Centred at the average context that has both arms, and in units of the spread of those contexts: the prior of W is then
+        in latent units per typical difference between contexts, and b is the effect in the average context.
+        """
+        module, layer = self.module, self._argument("layer")
+        n_components = module.profile_basis.shape[1]
+        rows = np.sort(np.random.default_rng(0).permutation(data.train_idx)[:20_000])
+        values = (self.adata.X if layer is None else self.adata.layers[layer])[rows]
+        _, basis = embed(values, self.data_kind == "counts", n_components, return_basis=True)
+        batches = ({k: v for k, v in b.items() if k != "n_pairs"} for b in data.iterate(data.train_idx))
+        profiles, number = module.control_profiles(batches, len(self.contexts))
+        both = torch.zeros(len(number), dtype=torch.bool)
+        treated = data.train_dataloader().sampler.coupling.treated
+        both[
+            torch.as_tensor(np.unique(np.asarray(self.adata.obs[f"_scvi_{KEYS.CONTEXT}"])[treated]).astype(np.int64))
+        ] = True
+        both &= number > 0
+        centre = profiles[both].mean(0)
+        coordinates = (profiles - centre) @ torch.as_tensor(basis).T
+        spread = coordinates[both].square().sum(1).mean().sqrt()
+        module.profile_mean.copy_(centre)
+        module.profile_basis.zero_()
+        if spread > 1e-6:
+            module.profile_basis[:, : len(basis)] = torch.as_tensor(basis).T / spread
+        module.context_profile.copy_(module.project_profiles(profiles, number))
 
     def _plan_defaults(self) -> dict[str, Any]:
         elbo = FreeBitsELBO({"z1": self.free_nats, "z2": self.free_nats})
@@ -296,23 +322,22 @@ class PertVAE(PerturbationModel):
         return {"gradient_clip_val": 100.0}
 
     def _default_max_epochs(self, n_batches: int) -> int:
-        return int(np.clip(round(1500 / n_batches), 10, 400))
+        return int(np.clip(round(600 / n_batches), 10, 400))
 
     # -- prediction -------------------------------------------------------------------------------------------------
 
     def _globals(self, manager: AnnDataManager, n_samples: int, seed: int) -> dict[str, torch.Tensor]:
-        """Mean basal states of the query's contexts: those that training has not seen come from the query's own controls."""
+        """Control profiles of the query's contexts: those of new contexts come from the query's own control cells."""
         globals_ = super()._globals(manager, n_samples, seed)
         if self.module.effect_input == "cell":
             return globals_
-        known = self.module.context_state
+        known = self.module.context_profile
         n_contexts = len(self._context_names(manager))
         if n_contexts > len(known):
-            rows = np.flatnonzero(np.asarray(manager.adata.obs["_scvi_context"]) >= len(known))
-            batches = self._tensors(manager, rows, 512)
-            globals_["context_state"] = torch.cat(
-                [known, self.module.mean_state(batches, n_contexts)[len(known) :]]
-            )
+            rows = np.flatnonzero(np.asarray(manager.adata.obs[f"_scvi_{KEYS.CONTEXT}"]) >= len(known))
+            profiles = self.module.control_profiles(self._tensors(manager, rows, 512), n_contexts)
+            new = self.module.project_profiles(*profiles)
+            globals_["context_profile"] = torch.cat([known, new[len(known) :]])
         return globals_
 
 

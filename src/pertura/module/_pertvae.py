@@ -7,14 +7,14 @@ r"""PertVAE: linear effects of perturbations on a latent state (Rampasek et al.)
     z_2 \mid z_1        &\sim N\Big(z_1 + \sum_{p} s_p(d_p)\,(W_p\, u + b_p),\; \sigma_2^2\Big) \\
     x_k \mid z_k        &\sim p_\theta(x \mid \mathrm{dec}(z_k)), \quad k = 1, 2
 
-with :math:`u = z_1` (the paper) or :math:`u` the mean basal state of the cell's context, :math:`W_p = U_p V_p^\top` of low rank
-where there are many perturbations, and :math:`s_p(d) = \log(1 + \kappa_p d) / \log(1 + \kappa_p)` of the dose. The guide
+with :math:`u = z_1` (the paper) or :math:`u` the principal components of the mean control profile of the cell's context,
+:math:`W_p = U_p V_p^\top` of low rank where there are many perturbations, and :math:`s_p(d) = \log(1 + \kappa_p d) / \log(1 + \kappa_p)` of the dose. The guide
 :math:`q(z_k \mid x_k)` is one network for both k, a Gaussian followed by inverse autoregressive steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import pyro
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pertura.data._constants import KEYS, UNKNOWN
+from pertura.data._constants import UNKNOWN
 from pertura.nn._flows import InverseAutoregressiveFlow
 from pertura.nn._likelihoods import CountLikelihood, GaussianLikelihood
 from pertura.nn._mlp import MLP
@@ -32,7 +32,7 @@ from ._base import Action, Basal, Cells, PerturbationModule
 
 
 class PertVAE(PerturbationModule):
-    """Generative model and guide of PertVAE.
+    r"""Generative model and guide of PertVAE.
 
     Parameters
     ----------
@@ -49,15 +49,19 @@ class PertVAE(PerturbationModule):
     rank
         Rank of W for each perturbation; `n_latent` for full matrices.
     effect_input
-        What W multiplies: the cell's own state, or the mean basal state of its context.
+        What W multiplies: the cell's own state, or the mean control profile of its context.
+    n_context_components
+        Number of principal components that describe a context.
     likelihood
         ``"nb"`` or ``"normal"``.
+    link_sharpness
+        See :class:`~pertura.nn.CountLikelihood`.
     prior_sd_W, prior_sd_b
         Standard deviations of the normal priors of W and b.
     use_weight_norm, dropout_rate, input_noise
         Regularisation of the networks; `input_noise` is the sd of noise on the encoder's standardised input.
     prediction_weight
-        Weight of :math:`E_{q(z_1 | x_1) p(z_2 | z_1)} \\log p(x_2 | z_2)`, the term by which the reference implementation
+        Weight of :math:`E_{q(z_1 | x_1) p(z_2 | z_1)} \log p(x_2 | z_2)`, the term by which the reference implementation
         trains the prediction itself.
     n_features
         Number of features of a perturbation; 0 where none were registered.
@@ -80,8 +84,10 @@ class PertVAE(PerturbationModule):
         n_flow_hidden: int = 64,
         rank: int | None = None,
         effect_input: Literal["cell", "context"] = "context",
+        n_context_components: int = 30,
         likelihood: Literal["nb", "normal"] = "nb",
-        prior_sd_W: float = 1.0,
+        link_sharpness: float = 3.0,
+        prior_sd_W: float = 0.3,
         prior_sd_b: float = 10.0,
         use_weight_norm: bool = False,
         dropout_rate: float = 0.0,
@@ -95,7 +101,6 @@ class PertVAE(PerturbationModule):
         self.effect_input = effect_input
         self.prior_sd_W, self.prior_sd_b = prior_sd_W, prior_sd_b
         self.input_noise, self.prediction_weight = input_noise, prediction_weight
-        self.rank = n_latent if rank is None else min(rank, n_latent)
         self.lr_factors = {"effect_": effect_lr_factor}
 
         options: dict[str, Any] = {"use_weight_norm": use_weight_norm, "dropout_rate": dropout_rate}
@@ -103,14 +108,19 @@ class PertVAE(PerturbationModule):
         self.encoder = MLP(n_genes + n_covariates, [*encoder_hidden, n_flow_context], **options)
         self.flow = InverseAutoregressiveFlow(n_latent, n_flow_context, n_flow_steps, n_flow_hidden)
         self.decoder = MLP(n_latent + n_covariates, decoder_hidden, **options)
-        heads = {"nb": CountLikelihood, "normal": GaussianLikelihood}
-        self.likelihood = heads[likelihood](self.decoder.n_out, n_genes)
+        if likelihood == "nb":
+            self.likelihood = CountLikelihood(self.decoder.n_out, n_genes, link_sharpness)
+        else:
+            self.likelihood = GaussianLikelihood(self.decoder.n_out, n_genes)
         self.native_scale = self.likelihood.native_scale
 
-        # effects of one perturbation: W = U V^T + diag-free offset b; U = 0 starts as the identity
+        # W = U V^T; U = 0 starts as the identity. At full rank V is fixed to I and W is a matrix of its own
+        n_inputs = n_latent if effect_input == "cell" else n_context_components
+        self.rank = n_inputs if rank is None else min(rank, n_inputs)
+        self.full_rank = self.rank == n_inputs
         self.effect_U = nn.Parameter(torch.zeros(n_perturbations, n_latent, self.rank))
-        if self.rank < n_latent:
-            self.effect_V = nn.Parameter(torch.randn(n_perturbations, n_latent, self.rank) / n_latent**0.5)
+        if not self.full_rank:
+            self.effect_V = nn.Parameter(torch.randn(n_perturbations, n_inputs, self.rank) / n_inputs**0.5)
         self.effect_b = nn.Parameter(torch.zeros(n_perturbations, n_latent))
         self.effect_log_scale = nn.Parameter(torch.full((n_latent,), -1.0))
         self.dose_log_kappa = nn.Parameter(torch.zeros(n_perturbations))
@@ -121,7 +131,9 @@ class PertVAE(PerturbationModule):
 
         self.register_buffer("input_mean", torch.zeros(n_genes))
         self.register_buffer("input_scale", torch.ones(n_genes))
-        self.register_buffer("context_state", torch.zeros(n_contexts, n_latent))
+        self.register_buffer("profile_mean", torch.zeros(n_genes))
+        self.register_buffer("profile_basis", torch.zeros(n_genes, n_context_components))
+        self.register_buffer("context_profile", torch.zeros(n_contexts, n_context_components))
 
     # -- generative model and guide ---------------------------------------------------------------------------------
 
@@ -138,7 +150,7 @@ class PertVAE(PerturbationModule):
             return
         action = _rows(cells.action, post)
         state = z1[..., :n_pairs, :]
-        u = state if self.effect_input == "cell" else self.context_state[cells.context[post]]
+        u = state if self.effect_input == "cell" else self.context_profile[cells.context[post]]
         prior = dist.Normal(state + self.effect(u, action), self.effect_log_scale.exp()).to_event(1)
         with pyro.plate("pairs", n_pairs), pyro.poutine.scale(scale=kl_weight):
             z2 = pyro.sample("z2", prior)
@@ -171,26 +183,29 @@ class PertVAE(PerturbationModule):
 
     def encode(self, cells: Cells) -> Tensor:
         """Context of the flow, ``(n_cells, n_flow_context)``."""
-        x = cells.x
-        if self.native_scale == "counts":
-            x = torch.log1p(1e4 * x / x.sum(-1, keepdim=True).clamp(min=1.0))
-        x = (x - self.input_mean) / self.input_scale
+        x = (self.normalised(cells.x) - self.input_mean) / self.input_scale
         if self.training and self.input_noise > 0:
             x = x + self.input_noise * torch.randn_like(x)
         return self.encoder(self._with_batch(x, cells.batch))
 
+    def normalised(self, x: Tensor) -> Tensor:
+        """Counts as log1p of counts per 10,000; other values as they are."""
+        if self.native_scale != "counts":
+            return x
+        return torch.log1p(1e4 * x / x.sum(-1, keepdim=True).clamp(min=1.0))
+
     # -- effects of perturbations -----------------------------------------------------------------------------------
 
     def effect_W(self) -> Tensor:
-        """W of every perturbation, ``(n_perturbations, n_latent, n_latent)``."""
-        return self.effect_U if self.rank == self.n_latent else self.effect_U @ self.effect_V.mT
+        """W of every perturbation, ``(n_perturbations, n_latent, n_inputs)``."""
+        return self.effect_U if self.full_rank else self.effect_U @ self.effect_V.mT
 
     def effect(self, u: Tensor, action: Action) -> Tensor:
         """Sum over components of s(dose) (W u + b), ``(..., n_cells, n_latent)``."""
         code = action.codes.clamp(min=0)
         strength = self.dose_response(code, action.dose) * (action.codes >= 0)
         U, b = self.effect_U[code], self.effect_b[code]
-        if self.rank == self.n_latent:
+        if self.full_rank:
             moved = torch.einsum("nkij,...nj->...nki", U, u)
         else:
             moved = torch.einsum("nkir,nkjr,...nj->...nki", U, self.effect_V[code], u)
@@ -241,7 +256,7 @@ class PertVAE(PerturbationModule):
         return self.likelihood.predict(self._decoded(z, basal.batch), basal.library, basal.noise)
 
     def _context(self, context: Tensor, globals_: dict[str, Tensor]) -> Tensor:
-        return globals_.get("context_state", self.context_state)[context]
+        return globals_.get("context_profile", self.context_profile)[context]
 
     def _decoded(self, z: Tensor, batch: Tensor) -> Tensor:
         return self.decoder(self._with_batch(z, batch))
@@ -259,33 +274,27 @@ class PertVAE(PerturbationModule):
         return (Cells.from_tensors(batch), int(batch["n_pairs"])), {}
 
     @torch.no_grad()
-    def on_epoch_start(self, data: Any, epoch: int) -> None:
-        """Estimate the mean basal state of each context from the training cells."""
-        if self.effect_input == "context":
-            was_training = self.training
-            self.eval()
-            batches = ({k: v for k, v in b.items() if k != "n_pairs"} for b in data.iterate(data.train_idx))
-            self.context_state.copy_(self.mean_state(batches, len(self.context_state)))
-            self.train(was_training)
+    def control_profiles(self, batches: Iterable[dict[str, Tensor]], n_contexts: int) -> tuple[Tensor, Tensor]:
+        """Mean normalised expression of the control cells of each context, and their number.
 
-    @torch.no_grad()
-    def mean_state(self, batches: Any, n_contexts: int) -> Tensor:
-        """Mean of q(z | x) over the control cells of each context, ``(n_contexts, n_latent)``.
-
-        A context without control cells gets the mean over all of them.
+        Returns
+        -------
+        ``(n_contexts, n_genes)``, zero where there is no control cell, and ``(n_contexts,)``.
         """
         device = self.input_mean.device
-        total = torch.zeros(n_contexts, self.n_latent, device=device)
-        number = torch.zeros(n_contexts, 1, device=device)
+        total = torch.zeros(n_contexts, self.n_genes, device=device)
+        number = torch.zeros(n_contexts, device=device)
         for tensors in batches:
             cells = Cells.from_tensors({k: v.to(device) for k, v in tensors.items()})
-            control = ~cells.action.present.any(1) & (tensors[KEYS.CONTEXT].to(device).flatten() < n_contexts)
-            if control.any():
-                h = self.encode(cells)[control]
-                total.index_add_(0, cells.context[control], self.flow.mean(h))
-                number.index_add_(0, cells.context[control], torch.ones(len(h), 1, device=device))
-        overall = total.sum(0) / number.sum().clamp(min=1)
-        return torch.where(number > 0, total / number.clamp(min=1), overall)
+            control = ~cells.action.present.any(1)
+            total.index_add_(0, cells.context[control], self.normalised(cells.x[control]))
+            number.index_add_(0, cells.context[control], torch.ones(int(control.sum()), device=device))
+        return total / number.clamp(min=1)[:, None], number
+
+    @torch.no_grad()
+    def project_profiles(self, profiles: Tensor, number: Tensor) -> Tensor:
+        """Components of control profiles, 0 (the average context) where there were no control cells."""
+        return ((profiles - self.profile_mean) @ self.profile_basis) * (number > 0)[:, None]
 
 
 def _rows(action: Action, rows: slice) -> Action:

@@ -38,9 +38,7 @@ class InverseAutoregressiveFlow(nn.Module):
         # `stable` is the LSTM-type update; the gate starts almost open, so that the flow starts near the identity.
         self.steps = nn.ModuleList(
             T.ConditionalAffineAutoregressive(
-                ConditionalAutoRegressiveNN(
-                    n_latent, n_context, [max(n_hidden, n_latent)], nonlinearity=nn.ELU()
-                ),
+                ConditionalAutoRegressiveNN(n_latent, n_context, [max(n_hidden, n_latent)], nonlinearity=nn.ELU()),
                 stable=True,
                 sigmoid_bias=2.0,
             )

@@ -16,9 +16,12 @@ from torch import Tensor, nn
 class CountLikelihood(nn.Module):
     r"""Negative binomial as a Gamma-Poisson mixture.
 
-    :math:`\rho = \mathrm{softmax}(W h + b)`, :math:`\epsilon_g \sim \mathrm{Gamma}(\theta_g, \theta_g)`,
-    :math:`x_g \sim \mathrm{Poisson}(\ell \rho_g \epsilon_g)`, so that :math:`x_g` has mean :math:`\ell \rho_g` and inverse
-    dispersion :math:`\theta_g`.
+    :math:`\epsilon_g \sim \mathrm{Gamma}(\theta_g, \theta_g)`, :math:`x_g \sim \mathrm{Poisson}(\ell \rho_g \epsilon_g)`, so
+    that :math:`x_g` has mean :math:`\ell \rho_g` and inverse dispersion :math:`\theta_g`. The composition is
+    :math:`\rho_g \propto \exp(\mathrm{softplus}_\beta(a_g)) - 1` with :math:`a = W h + b` and
+    :math:`\mathrm{softplus}_\beta(a) = \log(1 + e^{\beta a}) / \beta`. For :math:`\beta = 1` this is the softmax
+    (log-expression is linear in h); the larger :math:`\beta`, the more nearly expression is linear on the scale of
+    log1p(counts per 10,000), on which a change of a gene that is hardly expressed stays small.
 
     Parameters
     ----------
@@ -26,35 +29,47 @@ class CountLikelihood(nn.Module):
         Width of the decoder's hidden layer.
     n_genes
         Number of genes.
+    link_sharpness
+        :math:`\beta`.
     """
 
     native_scale = "counts"
 
-    def __init__(self, n_in: int, n_genes: int) -> None:
+    def __init__(self, n_in: int, n_genes: int, link_sharpness: float = 1.0) -> None:
         super().__init__()
-        self.logits = nn.Linear(n_in, n_genes)
+        self.activation = nn.Linear(n_in, n_genes)
         self.log_theta = nn.Parameter(torch.ones(n_genes))
+        self.link_sharpness = link_sharpness
 
     def initialise(self, mean: Tensor, scale: Tensor) -> None:
         """Start at the mean composition of the data; `mean` has shape ``(n_genes,)`` and any unit."""
+        rate = 1e4 * mean / mean.sum() + 1e-3
+        beta = self.link_sharpness
         with torch.no_grad():
-            self.logits.bias.copy_(torch.log(mean / mean.sum() + 1e-7))
+            self.activation.bias.copy_(torch.expm1(beta * torch.log1p(rate).double()).log() / beta)
 
     def rate(self, h: Tensor, library: Tensor) -> Tensor:
         """Expected counts, ``(..., n_genes)``."""
-        return library * F.softmax(self.logits(h), dim=-1)
+        activation = self.activation(h)
+        if self.link_sharpness == 1.0:
+            return library * F.softmax(activation, dim=-1)
+        per_10k = torch.expm1(F.softplus(activation, beta=self.link_sharpness).clamp(max=15.0)) + 1e-4
+        return library * per_10k / per_10k.sum(-1, keepdim=True)
+
+    @property
+    def theta(self) -> Tensor:
+        """Inverse dispersion, ``(n_genes,)``."""
+        return self.log_theta.clamp(-5.0, 8.0).exp()
 
     def forward(self, h: Tensor, library: Tensor) -> TorchDistribution:
         """Distribution of a cell's counts; one event dimension."""
-        theta = self.log_theta.clamp(-5.0, 8.0).exp()
         rate = self.rate(h, library).clamp(min=1e-8)
         # logits = log(mean / theta) is the parametrisation that stays finite for rates near zero
-        return dist.NegativeBinomial(theta, logits=rate.log() - theta.log()).to_event(1)
+        return dist.NegativeBinomial(self.theta, logits=rate.log() - self.theta.log()).to_event(1)
 
     def abduct(self, h: Tensor, library: Tensor, x: Tensor) -> Tensor:
         """Draw of epsilon given the cell's own counts: Gamma(theta + x, theta + rate)."""
-        theta = self.log_theta.clamp(-5.0, 8.0).exp()
-        return torch.distributions.Gamma(theta + x, theta + self.rate(h, library)).sample()
+        return torch.distributions.Gamma(self.theta + x, self.theta + self.rate(h, library)).sample()
 
     def predict(self, h: Tensor, library: Tensor, noise: Tensor) -> Tensor:
         """Counts under another latent state, the cell's epsilon kept."""
@@ -62,8 +77,7 @@ class CountLikelihood(nn.Module):
 
     def fresh_noise(self, h: Tensor, library: Tensor) -> Tensor:
         """Draw of epsilon of a cell that was never measured."""
-        theta = self.log_theta.clamp(-5.0, 8.0).exp()
-        return torch.distributions.Gamma(theta, theta).sample(h.shape[:-1])
+        return torch.distributions.Gamma(self.theta, self.theta).sample(h.shape[:-1])
 
 
 class GaussianLikelihood(nn.Module):
