@@ -7,14 +7,13 @@ from it. Explicit pairs, random partners and optimal transport differ only in th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy import sparse
 
-Pairing = Literal["random", "ot", "pairs"]
 _OT_BLOCK = 512  # exact transport is cubic in the number of cells: couple random blocks of this size
 
 
@@ -27,11 +26,14 @@ class Coupling:
     treated
         Rows of perturbed cells that have partners.
     partners
-        Rows of the candidate controls, concatenated over `treated`.
+        Rows of the candidate controls, one list for all of `treated`.
     start
-        Where the candidates of each treated cell start; one longer than `treated`.
-    weight
-        Probability of each candidate, or `None` where all candidates of a cell are equally likely.
+        Where the candidates of each treated cell start in `partners`.
+    count
+        Number of candidates of each treated cell.
+    cumulative
+        Running sum of the candidates' probabilities, which add up to 1 per treated cell; `None` where all candidates of a
+        cell are equally likely.
     """
 
     treated: NDArray[np.int64]
@@ -49,41 +51,64 @@ class Coupling:
         return self.partners[np.minimum(at, self.start + self.count - 1)]
 
 
-def strata(obs: pd.DataFrame, is_control: NDArray[np.bool_], keys: list[str]) -> NDArray[np.int64]:
-    """Stratum of each cell in which partners are looked for, -1 where there is no control.
+class Strata(NamedTuple):
+    """Where partners are looked for.
 
-    The finest of `keys[:k]` (context, then context and batch) in which a cell finds controls.
+    Attributes
+    ----------
+    wanted
+        Stratum of each cell, -1 where no control could be found.
+    pool
+        Controls of each stratum: positions, ordered by stratum.
+    pool_stratum
+        Stratum of each entry of `pool`, ascending. A control is in a stratum of every level.
     """
-    result = np.full(len(obs), -1, dtype=np.int64)
-    offset = 0
+
+    wanted: NDArray[np.int64]
+    pool: NDArray[np.int64]
+    pool_stratum: NDArray[np.int64]
+
+    def members(self, stratum: int) -> NDArray[np.int64]:
+        """Controls of a stratum."""
+        first, last = np.searchsorted(self.pool_stratum, [stratum, stratum + 1])
+        return self.pool[first:last]
+
+
+def strata(obs: pd.DataFrame, is_control: NDArray[np.bool_], keys: list[str]) -> Strata:
+    """The finest level (context; context and batch; ...) at which each cell finds controls."""
+    wanted = np.full(len(obs), -1, dtype=np.int64)
+    control = np.flatnonzero(is_control)
+    pools, codes, offset = [], [], 0
     for k in range(1, len(keys) + 1):
-        code = obs.groupby(keys[:k], observed=True, sort=False).ngroup().to_numpy()
-        has_control = np.isin(code, np.unique(code[is_control]))
-        result = np.where(has_control, code + offset, result)
-        offset += int(code.max(initial=0)) + 1
-    return result
+        code = obs.groupby(keys[:k], observed=True, sort=False).ngroup().to_numpy() + offset
+        wanted = np.where(np.isin(code, code[control]), code, wanted)
+        pools.append(control)
+        codes.append(code[control])
+        offset = int(code.max(initial=offset)) + 1
+    pool, stratum = np.concatenate(pools), np.concatenate(codes)
+    order = np.argsort(stratum, kind="stable")
+    return Strata(wanted, pool[order], stratum[order])
 
 
-def random_coupling(rows: NDArray[np.int64], is_control: NDArray[np.bool_], stratum: NDArray[np.int64]) -> Coupling:
-    """Any control of the same stratum; the arguments describe the cells `rows`, in that order."""
-    control = np.flatnonzero(is_control & (stratum >= 0))
-    control = control[np.argsort(stratum[control], kind="stable")]
-    levels, first, size = np.unique(stratum[control], return_index=True, return_counts=True)
-    treated = np.flatnonzero(~is_control & np.isin(stratum, levels))
-    at = np.searchsorted(levels, stratum[treated])
-    return Coupling(rows[treated], rows[control], first[at], size[at])
+def random_coupling(rows: NDArray[np.int64], is_control: NDArray[np.bool_], where: Strata) -> Coupling:
+    """Any control of the stratum; the arguments describe the cells `rows`, in that order."""
+    levels, first, size = np.unique(where.pool_stratum, return_index=True, return_counts=True)
+    treated = np.flatnonzero(~is_control & (where.wanted >= 0))
+    at = np.searchsorted(levels, where.wanted[treated])
+    return Coupling(rows[treated], rows[where.pool], first[at], size[at])
 
 
 def explicit_coupling(rows: NDArray[np.int64], is_control: NDArray[np.bool_], pair: NDArray[np.object_]) -> Coupling:
     """Controls that carry the same pair identifier."""
-    code, _ = pd.factorize(pd.Series(pair))
-    return random_coupling(rows, is_control, code.astype(np.int64))
+    known = pd.notna(pair)
+    chosen = strata(pd.DataFrame({"pair": pair[known]}), is_control[known], ["pair"])
+    return random_coupling(rows[known], is_control[known], chosen)
 
 
 def transport_coupling(
     rows: NDArray[np.int64],
     is_control: NDArray[np.bool_],
-    stratum: NDArray[np.int64],
+    where: Strata,
     label: NDArray[np.object_],
     embedding: NDArray[np.float32],
     rng: np.random.Generator,
@@ -94,7 +119,7 @@ def transport_coupling(
 
     Parameters
     ----------
-    rows, is_control, stratum, label
+    rows, is_control, where, label
         Cells to couple.
     embedding
         Low-dimensional expression of these cells, ``(len(rows), n_components)``.
@@ -104,13 +129,13 @@ def transport_coupling(
     import ot
 
     plans: list[tuple[NDArray, NDArray, NDArray]] = []
-    for level in np.unique(stratum[stratum >= 0]):
-        control = np.flatnonzero(is_control & (stratum == level))
-        if not len(control):
-            continue
+    asking = ~is_control & (where.wanted >= 0)
+    for stratum in np.unique(where.wanted[asking]):
+        control = where.members(stratum)
+        here = asking & (where.wanted == stratum)
         base = embedding[control] - embedding[control].mean(0)
-        for name in np.unique(label[(stratum == level) & ~is_control].astype(str)):
-            treated = np.flatnonzero(~is_control & (stratum == level) & (label == name))
+        for name in np.unique(label[here].astype(str)):
+            treated = np.flatnonzero(here & (label == name))
             moved = embedding[treated] - embedding[treated].mean(0)
             n_blocks = -(-max(len(control), len(treated)) // _OT_BLOCK)
             n_blocks = min(n_blocks, len(control), len(treated))

@@ -222,21 +222,21 @@ class PertVAE(PerturbationModel):
         if self.pairing == "pairs":
             return explicit_coupling(rows, is_control, adata.obs[self._argument("pair_key")].to_numpy(object)[rows])
         keys = [f"_scvi_{KEYS.CONTEXT}", f"_scvi_{KEYS.BATCH}"]
-        stratum = strata(adata.obs.iloc[rows], is_control, keys)
-        alone = int((~is_control & (stratum < 0)).sum())
+        where = strata(adata.obs.iloc[rows], is_control, keys)
+        alone = int((~is_control & (where.wanted < 0)).sum())
         if alone:
             logger.warning(
                 "%d perturbed cells are in contexts without control cells: they train the latent space, not the effect.",
                 alone,
             )
         if self.pairing == "random":
-            return random_coupling(rows, is_control, stratum)
+            return random_coupling(rows, is_control, where)
         layer = self._argument("layer")
         values = (adata.X if layer is None else adata.layers[layer])[rows]
         labels = adata.obs[self._argument("perturbation_key")].astype(str).to_numpy(object)[rows]
         rng = np.random.default_rng(seed)
         return transport_coupling(
-            rows, is_control, stratum, labels, embed(values, self.data_kind == "counts", seed=seed), rng
+            rows, is_control, where, labels, embed(values, self.data_kind == "counts", seed=seed), rng
         )
 
     def _data_module(
