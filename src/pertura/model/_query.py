@@ -136,7 +136,7 @@ class QueryMixin(ArgumentMixin):
                     f"`adata`: the column {name!r} of `obs`, registered as `{argument}`, is missing.{remedy}"
                 )
             columns[name] = obs[name].to_numpy()
-        known = AnnData(obs=pd.DataFrame(columns))
+        known = AnnData(obs=pd.DataFrame(columns, index=obs.index.astype(str)))
         for argument in self._query_columns:
             if self._argument(argument) in columns:
                 check_obs_key(known, argument, self._argument(argument))

@@ -135,6 +135,7 @@ class TrainingMixin(QueryMixin):
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             warnings.filterwarnings("ignore", message=".*The number of training batches.*")
             self._initialise(data)
+            self.module.train()  # after an earlier training or loading it is in evaluation mode, and Lightning leaves it
             runner()
         self._after_training(train_idx)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -34,6 +33,10 @@ class PyroPlan(LowLevelPyroTrainingPlan):
         `no_weight_decay`).
     n_epochs_kl_warmup
         Epochs in which the weight of the divergences rises to 1; a fraction below 1 is one of `max_epochs`.
+    n_steps_kl_warmup
+        The same in steps, where `n_epochs_kl_warmup` is `None`.
+    min_kl_weight, max_kl_weight
+        First and last weight of the divergences; validation uses the last.
     lr_schedule
         ``"cosine"`` lets the learning rate fall to zero over `max_epochs`, ``"constant"`` does not.
     """
@@ -46,8 +49,10 @@ class PyroPlan(LowLevelPyroTrainingPlan):
         lr: float = 1e-3,
         weight_decay: float = 0.0,
         n_epochs_kl_warmup: float | None = None,
+        n_steps_kl_warmup: int | None = None,
+        min_kl_weight: float = 1e-6,
+        max_kl_weight: float = 1.0,
         lr_schedule: str = "constant",
-        **kwargs: Any,
     ) -> None:
         if lr_schedule not in ("constant", "cosine"):
             raise ValueError(f"`lr_schedule` must be 'constant' or 'cosine', got {lr_schedule!r}.")
@@ -57,7 +62,9 @@ class PyroPlan(LowLevelPyroTrainingPlan):
             optim=torch.optim.AdamW,
             optim_kwargs={"lr": lr},
             n_epochs_kl_warmup=None if n_epochs_kl_warmup is None else int(n_epochs_kl_warmup),
-            **kwargs,
+            n_steps_kl_warmup=n_steps_kl_warmup,
+            min_kl_weight=min_kl_weight,
+            max_kl_weight=max_kl_weight,
         )
         self.weight_decay = weight_decay
         self.lr_schedule = lr_schedule
@@ -81,19 +88,28 @@ class PyroPlan(LowLevelPyroTrainingPlan):
         if self.use_kl_weight:
             kwargs = {**kwargs, "kl_weight": kl_weight}
         n_cells = len(batch[KEYS.X])
-        loss = self.differentiable_loss_fn(self.module.model, self.module.guide, *args, **kwargs) / n_cells
+        try:
+            loss = self.differentiable_loss_fn(self.module.model, self.module.guide, *args, **kwargs) / n_cells
+        except ValueError as error:
+            # distributions refuse parameters that are not finite before there is a loss
+            if "invalid values" not in str(error):
+                raise
+            raise FloatingPointError(self._not_finite(str(error).partition("\n")[0])) from error
         if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"The loss became {loss.item()} in epoch {self.current_epoch}. Training stopped; the parameters are "
-                "those of the last step. Try a smaller learning rate (`plan_kwargs={'lr': 1e-4}`), gradient clipping "
-                "(`gradient_clip_val=10`), and check the expression for extreme values."
-            )
+            raise FloatingPointError(self._not_finite(f"The loss became {loss.item()}."))
         return loss, n_cells
+
+    def _not_finite(self, what: str) -> str:
+        return (
+            f"{what} Training stopped in epoch {self.current_epoch}; the parameters are those of the last step. Try a "
+            "smaller learning rate (`lr=1e-4`), gradient clipping (`gradient_clip_val=10`), and check the expression for "
+            "extreme values."
+        )
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """One step on a minibatch."""
         loss, n_cells = self.loss_per_cell(batch, self.kl_weight)
-        self.log("elbo_train", loss.detach(), on_step=False, on_epoch=True, prog_bar=True, batch_size=n_cells)
+        self._log("elbo_train", loss.detach(), n_cells)
         return loss
 
     def on_train_epoch_start(self) -> None:
@@ -108,15 +124,11 @@ class PyroPlan(LowLevelPyroTrainingPlan):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Negative ELBO of held-out cells, without warm-up."""
         loss, n_cells = self.loss_per_cell(batch, self.max_kl_weight)
-        self.log(
-            "elbo_validation",
-            loss,
-            on_step=False,
-            on_epoch=True,
-            prog_bar=True,
-            batch_size=n_cells,
-            sync_dist=True,
-        )
+        self._log("elbo_validation", loss, n_cells)
+
+    def _log(self, name: str, value: Tensor, n_cells: int) -> None:
+        """Mean over the cells of an epoch, in all processes."""
+        self.log(name, value, on_step=False, on_epoch=True, prog_bar=True, batch_size=n_cells, sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW; groups with and without weight decay, and with the module's own learning rates."""
@@ -124,6 +136,8 @@ class PyroPlan(LowLevelPyroTrainingPlan):
         special: dict[str, float] = getattr(self.module, "lr_factors", {})
         skip: set[str] = getattr(self.module, "no_weight_decay", set())
         for name, parameter in self.module.named_parameters():
+            if not parameter.requires_grad:
+                continue
             factor = next((f for prefix, f in special.items() if name.startswith(prefix)), None)
             if factor is not None:
                 own.append({"params": [parameter], "weight_decay": 0.0, "lr": self.optim_kwargs["lr"] * factor})

@@ -1,0 +1,137 @@
+"""Every model of the package, small and trained on a few simulated cells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from anndata import AnnData
+
+import pertura
+from pertura import datasets
+
+QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
+SCREEN = {"perturbation_key": "perturbation", "control": "control", "layer": "counts", "context_key": "cell_type"}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A model and what can be asked of it.
+
+    Attributes
+    ----------
+    name
+        Where it is, below `pertura`.
+    init, train
+        Arguments that make it small and fast.
+    learns_by_gradient
+        Whether it has an ELBO, epochs and validation.
+    combines
+        Whether it predicts combinations that it has not seen.
+    reconstructs
+        Whether a cell under its own perturbation is close to what was measured of it.
+    wrong_init
+        One wrong value for each argument of its own.
+    """
+
+    name: str
+    init: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+    learns_by_gradient: bool = True
+    combines: bool = True
+    reconstructs: bool = True
+    wrong_init: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def cls(self) -> type:
+        namespace, _, name = self.name.partition(".")
+        return getattr(getattr(pertura, namespace), name)
+
+    def setup(self, adata: AnnData, **arguments: Any) -> None:
+        self.cls.setup_anndata(adata, **{**SCREEN, "batch_key": "batch", **arguments})
+
+    def make(self, adata: AnnData | None = None, **arguments: Any) -> Any:
+        torch.manual_seed(0)
+        return self.cls(adata, **{**self.init, **arguments})
+
+    def fit(self, model: Any, **arguments: Any) -> Any:
+        model.train(**{**QUIET, **self.train, **arguments})
+        return model
+
+
+_SMALL = {"n_latent": 4, "encoder_hidden": (16,), "n_flow_hidden": 8, "n_flow_context": 8}
+# adding a model is adding a line
+MODELS = [
+    Spec("model.PertVAE", init=_SMALL, train={"max_epochs": 3, "batch_size": 64}),
+]
+
+
+def small_screen(**settings: Any) -> AnnData:
+    """Two contexts, three perturbations and one combination; 200 cells x 40 genes."""
+    default = {
+        "n_cells_per_condition": 15,
+        "n_control_cells": 40,
+        "n_genes": 40,
+        "n_regulators": 6,
+        "n_perturbations": 3,
+        "combinations": 1,
+        "n_contexts": 2,
+        "n_unresponsive_contexts": 0,
+        "n_biomarkers": 2,
+        "n_truth_cells": 20,
+        "n_batches": 2,
+        "seed": 3,
+    }
+    return datasets.simulate(**{**default, **settings})
+
+
+@pytest.fixture(scope="session", params=MODELS, ids=lambda spec: spec.name)
+def spec(request: pytest.FixtureRequest) -> Spec:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def gradient_spec(spec: Spec) -> Spec:
+    if not spec.learns_by_gradient:
+        pytest.skip("trained in closed form")
+    return spec
+
+
+@pytest.fixture(scope="session")
+def _screens() -> dict[str, AnnData]:
+    return {
+        "plain": small_screen(),
+        "dosed": small_screen(doses=[1.0, 10.0], combinations=0, n_cells_per_condition=12, n_perturbations=2),
+        "continuous": small_screen(modality="log"),
+    }
+
+
+@pytest.fixture
+def screen(_screens: dict[str, AnnData]) -> Callable[..., AnnData]:
+    """`screen()` is a fresh AnnData; `screen("dosed")`, `screen("continuous")` are others."""
+    return lambda name="plain": _screens[name].copy()
+
+
+@pytest.fixture(scope="session")
+def trained(spec: Spec, _screens: dict[str, AnnData]) -> Any:
+    """A trained model; tests leave it and its data as they are."""
+    adata = _screens["plain"].copy()
+    spec.setup(adata)
+    return spec.fit(spec.make(adata))
+
+
+@pytest.fixture(scope="session")
+def trained_dosed(spec: Spec, _screens: dict[str, AnnData]) -> Any:
+    adata = _screens["dosed"].copy()
+    spec.setup(adata, dose_key="dose")
+    return spec.fit(spec.make(adata))
+
+
+@pytest.fixture(scope="session")
+def trained_continuous(spec: Spec, _screens: dict[str, AnnData]) -> Any:
+    adata = _screens["continuous"].copy()
+    spec.setup(adata, layer=None)
+    return spec.fit(spec.make(adata))
