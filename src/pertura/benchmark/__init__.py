@@ -1,0 +1,28 @@
+"""Models against baselines and the technical ceiling of the data, on held-out perturbations, contexts and doses.
+
+:func:`run` trains and scores, :func:`summarise` says how much of the gap between the mean effect and the
+ceiling each model closes; :func:`pertura.pl.benchmark` draws it. On the command line: ``python -m
+pertura.benchmark kang``.
+"""
+
+from ._dataset import Dataset, make_splits
+from ._effects import effect_calibration, measured_effect
+from ._l1000 import run_l1000, summarise_l1000
+from ._runner import DEFAULT_METRICS, run
+from ._spec import ModelSpec, baselines, parse_model
+from ._summary import summarise
+
+__all__ = [
+    "DEFAULT_METRICS",
+    "Dataset",
+    "ModelSpec",
+    "baselines",
+    "effect_calibration",
+    "make_splits",
+    "measured_effect",
+    "parse_model",
+    "run",
+    "run_l1000",
+    "summarise",
+    "summarise_l1000",
+]

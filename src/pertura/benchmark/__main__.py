@@ -1,0 +1,103 @@
+"""``python -m pertura.benchmark DATA``: run a benchmark and print its summary."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+import pandas as pd
+
+from ._dataset import ALIASES, KINDS
+from ._l1000 import run_l1000, summarise_l1000
+from ._runner import DEFAULT_METRICS, run
+from ._spec import parse_model
+from ._summary import summarise
+
+_EPILOG = """\
+examples:
+  python -m pertura.benchmark kang --seeds 3 --models PertVAE --out kang.csv
+  python -m pertura.benchmark kang --models PertVAE PertVAE:preset=paper Linear --seeds 1
+  python -m pertura.benchmark norman --split unseen_combination --models Additive PertVAE --out norman.csv
+  python -m pertura.benchmark l1000 --seeds 3 --out l1000.csv
+
+A model is a class of pertura.model or pertura.baseline with arguments after a colon:
+PertVAE:n_latent=10,train.max_epochs=50. Results in --out are kept: what is in it is not run again.
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pertura.benchmark",
+        description="Train models on what a split leaves, score what it holds out, beside baselines and ceiling.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "data",
+        help=f"{', '.join(sorted(ALIASES))}, any loader of pertura.datasets, or l1000 (the paper's Table 1)",
+    )
+    parser.add_argument("--models", nargs="+", default=["PertVAE"], metavar="MODEL", help="default: PertVAE")
+    parser.add_argument("--split", default="unseen_context", choices=KINDS, help="question (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: %(default)s)")
+    parser.add_argument("--metrics", nargs="+", default=list(DEFAULT_METRICS), metavar="METRIC")
+    parser.add_argument("--out", metavar="CSV", help="file of results, continued if it exists")
+    parser.add_argument("--plot", metavar="PNG", help="figure of the summary")
+    parser.add_argument("--skip-errors", action="store_true", help="leave models out of splits they refuse")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Parameters
+    ----------
+    argv
+        Words of the command line without the program; default ``sys.argv[1:]``.
+
+    Returns
+    -------
+    Exit status: 0, or 2 for wrong arguments.
+    """
+    parser = _parser()
+    options = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        models = dict(parse_model(text) for text in options.models)
+        if options.data == "l1000":
+            table = summarise_l1000(run_l1000(models=models, seeds=options.seeds, out=options.out))
+        else:
+            results = run(
+                options.data,
+                models,
+                splits=options.split,
+                seeds=options.seeds,
+                metrics=options.metrics,
+                out=options.out,
+                on_error="skip" if options.skip_errors else "raise",
+            )
+            table = summarise(results)
+    except ValueError as error:
+        parser.error(str(error))
+    with pd.option_context("display.width", 220, "display.max_columns", None, "display.max_rows", None):
+        drop = [c for c in ("dataset", "split") if c in table]
+        sys.stdout.write(table.drop(columns=drop).to_string(index=False, float_format="%.3f") + "\n")
+    if options.plot:
+        if options.data == "l1000":
+            parser.error("--plot draws summaries of held-out conditions; l1000 has none.")
+        import matplotlib.pyplot as plt
+
+        from pertura import pl
+
+        names = list(dict.fromkeys(table["metric"]))
+        figure, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.2), squeeze=False, layout="constrained")
+        for metric, ax in zip(names, axes[0], strict=True):
+            pl.benchmark(table, metric=metric, ax=ax)
+        figure.savefig(options.plot, dpi=150)
+        plt.close(figure)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

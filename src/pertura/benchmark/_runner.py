@@ -1,0 +1,285 @@
+"""Models x splits x seeds -> one tidy table of scores."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scvi.utils import track
+
+from pertura.data import Split
+from pertura.metrics import Metric
+
+from ._dataset import Dataset, resolve_splits
+from ._resources import Resources
+from ._score import INTERVAL, Task, ask, benchmark_metric, make_tasks, score, score_ceiling
+from ._spec import Factory, ModelSpec, digest, resolve_models
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_METRICS = (
+    "pearson_effect_top",
+    "r2_top",
+    "mse",
+    "pearson_effect",
+    "interval_coverage",
+    "interval_coverage_top",
+)
+"""What :func:`run` scores by default."""
+
+CEILING = "ceiling"
+COLUMNS = [
+    "dataset",
+    "split",
+    "held_out",
+    "perturbation",
+    "dose",
+    "context",
+    "model",
+    "seed",
+    "metric",
+    "value",
+    "n_cells",
+    "seconds",
+    "peak_mb",
+    "settings",
+]
+_RUN = ["dataset", "split", "held_out", "model", "seed"]
+_TEXT = dict.fromkeys(("dataset", "split", "held_out", "perturbation", "dose", "context", "model", "metric"), str)
+
+
+def run(
+    data: AnnData | str | Dataset,
+    models: Mapping[str, ModelSpec | type | Factory],
+    *,
+    splits: str | Split | Sequence[Split] = "unseen_context",
+    seeds: int | Sequence[int] = 3,
+    metrics: Sequence[str | Metric] = DEFAULT_METRICS,
+    baselines: bool = True,
+    perturbation_key: str | None = None,
+    control: str | None = None,
+    context_key: str | None = None,
+    dose_key: str | None = None,
+    layer: str | None = None,
+    top: int = 100,
+    level: float = 0.9,
+    n_halves: int = 50,
+    max_controls: int = 2000,
+    out: str | Path | None = None,
+    on_error: Literal["raise", "skip"] = "raise",
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Train models on what a split leaves, predict what it holds out, and score it.
+
+    A model gets an AnnData with the training rows of the split and nothing else: held-out cells are not in it.
+    It is then asked for every held-out condition, starting from control cells of its context, and the mean of
+    its predictions is compared with the mean of the held-out cells. Effects are against the same measured
+    control cells for prediction and truth; counts are scored as log1p of counts per 10,000.
+
+    Parameters
+    ----------
+    data
+        AnnData, the name of a loader in :mod:`pertura.datasets` (or ``"kang"``), or a
+        :class:`~pertura.benchmark.Dataset`.
+    models
+        Name -> :class:`~pertura.benchmark.ModelSpec`, model class, or function ``f(adata, *, setup, seed)`` that
+        returns a trained model (an object with ``predict_perturbation`` and, for interval metrics,
+        ``get_perturbation_effect``); `setup` holds the arguments of ``setup_anndata``.
+    splits
+        Name of a question (see :func:`~pertura.benchmark.make_splits`) or splits from :mod:`pertura.data`.
+        Validation rows of a split are in no model's training data.
+    seeds
+        Number of seeds, or the seeds. Models that do not depend on them run once.
+    metrics
+        Names (see :func:`pertura.metrics.list_metrics`) or metrics. Interval metrics score the `level` interval of
+        the effect, with allowance for the standard error of the measured effect; they also take ``"_top"``.
+        Metrics of cells get one posterior-predictive draw per control cell.
+    baselines
+        Add :func:`~pertura.benchmark.baselines`.
+    perturbation_key, control, context_key, dose_key, layer
+        See :class:`~pertura.benchmark.Dataset`; by default what ``adata.uns["dataset"]`` says.
+    top
+        Number of genes meant by ``"_top"``.
+    level
+        Level of intervals.
+    n_halves
+        Random halvings of the held-out cells for the rows with model ``"ceiling"``; 0 leaves them out.
+    max_controls
+        Start from a random subset of the control cells of a context that has more.
+    out
+        CSV file to write after every run; runs that are in it already are not repeated.
+    on_error
+        ``"skip"``: a model that raises ValueError or RuntimeError is logged and left out of that split (a model
+        without perturbation features cannot answer for unseen perturbations).
+    progress
+        Show a progress bar.
+
+    Returns
+    -------
+    One row per held-out condition, model, seed and metric: ``dataset, split`` (the question), ``held_out`` (name
+    of the split), ``perturbation, dose, context, model, seed, metric, value, n_cells`` (held-out cells of the
+    condition), ``seconds`` (training and prediction of the run) and ``peak_mb`` (largest resident memory of the
+    process during it, in MiB), ``settings`` (fingerprint of how it was made).
+
+    Raises
+    ------
+    ValueError
+        If an argument does not fit the data, or `out` holds runs of the same name with other settings.
+
+    See Also
+    --------
+    summarise : means, intervals and the gap closed.
+    """
+    dataset = Dataset.of(
+        data,
+        perturbation_key=perturbation_key,
+        control=control,
+        context_key=context_key,
+        dose_key=dose_key,
+        layer=layer,
+    )
+    chosen_splits = resolve_splits(dataset, splits)
+    chosen = resolve_models(models, baselines)
+    if CEILING in chosen:
+        raise ValueError(f"`models`: the name {CEILING!r} is taken by the technical ceiling; choose another.")
+    wanted = [benchmark_metric(m, top) for m in ([metrics] if isinstance(metrics, str | Metric) else metrics)]
+    numbers = list(range(seeds)) if isinstance(seeds, int) else [int(s) for s in seeds]
+    if not wanted or not numbers:
+        raise ValueError("`metrics` and `seeds` must not be empty.")
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"`on_error` must be 'raise' or 'skip', got {on_error!r}.")
+    results = _Results(out)
+    protocol = (dataset.keys, top, level, max_controls, n_halves)
+    plan: list[tuple[Split, str, int, str]] = []
+    for split in chosen_splits:
+        held = (split.kind, split.test.tobytes(), split.train.tobytes())
+        for name, model in chosen.items():
+            stochastic = not isinstance(model, ModelSpec) or model.stochastic
+            mark = digest(model, protocol, held)
+            plan += [(split, name, seed, mark) for seed in (numbers if stochastic else numbers[:1])]
+        if n_halves:
+            plan.append((split, CEILING, numbers[0], digest(protocol, held)))
+    names = [m.name for m in wanted]
+    plan = [p for p in plan if not results.has((dataset.name, p[0].kind, p[0].name, p[1], p[2]), names, p[3])]
+    tasks: list[Task] = []
+    current = None
+    options = {"top": top, "level": level, "n_halves": n_halves}
+    for split, name, seed, mark in track(plan, description="Benchmark", disable=not progress):
+        if split is not current:
+            with_reference = any("reference" in m.parameters for m in wanted)
+            tasks = make_tasks(dataset, split, max_controls=max_controls, seed=0, with_reference=with_reference)
+            current = split
+        about = dict(zip(_RUN, (dataset.name, split.kind, split.name, name, seed), strict=True))
+        try:
+            with _quiet():
+                table = _one(chosen.get(name), dataset, split, tasks, wanted, seed, **options)
+        except (ValueError, RuntimeError) as error:
+            if on_error == "raise":
+                raise
+            logger.warning("%s was left out of split %r (seed %d): %s", name, split.name, seed, error)
+            continue
+        results.add(table.assign(**about, settings=mark))
+    return results.of(dataset.name, {s.kind for s in chosen_splits}, [*chosen, CEILING], names)
+
+
+def _one(
+    factory: Factory | None,
+    dataset: Dataset,
+    split: Split,
+    tasks: Sequence[Task],
+    metrics: Sequence[Metric],
+    seed: int,
+    *,
+    top: int,
+    level: float,
+    n_halves: int,
+) -> pd.DataFrame:
+    """One model (`None`: the ceiling), split and seed."""
+    with Resources() as used:
+        if factory is None:
+            frames = [score_ceiling(task, metrics, n_halves=n_halves, seed=seed) for task in tasks]
+        else:
+            model = factory(dataset.rows(split.train), setup=dataset.keys, seed=seed)
+            asked = {
+                "level": level,
+                "seed": seed,
+                "options": dict(getattr(factory, "predict", {})),
+                "intervals": any(m.name.startswith(INTERVAL) for m in metrics),
+                "cells": any(m.needs == "cells" for m in metrics),
+            }
+            predictions = [ask(model, task, **asked) for task in tasks]
+    if factory is not None:
+        frames = [score(p, task, metrics, top=top, level=level) for p, task in zip(predictions, tasks, strict=True)]
+    for frame, task in zip(frames, tasks, strict=True):
+        key = zip(frame["condition"], frame["context"], strict=True)
+        frame["n_cells"] = [task.n_cells[k] for k in key]
+        frame["dose"] = task.dose
+    table = pd.concat(frames, ignore_index=True).rename(columns={"condition": "perturbation"})
+    return table.assign(seconds=round(used.seconds, 3), peak_mb=round(used.peak_mb, 1))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Lightning's notes on hardware and seeds, once per model."""
+    loggers = [logging.getLogger(n) for n in ("lightning.pytorch", "lightning.fabric", "lightning_fabric")]
+    before = [log.level for log in loggers]
+    try:
+        for log in loggers:
+            log.setLevel(logging.WARNING)
+        yield
+    finally:
+        for log, old in zip(loggers, before, strict=True):
+            log.setLevel(old)
+
+
+class _Results:
+    """Table of results, kept in a CSV file if there is one."""
+
+    def __init__(self, path: str | Path | None) -> None:
+        self.path = None if path is None else Path(path)
+        self.table = pd.DataFrame(columns=COLUMNS)
+        if self.path is not None and self.path.exists():
+            self.table = pd.read_csv(self.path, dtype={**_TEXT, "settings": str}, keep_default_na=True)
+            lacking = [c for c in COLUMNS if c not in self.table]
+            if lacking:
+                raise ValueError(f"`out`: {str(self.path)!r} is no benchmark result, it lacks {lacking}.")
+            self.table["dose"] = self.table["dose"].fillna("")
+
+    def has(self, run: tuple[Any, ...], metrics: Sequence[str], settings: str) -> bool:
+        """Whether a run is there with all metrics; it must have been made in the same way."""
+        own = self.table[np.logical_and.reduce([self.table[k] == v for k, v in zip(_RUN, run, strict=True)])]
+        if own.empty:
+            return False
+        if (own["settings"] != settings).any():
+            raise ValueError(
+                f"`out`: {str(self.path)!r} has {run[3]!r} on {run[2]!r} (seed {run[4]}) made with other "
+                "settings or data. Delete the file, or name another."
+            )
+        return set(metrics) <= set(own["metric"])
+
+    def add(self, table: pd.DataFrame) -> None:
+        """Add a run, in place of an older one with fewer metrics."""
+        new = table[COLUMNS]
+        run = new.iloc[0]
+        same = np.logical_and.reduce([self.table[k] == run[k] for k in _RUN]) if len(self.table) else []
+        replaced = len(self.table) and same.any()
+        old = self.table[~same] if replaced else self.table
+        self.table = pd.concat([old, new], ignore_index=True) if len(old) else new.reset_index(drop=True)
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            append = self.path.exists() and not replaced
+            (new if append else self.table).to_csv(
+                self.path, mode="a" if append else "w", header=not append, index=False
+            )
+
+    def of(self, dataset: str, kinds: set[str], models: Sequence[str], metrics: Sequence[str]) -> pd.DataFrame:
+        """Rows of this benchmark."""
+        t = self.table
+        keep = (t["dataset"] == dataset) & t["split"].isin(kinds) & t["model"].isin(models) & t["metric"].isin(metrics)
+        return t[keep].astype({"value": float, "seed": int, "n_cells": int}).reset_index(drop=True)

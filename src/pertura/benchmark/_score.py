@@ -1,0 +1,262 @@
+"""From a trained model and a split to scores of the held-out conditions."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData, concat
+from numpy.typing import NDArray
+
+from pertura.data import Split
+from pertura.metrics import METRICS, Metric, evaluate, get_metric, perturbed_mean, split_half_ceiling
+from pertura.metrics._arrays import top_weights
+from pertura.metrics._pseudobulk import moments
+
+from ._dataset import Dataset
+from ._spec import Predictor
+
+logger = logging.getLogger(__name__)
+
+INTERVAL = ("interval_coverage", "interval_width", "interval_score")
+_LABEL, _CONTEXT = "perturbation", "context"
+
+
+def benchmark_metric(name: str | Metric, top: int) -> Metric:
+    """Metric by name; the interval metrics take the suffix ``"_top"`` as well."""
+    if isinstance(name, str) and name not in METRICS and name.rpartition("_top")[0] in INTERVAL:
+        return replace(METRICS[name.rpartition("_top")[0]], name=name)
+    metric = get_metric(name, top=top)
+    if metric.needs not in ("mean", "cells") and metric.name not in INTERVAL and "predicted" not in metric.parameters:
+        raise ValueError(f"`metrics`: {metric.name!r} (needs {metric.needs}) does not score held-out conditions.")
+    return metric
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Held-out conditions of one split and one dose.
+
+    Attributes
+    ----------
+    truth
+        Held-out perturbed cells and the control cells that predictions start from, on the scale of the
+        evaluation; ``obs``: ``perturbation``, ``context``.
+    controls
+        The same control cells as models see them.
+    dose
+        As text; empty without doses.
+    reference
+        Training cells on the scale of the evaluation, for metrics that compare with the mean perturbed profile.
+    """
+
+    dataset: Dataset
+    truth: AnnData
+    controls: AnnData
+    dose: str
+    reference: pd.DataFrame | None
+
+    @cached_property
+    def conditions(self) -> list[tuple[str, str]]:
+        """Held-out (perturbation, context)."""
+        held = self.truth.obs[self.truth.obs[_LABEL] != self.dataset.control]
+        return sorted(set(zip(held[_LABEL], held[_CONTEXT], strict=True)))
+
+    @cached_property
+    def effects(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Measured effects and their standard errors, (perturbation, context) x genes."""
+        codes, groups = pd.MultiIndex.from_frame(self.truth.obs[[_LABEL, _CONTEXT]]).factorize()
+        m = moments(self.truth.X, codes, groups)
+        keys = pd.MultiIndex.from_tuples(self.conditions, names=[_LABEL, _CONTEXT])
+        base = pd.MultiIndex.from_tuples([(self.dataset.control, c) for _, c in self.conditions])
+        treated, control = m.take(keys), m.take(base)
+        se = np.sqrt(treated.var / treated.n[:, None] + control.var / control.n[:, None])
+        genes = self.truth.var_names
+        return pd.DataFrame(treated.mean - control.mean, keys, genes), pd.DataFrame(se, keys, genes)
+
+    @cached_property
+    def n_cells(self) -> dict[tuple[str, str], int]:
+        """Number of held-out cells of each condition."""
+        return self.truth.obs.groupby([_LABEL, _CONTEXT], observed=True).size().to_dict()
+
+
+def make_tasks(dataset: Dataset, split: Split, *, max_controls: int, seed: int, with_reference: bool) -> list[Task]:
+    """Tasks of a split, one per dose.
+
+    Control cells are those held out in the context, or, where the split holds out none, those it trains on.
+    """
+    label, context, dose = dataset.labels, dataset.contexts, dataset.doses
+    is_control = label == dataset.control
+    test = np.zeros(len(label), dtype=bool)
+    test[split.test] = True
+    known = np.zeros(len(label), dtype=bool)
+    known[split.train] = True
+    rng = np.random.default_rng(seed)
+    reference = None
+    if with_reference:
+        train = _labelled(dataset, split.train)
+        reference = perturbed_mean(train, perturbation_key=_LABEL, context_key=_CONTEXT, control=dataset.control)
+    controls: dict[str, NDArray[np.intp]] = {}
+    for name in np.unique(context[test & ~is_control]):
+        own = is_control & (context == name)
+        rows = np.flatnonzero(own & test) if (own & test).any() else np.flatnonzero(own & known)
+        if len(rows) > max_controls:
+            rows = np.sort(rng.choice(rows, max_controls, replace=False))
+        if len(rows) < 2:
+            logger.warning("Context %r of split %r has no control cells: it is not scored.", name, split.name)
+            continue
+        controls[name] = rows
+    tasks = []
+    for value in np.unique(dose[test & ~is_control]):
+        own = test & ~is_control & (dose == value) & np.isin(context, list(controls))
+        if not own.any():
+            continue
+        base = np.sort(np.concatenate([controls[c] for c in np.unique(context[own])]))
+        tasks.append(
+            Task(
+                dataset=dataset,
+                truth=_labelled(dataset, np.concatenate([np.flatnonzero(own), base])),
+                controls=dataset.rows(base),
+                dose=str(value),
+                reference=reference,
+            )
+        )
+    if not tasks:
+        raise ValueError(f"`splits`: no held-out context of {split.name!r} has control cells to start from.")
+    return tasks
+
+
+def _labelled(dataset: Dataset, rows: NDArray[np.intp]) -> AnnData:
+    obs = pd.DataFrame({_LABEL: dataset.labels[rows], _CONTEXT: dataset.contexts[rows]})
+    obs.index = dataset.adata.obs_names[rows]
+    return AnnData(X=dataset.expression(rows), obs=obs, var=pd.DataFrame(index=dataset.adata.var_names))
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What a model said about the conditions of a task; tables (perturbation, context) x genes."""
+
+    mean: pd.DataFrame
+    low: pd.DataFrame | None
+    high: pd.DataFrame | None
+    cells: AnnData | None
+
+
+def ask(
+    model: Predictor,
+    task: Task,
+    *,
+    level: float,
+    seed: int,
+    options: dict[str, Any],
+    intervals: bool,
+    cells: bool,
+) -> Prediction:
+    """Predict each condition from the control cells of its context."""
+    dose = _one_dose(task.dose)
+    asked = {"seed": seed, **options} | ({} if dose is None else {"dose": dose})
+    intervals = intervals and hasattr(model, "get_perturbation_effect")
+    genes = task.truth.var_names
+    context = task.truth.obs[_CONTEXT].reindex(task.controls.obs_names).to_numpy(dtype=str)
+    mean, low, high, drawn = {}, {}, {}, []
+    for perturbation, name in task.conditions:
+        key = (perturbation, name)
+        query = task.controls[context == name].copy()
+        predicted = model.predict_perturbation(perturbation, adata=query, return_anndata=True, ci=None, **asked)
+        mean[key] = np.asarray(predicted.to_df()[genes].mean(axis=0), dtype=np.float64)
+        if intervals:
+            table = model.get_perturbation_effect(perturbation, adata=query, ci=level, **asked)
+            table = table.set_index("gene").loc[genes]
+            low[key], high[key] = table["ci_low"].to_numpy(), table["ci_high"].to_numpy()
+        if cells:
+            # One draw per cell: means over draws vary less than cells do.
+            draw = model.predict_perturbation(
+                perturbation, adata=query, return_anndata=True, ci=None, **{**asked, "n_samples": 1}
+            )
+            obs = pd.DataFrame({_LABEL: perturbation, _CONTEXT: name}, index=draw.obs_names + f"-{perturbation}")
+            drawn.append(AnnData(X=draw[:, genes].X.copy(), obs=obs, var=pd.DataFrame(index=genes)))
+    frame = [
+        pd.DataFrame(list(t.values()), pd.MultiIndex.from_tuples(t, names=[_LABEL, _CONTEXT]), genes) if t else None
+        for t in (mean, low, high)
+    ]
+    return Prediction(*frame, concat(drawn) if drawn else None)
+
+
+def _one_dose(text: str) -> float | None:
+    values = {float(part) for part in text.split("+")} if text else set()
+    if len(values) > 1:
+        raise ValueError(f"`dose_key`: members of a combination with different doses ({text}) cannot be asked yet.")
+    return next(iter(values), None)
+
+
+def score(prediction: Prediction, task: Task, metrics: Sequence[Metric], *, top: int, level: float) -> pd.DataFrame:
+    """Scores as ``condition, context, metric, value``; NaN where the model gives no interval."""
+    keys = {"perturbation_key": _LABEL, "control": task.dataset.control, "context_key": _CONTEXT}
+    frames = []
+    for needs_cells in (False, True):
+        own = [m for m in metrics if not _is_interval(m) and (m.needs == "cells") == needs_cells]
+        if own:
+            predicted = prediction.cells if needs_cells else prediction.mean
+            frames.append(evaluate(predicted, task.truth, **keys, metrics=own, top=top, reference=task.reference))
+    own = [m for m in metrics if _is_interval(m)]
+    if own:
+        frames.append(_score_intervals(prediction, task, own, top, level))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _is_interval(metric: Metric) -> bool:
+    return metric.name in INTERVAL or metric.name.rpartition("_top")[0] in INTERVAL
+
+
+def _score_intervals(
+    prediction: Prediction, task: Task, metrics: Sequence[Metric], top: int, level: float
+) -> pd.DataFrame:
+    """Intervals of effects against measured effects, allowing for the standard error of these."""
+    effect, se = task.effects
+    rows = []
+    for key in task.conditions:
+        truth, error = effect.loc[key].to_numpy(), se.loc[key].to_numpy()
+        for metric in metrics:
+            value = np.nan
+            if prediction.low is not None and np.isfinite(error).all():
+                suffix = metric.name.rpartition("_top")[2] if "_top" in metric.name else None
+                genes = np.ones(len(truth), dtype=bool)
+                if suffix is not None:
+                    genes = top_weights(np.abs(truth), int(suffix) if suffix else top) > 0
+                given = {"truth": truth[genes], "truth_se": error[genes], "level": level}
+                low, high = (
+                    prediction.low.loc[key].to_numpy()[genes],
+                    prediction.high.loc[key].to_numpy()[genes],
+                )
+                value = metric(low, high, **{k: v for k, v in given.items() if k in metric.parameters})
+            rows.append({"condition": key[0], "context": key[1], "metric": metric.name, "value": value})
+    return pd.DataFrame(rows)
+
+
+def score_ceiling(task: Task, metrics: Sequence[Metric], *, n_halves: int, seed: int) -> pd.DataFrame:
+    """Split-half scores of the held-out cells; NaN for metrics and conditions that have none."""
+    own = [m for m in metrics if m.needs == "mean" and "reference" not in m.required]
+    label, context = (task.truth.obs[k].to_numpy(dtype=str) for k in (_LABEL, _CONTEXT))
+    rows = []
+    for perturbation, name in task.conditions:
+        treated = task.truth.X[np.flatnonzero((label == perturbation) & (context == name))]
+        control = task.truth.X[np.flatnonzero((label == task.dataset.control) & (context == name))]
+        values = pd.Series(dtype=float)
+        if own and treated.shape[0] >= 4:
+            values = split_half_ceiling(
+                treated, np.asarray(control.mean(axis=0)).ravel(), own, n_splits=n_halves, seed=seed
+            ).mean()
+        rows += [
+            {
+                "condition": perturbation,
+                "context": name,
+                "metric": m.name,
+                "value": values.get(m.name, np.nan),
+            }
+            for m in metrics
+        ]
+    return pd.DataFrame(rows)

@@ -1,0 +1,11 @@
+"""Plots that :mod:`scanpy.pl` has not: predicted against measured effects, calibration, benchmarks.
+
+For everything else (expression in layers, ranked effects, embeddings) the results are where :mod:`scanpy.pl`
+looks for them.
+"""
+
+from ._benchmark import benchmark
+from ._calibration import calibration
+from ._effect import effect_scatter
+
+__all__ = ["benchmark", "calibration", "effect_scatter"]
