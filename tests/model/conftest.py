@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from anndata import AnnData
+from scipy import sparse
 
 import pertura
 from pertura import datasets
@@ -88,6 +92,23 @@ def small_screen(**settings: Any) -> AnnData:
     return datasets.simulate(**{**default, **settings})
 
 
+def fingerprint(value: Any) -> Any:
+    """Everything in an AnnData, in a form that `==` compares."""
+    if isinstance(value, AnnData):
+        slots = ("obs", "var", "uns", "obsm", "varm", "obsp", "varp", "layers")
+        return {"X": fingerprint(value.X), **{name: fingerprint(getattr(value, name)) for name in slots}}
+    if isinstance(value, pd.DataFrame):
+        columns = [(str(c), str(value[c].dtype), fingerprint(value[c].to_numpy(object))) for c in value]
+        return fingerprint(value.index.to_numpy(object)), columns
+    if isinstance(value, Mapping):
+        return {k: fingerprint(v) for k, v in value.items() if k is not None}
+    if sparse.issparse(value):
+        return value.format, value.shape, value.data.tobytes(), value.indices.tobytes()
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return value.shape, str(value.dtype), value.tobytes()
+    return repr(value.tolist() if hasattr(value, "tolist") else value)
+
+
 @pytest.fixture(scope="session", params=MODELS, ids=lambda spec: spec.name)
 def spec(request: pytest.FixtureRequest) -> Spec:
     return request.param
@@ -98,6 +119,20 @@ def gradient_spec(spec: Spec) -> Spec:
     if not spec.learns_by_gradient:
         pytest.skip("trained in closed form")
     return spec
+
+
+@pytest.fixture
+def unchanged() -> Callable[..., AbstractContextManager[None]]:
+    """`with unchanged(adata):` fails if the block leaves a trace in it."""
+
+    @contextmanager
+    def compare(adata: AnnData) -> Iterator[None]:
+        before = fingerprint(adata)
+        yield
+        after = fingerprint(adata)
+        assert [k for k in before if before[k] != after[k]] == []
+
+    return compare
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ error that every effect has, and one in proportion to its size. There is one pai
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -106,8 +107,11 @@ class Discrepancy:
             parts.append(self.calibration[novelty])
         if self.is_new_context(question.label, context):
             parts.append(self.calibration["new context"])
-        # each step away from the data can only widen
-        return max(p[0] for p in parts), max(p[1] for p in parts)
+        a2 = k2 = 0.0
+        for a, k in parts:
+            # each step adds an error of its own; what is in proportion to the effect is so to the true one, m^2 + a2 + k2 m^2
+            a2, k2 = a2 + a**2 + k**2 * a2, k2 + k**2 + k**2 * k2
+        return math.sqrt(a2), math.sqrt(k2)
 
     def table(self, questions: Sequence[Question], contexts: Sequence[str]) -> NDArray[np.float32]:
         """Parameters of all questions in all contexts, ``(n_questions, n_contexts, 2)``."""
