@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.fast and options.data == "kang":
         parser.error("--fast simulates its cells; leave --data out.")
-    from pertura.benchmark._runner import _quiet
+    from pertura.benchmark._runner import quiet
 
     started = time.perf_counter()
     out = Path(options.out)
@@ -73,9 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     context = options.context or ("CD14+ Monocytes" if "CD14+ Monocytes" in contexts else contexts[0])
     if context not in contexts:
         parser.error(f"--context: there is no {context!r}; choose one of {', '.join(contexts)}.")
-    with _quiet(), warnings.catch_warnings():
-        # Notes of libraries on each other, which no user can act on.
-        warnings.filterwarnings("ignore", message=".*(LeafSpec|Sparse invariant checks).*")
+    with quiet():
         _run(dataset, about, context, out, options)
     print(f"\nDone in {time.perf_counter() - started:.0f} seconds.")
     return 0

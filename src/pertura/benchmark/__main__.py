@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from pertura.datasets import DataNotAvailable
+
 from ._dataset import ALIASES, KINDS
 from ._l1000 import run_l1000, summarise_l1000
 from ._runner import DEFAULT_METRICS, run
@@ -62,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     options = parser.parse_args(argv)
+    if options.plot and options.data == "l1000":
+        parser.error("--plot draws summaries of held-out conditions; l1000 has none.")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         models = dict(parse_model(text) for text in options.models)
@@ -78,14 +82,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 on_error="skip" if options.skip_errors else "raise",
             )
             table = summarise(results)
-    except ValueError as error:
+    except (ValueError, DataNotAvailable) as error:
         parser.error(str(error))
     with pd.option_context("display.width", 220, "display.max_columns", None, "display.max_rows", None):
         drop = [c for c in ("dataset", "split") if c in table]
         sys.stdout.write(table.drop(columns=drop).to_string(index=False, float_format="%.3f") + "\n")
     if options.plot:
-        if options.data == "l1000":
-            parser.error("--plot draws summaries of held-out conditions; l1000 has none.")
         import matplotlib.pyplot as plt
 
         from pertura import pl

@@ -17,7 +17,7 @@ from scvi.utils import track
 from pertura.metrics import bootstrap_interval
 
 from ._resources import Resources
-from ._runner import _quiet
+from ._runner import quiet
 from ._spec import ModelSpec, digest
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def run_l1000(
                     raise ValueError(f"`out`: {str(path)!r} has {name!r} made with other settings.")
                 continue
         test = np.flatnonzero(folds == fold)
-        with Resources() as used, _quiet():
+        with Resources() as used, quiet():
             predictions = data.baselines(test) if spec is None else data.fit(spec, name, test, seed)
         new = data.score(predictions, test).assign(
             dataset=str(adata.uns.get("dataset", {}).get("name", "adata")),

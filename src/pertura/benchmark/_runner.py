@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -177,7 +178,7 @@ def run(
             current = split
         about = dict(zip(_RUN, (dataset.name, split.kind, split.name, name, seed), strict=True))
         try:
-            with _quiet():
+            with quiet():
                 table = _one(chosen.get(name), dataset, split, tasks, wanted, seed, **options)
         except (ValueError, RuntimeError) as error:
             if on_error == "raise":
@@ -225,17 +226,20 @@ def _one(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Lightning's notes on hardware and seeds, once per model."""
+def quiet() -> Iterator[None]:
+    """Without what libraries say about hardware, seeds, each other, and contexts absent from a query."""
     loggers = [logging.getLogger(n) for n in ("lightning.pytorch", "lightning.fabric", "lightning_fabric")]
     before = [log.level for log in loggers]
-    try:
-        for log in loggers:
-            log.setLevel(logging.WARNING)
-        yield
-    finally:
-        for log, old in zip(loggers, before, strict=True):
-            log.setLevel(old)
+    with warnings.catch_warnings():
+        for message in ("LeafSpec", "Sparse invariant checks", "has fewer than 3 cells"):
+            warnings.filterwarnings("ignore", message=f".*{message}.*")
+        try:
+            for log in loggers:
+                log.setLevel(logging.WARNING)
+            yield
+        finally:
+            for log, old in zip(loggers, before, strict=True):
+                log.setLevel(old)
 
 
 class _Results:
