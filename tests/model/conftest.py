@@ -39,6 +39,8 @@ class Spec:
         Whether a cell under its own perturbation is close to what was measured of it.
     wrong_init
         One wrong value for each argument of its own.
+    own_setup
+        Arguments of ``setup_anndata`` beyond the shared ones, which tests of the model itself try.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Spec:
     combines: bool = True
     reconstructs: bool = True
     wrong_init: dict[str, Any] = field(default_factory=dict)
+    own_setup: tuple[str, ...] = ()
 
     @property
     def cls(self) -> type:
@@ -66,10 +69,33 @@ class Spec:
         return model
 
 
+_WRONG_PERTVAE = {
+    "n_latent": 0,
+    "encoder_hidden": "wide",
+    "decoder_hidden": (0,),
+    "n_flow_context": -1,
+    "n_flow_steps": -1,
+    "n_flow_hidden": 0.5,
+    "rank": 0,
+    "effect_input": "gene",
+    "pairing": "twins",
+    "likelihood": "poisson",
+    "prior_sd_W": 0.0,
+    "prior_sd_b": -1.0,
+    "free_nats": -1.0,
+    "use_weight_norm": "yes",
+    "dropout_rate": 1.0,
+    "input_noise": -0.1,
+    "prediction_weight": -1.0,
+    "effect_lr_factor": 0.0,
+    "link_sharpness": 0.0,
+    "singletons": "no",
+    "preset": "best",
+}
 _SMALL = {"n_latent": 4, "encoder_hidden": (16,), "n_flow_hidden": 8, "n_flow_context": 8}
 # adding a model is adding a line
 MODELS = [
-    Spec("model.PertVAE", init=_SMALL, train={"max_epochs": 3, "batch_size": 64}),
+    Spec("model.PertVAE", init=_SMALL, train={"max_epochs": 3, "batch_size": 64}, wrong_init=_WRONG_PERTVAE, own_setup=("pair_key",)),
 ]
 
 

@@ -1,0 +1,216 @@
+"""PertVAE finds what was planted."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from pertura import datasets
+from pertura.model import PertVAE
+
+QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
+KEYS = {"perturbation_key": "perturbation", "control": "control", "layer": "counts", "context_key": "cell_type"}
+SMALL = {"n_genes": 60, "n_regulators": 10, "library_size": 3000.0, "n_truth_cells": 300}
+
+
+def _compare(model, adata, labels=None):
+    """Predicted beside planted effects: one row per perturbation, context and gene."""
+    truth = datasets.true_effects(adata).rename_axis(["perturbation", "context"])
+    truth = truth if labels is None else truth.loc[labels]
+    names = list(truth.index.get_level_values(0).unique())
+    table = model.get_perturbation_effect(names, adata=adata)
+    long = truth.rename_axis("gene", axis=1).stack().rename("truth").reset_index()
+    return table.merge(long, on=["perturbation", "context", "gene"])
+
+
+def _pearson(table):
+    active = table.groupby(["perturbation", "context"]).filter(lambda t: t["truth"].abs().max() > 0.3)
+    groups = active.groupby(["perturbation", "context"])[["lfc_mean", "truth"]]
+    return groups.apply(lambda t: np.corrcoef(t["lfc_mean"], t["truth"])[0, 1]).mean()
+
+
+def _coverage(table):
+    return ((table["ci_low"] <= table["truth"]) & (table["truth"] <= table["ci_high"])).mean()
+
+
+@pytest.fixture(scope="module")
+def screen():
+    return datasets.simulate(
+        n_cells_per_condition=80, n_perturbations=3, combinations=1, n_contexts=3, seed=1, **SMALL
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(screen):
+    """Trained without the combination."""
+    adata = screen[~screen.obs["perturbation"].str.contains("+", regex=False)].copy()
+    PertVAE.setup_anndata(adata, **KEYS)
+    model = PertVAE(adata, n_latent=10, n_flow_hidden=16)
+    model.train(max_epochs=60, **QUIET)
+    return model
+
+
+def test_planted_effects_are_found_with_honest_intervals(screen, trained):
+    singles = [p for p in screen.obs["perturbation"].unique() if p != "control" and "+" not in p]
+    table = _compare(trained, screen[screen.obs["perturbation"] == "control"].copy(), singles)
+    assert (table["novelty"] == "seen").all()
+    assert _pearson(table) >= 0.9
+    assert 0.8 <= _coverage(table) <= 0.97
+
+
+def test_a_new_combination_is_the_sum_and_less_certain(screen, trained):
+    combination = [p for p in screen.obs["perturbation"].unique() if "+" in p]
+    controls = screen[screen.obs["perturbation"] == "control"].copy()
+    table = _compare(trained, controls, combination)
+    assert (table["novelty"] == "new combination").all()
+    assert _pearson(table) >= 0.9
+    singles = trained.get_perturbation_effect(combination[0].split("+"), adata=controls)
+    sd = singles.groupby(["context", "gene"])["lfc_sd"].max()
+    combined = table.set_index(["context", "gene"])["lfc_sd"]
+    assert combined.mean() > sd.reindex(combined.index).mean()
+
+
+def test_a_context_nobody_treated():
+    adata = datasets.simulate(
+        n_cells_per_condition=80, n_perturbations=1, n_contexts=6, n_unresponsive_contexts=2, seed=2, **SMALL
+    )
+    held_out = next(c for c in adata.obs["cell_type"].unique() if _response(adata, c) > 0.5)
+    treated = (adata.obs["perturbation"] != "control") & (adata.obs["cell_type"] == held_out)
+    train = adata[~treated.to_numpy()].copy()
+    PertVAE.setup_anndata(train, **KEYS)
+    model = PertVAE(train, n_latent=10, n_flow_hidden=16)
+    model.train(max_epochs=60, **QUIET)
+    table = _compare(model, adata)
+    assert _pearson(table[table["context"] == held_out]) >= 0.9
+    new, seen = (table[(table["context"] == held_out) == flag] for flag in (True, False))
+    assert new["lfc_sd"].mean() > seen["lfc_sd"].mean()
+    assert _coverage(new) >= 0.8
+
+
+def _response(adata, context):
+    contexts = adata.uns["truth"]["contexts"]
+    contexts = contexts if isinstance(contexts, pd.DataFrame) else pd.DataFrame(contexts)
+    column = contexts.columns[0]
+    rows = contexts if context in contexts.index else contexts.set_index(column)
+    return float(rows.loc[context, "response_factor"])
+
+
+def test_singletons_do_not_hurt_the_latent_space():
+    """With few pairs and many cells without a partner, held-out cells are described at least as well."""
+    adata = datasets.simulate(n_cells_per_condition=150, n_perturbations=1, n_contexts=4, seed=3, **SMALL)
+    contexts = adata.obs["cell_type"].to_numpy()
+    first = np.unique(contexts)[0]
+    # only one context was ever treated; the others are controls alone
+    adata = adata[(adata.obs["perturbation"] == "control").to_numpy() | (contexts == first)].copy()
+    rng = np.random.default_rng(0)
+    order = rng.permutation(adata.n_obs)
+    split = [order[: int(0.7 * len(order))], order[int(0.7 * len(order)) :]]
+    PertVAE.setup_anndata(adata, **KEYS)
+    losses = {}
+    for singletons in (True, False):
+        model = PertVAE(adata, n_latent=8, n_flow_hidden=16, singletons=singletons)
+        model.train(max_epochs=40, datasplitter_kwargs={"external_indexing": split}, **QUIET)
+        model.singletons = True  # both are judged on all validation cells
+        losses[singletons] = _validation_loss(model, np.sort(split[1]))
+    assert losses[True] <= losses[False]
+
+
+def _validation_loss(model, rows):
+    import torch
+
+    from pertura.data._datamodule import PerturbationDataModule
+    from pertura.train import FreeBitsELBO
+
+    data = PerturbationDataModule(model.adata_manager, rows, rows[:0], batch_size=10**6)
+    (batch,) = data.train_dataloader()
+    (cells, n_pairs), _ = model.module._get_fn_args_from_batch(batch)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        loss = FreeBitsELBO(num_particles=5).differentiable_loss(model.module.model, model.module.guide, cells, n_pairs)
+    return float(loss) / len(rows)
+
+
+def test_explicit_pairs_of_bulk_profiles():
+    adata = datasets.simulate(
+        n_cells_per_condition=60, n_perturbations=1, n_contexts=3, modality="log", paired=True, seed=4, **SMALL
+    )
+    PertVAE.setup_anndata(
+        adata, perturbation_key="perturbation", control="control", context_key="cell_type", pair_key="pair"
+    )
+    model = PertVAE(adata, n_latent=8, n_flow_hidden=16)
+    assert model.pairing == "pairs"
+    assert model.module.effect_input == "cell"
+    model.train(max_epochs=80, **QUIET)
+    table = _compare(model, adata[adata.obs["perturbation"] == "control"].copy())
+    assert _pearson(table) >= 0.9
+
+
+def test_features_predict_new_perturbations():
+    """Effects are linear in features: a perturbation that training never saw is told apart from the mean effect."""
+    rng = np.random.default_rng(0)
+    adata = datasets.simulate(n_cells_per_condition=60, n_perturbations=1, n_contexts=1, seed=5, **SMALL)
+    control = adata[adata.obs["perturbation"] == "control"].copy()
+    genes = control.n_vars
+    directions = rng.normal(size=(2, genes)) * 0.8
+    features = pd.DataFrame(rng.normal(size=(14, 2)), index=[f"P{i:02d}" for i in range(14)])
+    rate = control.layers["counts"].toarray().mean(0) + 0.5
+    counts, labels = [], []
+    for name, row in [("control", np.zeros(2)), *zip(features.index, features.to_numpy(), strict=True)]:
+        expected = rate * np.exp(row @ directions)
+        counts.append(rng.poisson(3000 * expected / expected.sum(), size=(60, genes)))
+        labels += [name] * 60
+    from anndata import AnnData
+
+    adata = AnnData(np.concatenate(counts).astype(np.float32), obs=pd.DataFrame({"perturbation": labels}))
+    adata.obs_names = [f"cell{i}" for i in range(adata.n_obs)]
+    adata.uns["features"] = features
+    new = ["P12", "P13"]
+    train = adata[~adata.obs["perturbation"].isin(new)].copy()
+    PertVAE.setup_anndata(
+        train, perturbation_key="perturbation", control="control", perturbation_features_key="features"
+    )
+    model = PertVAE(train, n_latent=8, n_flow_hidden=16)
+    model.train(max_epochs=80, **QUIET)
+    table = model.get_perturbation_effect(new)
+    assert (table["novelty"] == "unseen with features").all()
+    x = np.log1p(1e4 * adata.X / adata.X.sum(1, keepdims=True))
+    means = pd.DataFrame(x, columns=adata.var_names).groupby(adata.obs["perturbation"].to_numpy()).mean()
+    effects = means.sub(means.loc["control"])
+    mean_effect = effects.drop(index=["control", *new]).mean()
+    for name in new:
+        own = table[table["perturbation"] == name].set_index("gene")["lfc_mean"].reindex(effects.columns)
+        assert np.corrcoef(own, effects.loc[name])[0, 1] > 0.8
+        assert ((own - effects.loc[name]) ** 2).mean() < ((mean_effect - effects.loc[name]) ** 2).mean()
+    seen = model.get_perturbation_effect("P00")
+    assert table["lfc_sd"].mean() > seen["lfc_sd"].mean()
+
+
+def test_paper_preset_is_the_architecture_of_the_paper(screen):
+    adata = screen[screen.obs["perturbation"].isin(["control", screen.obs["perturbation"].unique()[1]])].copy()
+    PertVAE.setup_anndata(adata, **KEYS)
+    module = PertVAE(adata, preset="paper").module
+    widths = [m.out_features for m in module.encoder if hasattr(m, "out_features")]
+    assert widths == [500, 300, 200]
+    assert [m.out_features for m in module.decoder if hasattr(m, "out_features")] == [200, 300, 500]
+    assert len(module.flow.steps) == 2
+    assert module.flow.steps[0].nn.hidden_dims == [300]
+    assert module.n_latent == 100
+    assert module.effect_W().shape == (1, 100, 100)
+    assert not module.effect_W().any() and not module.effect_b.any()
+    assert module.effect_input == "cell"
+    assert any("original0" in name for name in module.encoder.state_dict())
+    assert PertVAE(adata, preset="paper", n_latent=20).module.n_latent == 20
+
+
+def test_pairing_options_differ_only_in_the_partners(screen):
+    adata = screen.copy()
+    PertVAE.setup_anndata(adata, **KEYS)
+    for pairing in ("random", "ot"):
+        model = PertVAE(adata, n_latent=4, pairing=pairing)
+        rows = np.arange(adata.n_obs)
+        coupling = model._coupling(rows, 0)
+        treated = np.flatnonzero(adata.obs["perturbation"] != "control")
+        assert set(coupling.treated) == set(treated)
+        partners = coupling.draw(np.random.default_rng(0))
+        assert (adata.obs["perturbation"].to_numpy()[partners] == "control").all()
+        same = adata.obs["cell_type"].to_numpy()
+        assert (same[partners] == same[coupling.treated]).all()
