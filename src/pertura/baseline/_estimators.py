@@ -1,0 +1,297 @@
+"""Baselines whose predictions are averages of measured effects."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from anndata import AnnData
+from numpy.typing import NDArray
+
+from pertura.data._constants import UNKNOWN
+from pertura.model._arguments import check_flag
+
+from ._base import Baseline, check_positive
+from ._conditions import Asked
+from ._module import BaselineModule
+
+Weights = NDArray[np.float64]
+
+
+class NoChangeModule(BaselineModule):
+    """Effects are 0."""
+
+    def combine(self, asked: Asked, context: int, affinity: Weights) -> Weights:
+        """No measured effect has weight."""
+        return self._nothing()
+
+
+class MeanEffectModule(BaselineModule):
+    """Averages over contexts, or over perturbations."""
+
+    def __init__(self, *, use_own_context: bool = False, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.use_own_context = use_own_context
+
+    def combine(self, asked: Asked, context: int, affinity: Weights) -> Weights:
+        """The perturbation's own effects where it was measured, else those of all perturbations of its order."""
+        if asked.label >= 0:
+            mask, own = self.conditions.label == asked.label, self.use_own_context
+        else:
+            mask, own = self._others(asked), True
+        available = self.conditions.curves_per_context(mask) > 0
+        return self.conditions.average(asked.at_dose, mask, self._contexts(available, context, affinity, own))
+
+    def _others(self, asked: Asked) -> NDArray[np.bool_]:
+        """Conditions that stand for a perturbation that was not measured."""
+        same_order = self.conditions.order == len(asked.codes)
+        return same_order if same_order.any() else np.ones(len(self.conditions), dtype=bool)
+
+    def _contexts(self, available: NDArray[np.bool_], context: int, affinity: Weights, own: bool) -> Weights:
+        if own and context < len(available) and available[context]:
+            return (np.arange(len(available)) == context).astype(float)
+        weights = np.zeros(len(available))
+        weights[available] = self.weigh(affinity[available])
+        return weights
+
+    def weigh(self, affinity: Weights) -> Weights:
+        """Weights of contexts, by their similarity to the one asked; they sum to 1."""
+        return np.full(len(affinity), 1.0 / len(affinity))
+
+
+class WeightedMeanEffectModule(MeanEffectModule):
+    """Similar contexts count for more."""
+
+    def __init__(self, *, temperature: float = 0.1, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.temperature = temperature
+
+    def weigh(self, affinity: Weights) -> Weights:
+        """Softmax."""
+        weights = np.exp((affinity - affinity.max()) / self.temperature)
+        return weights / weights.sum()
+
+
+class NearestNeighbourModule(MeanEffectModule):
+    """The most similar context and perturbation."""
+
+    def __init__(self, *, features: NDArray[np.float32] | None = None, **kwargs) -> None:
+        super().__init__(use_own_context=True, **kwargs)
+        none = np.zeros((len(self.max_dose), 0), dtype=np.float32)
+        self.register_buffer("features", torch.as_tensor(none if features is None else features))
+
+    def weigh(self, affinity: Weights) -> Weights:
+        """All weight on one."""
+        return (np.arange(len(affinity)) == affinity.argmax()).astype(float)
+
+    def representable(self, asked: Asked) -> bool:
+        """Whether it is measured, described or shares a member with a measured one."""
+        return asked.label >= 0 or self._similarity(asked) is not None
+
+    def _others(self, asked: Asked) -> NDArray[np.bool_]:
+        similarity = self._similarity(asked)
+        return (similarity > similarity.max() - 1e-9)[self.conditions.label]
+
+    def _similarity(self, asked: Asked) -> Weights | None:
+        """Cosine with every measured label, `None` where nothing is known of the perturbation."""
+        labels = self.conditions.labels
+        known = self.features.cpu().numpy().astype(np.float64)
+        own = member_features(asked, known)
+        if own is not None:
+            vectors, described = label_features(labels, known)
+            if described.any():
+                return np.where(described, _cosine(vectors, own.sum(0)), -np.inf)
+        # without descriptions, combinations are alike that share members
+        codes = asked.codes[asked.codes != UNKNOWN]
+        shared = _cosine(_indicator(labels, len(known)), _indicator(codes[None], len(known))[0])
+        return shared if len(codes) == len(asked.codes) and shared.max() > 0 else None
+
+
+class AdditiveModule(MeanEffectModule):
+    """Effects of the members of a combination add up."""
+
+    def combine(self, asked: Asked, context: int, affinity: Weights) -> Weights:
+        """Sum over members; those that were not measured alone have the mean effect of single perturbations."""
+        if len(asked.codes) < 2:
+            return super().combine(asked, context, affinity)
+        single = [self.conditions.ask(asked.codes[i : i + 1], asked.dose[i : i + 1]) for i in range(len(asked.codes))]
+        return np.sum([super(AdditiveModule, self).combine(a, context, affinity) for a in single], axis=0)
+
+
+def member_features(asked: Asked, known: NDArray) -> NDArray | None:
+    """Features of the members, ``(n_members, n_features)``; `None` where one has none."""
+    if not known.shape[1]:
+        return None
+    features = known[np.maximum(asked.codes, 0)]
+    if asked.features is not None:
+        features = np.where((asked.codes == UNKNOWN)[:, None], asked.features, features)
+    elif (asked.codes == UNKNOWN).any():
+        return None
+    return features if features.any(axis=1).all() else None
+
+
+def label_features(
+    codes: NDArray[np.int64], known: NDArray, amount: NDArray | float = 1.0
+) -> tuple[NDArray, NDArray[np.bool_]]:
+    """Sums of the members' features, each times its amount, for rows of codes, and whether all members have some."""
+    present = codes >= 0
+    features = known[np.maximum(codes, 0)]
+    described = known.any(axis=1)[np.maximum(codes, 0)] & bool(known.shape[1])
+    return np.einsum("nm,nmf->nf", amount * present, features), (described | ~present).all(1)
+
+
+def _indicator(codes: NDArray[np.int64], n: int) -> NDArray:
+    out = np.zeros((len(codes), n + 1))
+    np.put_along_axis(out, np.where(codes >= 0, codes, n), 1.0, axis=1)
+    return out[:, :n]
+
+
+def _cosine(vectors: NDArray, one: NDArray) -> NDArray:
+    norm = np.linalg.norm(vectors, axis=1) * np.linalg.norm(one)
+    return vectors @ one / np.maximum(norm, 1e-12)
+
+
+class NoChange(Baseline):
+    """Perturbations have no effect: the control is the prediction.
+
+    Parameters
+    ----------
+    adata, registry
+        As in :class:`~pertura.baseline.MeanEffect`.
+    """
+
+    _module_cls = NoChangeModule
+
+    def __init__(self, adata: AnnData | None = None, registry: dict | None = None) -> None:
+        super().__init__(adata, registry)
+        self.init_params_ = self._get_init_params(locals())
+
+
+class MeanEffect(Baseline):
+    r"""The mean effect over training contexts, or over training perturbations.
+
+    With :math:`\Delta_{p,c}` the measured effect of perturbation p in context c (mean of perturbed minus mean of
+    control cells):
+
+    * p was seen in training, in the contexts :math:`C_p`: :math:`\frac{1}{|C_p|} \sum_{c \in C_p} \Delta_{p,c}`, every
+      context counting the same, the asked one (if it is among them) like any other.
+    * p was not seen, or is a new combination: the unweighted mean over the perturbations measured in the context, of
+      those with as many members if there are any; for a context without measured perturbations the mean of this over
+      contexts.
+
+    A dose between measured ones (and 0, where the effect is 0) is interpolated linearly in log1p(dose), context by
+    context; the effect is constant above the highest. In a combination the members' mean log1p(dose) counts.
+
+    Parameters
+    ----------
+    adata
+        Set up by :meth:`setup_anndata`; `None` to make a baseline of a `registry` alone.
+    registry
+        Registry of a saved baseline.
+    use_own_context
+        Predict the effect that was measured in the asked context itself, where there is one.
+
+    Examples
+    --------
+    >>> pertura.baseline.MeanEffect.setup_anndata(
+    ...     adata, perturbation_key="condition", control="ctrl", context_key="cell_type", layer="counts"
+    ... )
+    >>> model = pertura.baseline.MeanEffect(adata)
+    >>> model.train()
+    >>> model.predict_perturbation("stim", key_added="stim")
+    """
+
+    _module_cls = MeanEffectModule
+
+    def __init__(
+        self, adata: AnnData | None = None, registry: dict | None = None, *, use_own_context: bool = False
+    ) -> None:
+        check_flag("use_own_context", use_own_context)
+        super().__init__(adata, registry, use_own_context=use_own_context)
+        self.init_params_ = self._get_init_params(locals())
+
+
+class WeightedMeanEffect(Baseline):
+    r"""The mean effect, contexts weighted by the similarity of their controls.
+
+    As :class:`~pertura.baseline.MeanEffect`, but training context k has the weight
+    :math:`w_k \propto \exp(\rho_k / \tau)`, with :math:`\rho_k` the Pearson correlation over genes between the mean
+    control profiles of k and of the asked context, whose controls come from training or, where training had none, from
+    the query. A context in which no control is found is taken for the average of the training contexts.
+
+    Parameters
+    ----------
+    adata, registry, use_own_context
+        As in :class:`~pertura.baseline.MeanEffect`.
+    temperature
+        :math:`\tau`; the smaller, the more the most similar context counts.
+    """
+
+    _module_cls = WeightedMeanEffectModule
+
+    def __init__(
+        self,
+        adata: AnnData | None = None,
+        registry: dict | None = None,
+        *,
+        temperature: float = 0.1,
+        use_own_context: bool = False,
+    ) -> None:
+        check_positive("temperature", temperature)
+        check_flag("use_own_context", use_own_context)
+        super().__init__(adata, registry, temperature=temperature, use_own_context=use_own_context)
+        self.init_params_ = self._get_init_params(locals())
+
+
+class NearestNeighbour(Baseline):
+    """The effect in the most similar training context, or of the most similar training perturbation.
+
+    * The perturbation was seen: its effect in the asked context if it was measured there, else in the context whose
+      mean control profile correlates most with the asked one's.
+    * It was not: the effect of the measured perturbation whose registered features have the largest cosine with its
+      own; those of a combination are summed over members. Combinations without features are like those with which
+      they share members. Equally similar ones are averaged.
+
+    Doses are dealt with as in :class:`~pertura.baseline.MeanEffect`.
+
+    Parameters
+    ----------
+    adata, registry
+        As in :class:`~pertura.baseline.MeanEffect`.
+    """
+
+    _module_cls = NearestNeighbourModule
+    _can_predict_features = True
+
+    def __init__(self, adata: AnnData | None = None, registry: dict | None = None) -> None:
+        super().__init__(adata, registry)
+        self.init_params_ = self._get_init_params(locals())
+
+    def _module_options(self) -> dict[str, Any]:
+        return {"features": self._features()}
+
+
+class Additive(Baseline):
+    """The effect of a combination is the sum of its members' effects.
+
+    The sum is predicted for every combination, also a measured one. A member that was not measured alone has the mean
+    effect of the single perturbations. Single perturbations, contexts and doses (of each member) are dealt with as in
+    :class:`~pertura.baseline.MeanEffect`.
+
+    Parameters
+    ----------
+    adata, registry
+        As in :class:`~pertura.baseline.MeanEffect`.
+    use_own_context
+        Add up effects measured in the asked context itself, where there are some; else means over contexts.
+    """
+
+    _module_cls = AdditiveModule
+
+    def __init__(
+        self, adata: AnnData | None = None, registry: dict | None = None, *, use_own_context: bool = True
+    ) -> None:
+        check_flag("use_own_context", use_own_context)
+        super().__init__(adata, registry, use_own_context=use_own_context)
+        self.init_params_ = self._get_init_params(locals())

@@ -1,0 +1,292 @@
+"""The linear model of perturbation effects."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from numpy.typing import NDArray
+from sklearn.decomposition import PCA
+from torch import Tensor
+
+from pertura.data._constants import UNKNOWN
+from pertura.data._vocabulary import Vocabulary
+from pertura.model._arguments import check_whole
+
+from ._base import Baseline, check_positive
+from ._conditions import Asked
+from ._estimators import label_features, member_features
+from ._module import BaselineModule
+from ._pseudobulk import Pseudobulk
+
+# of the ridge between contexts, in units of the mean variance of a component; without end is the mean over contexts
+_STRENGTHS = (1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, np.inf)
+_MAX_GROUPS = 50  # perturbations from which the strength is learned
+
+
+class LinearModule(BaselineModule):
+    """Y = G W P^T + b over perturbations, ridge regression of effects on control profiles over contexts.
+
+    Parameters
+    ----------
+    n_components
+        Number of gene components, and of components of the control profiles.
+    ridge
+        Penalty of W on either side.
+    features
+        P of each perturbation, ``(n_perturbations, n_features)``; `None` to use rows of G or, without those,
+        indicators.
+    gene
+        Position of the gene that bears the name of each perturbation, -1 for none.
+    **kwargs
+        Of :class:`BaselineModule`.
+    """
+
+    _fitted = (*BaselineModule._fitted, "features", "loading", "inverse", "slope", "strength")
+
+    def __init__(
+        self,
+        *,
+        n_components: int = 10,
+        ridge: float = 0.1,
+        features: NDArray[np.float32] | None = None,
+        gene: NDArray[np.int64],
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.n_components, self.ridge = n_components, ridge
+        self.given, self.gene = features, gene
+        self.register_buffer("features", torch.zeros(len(gene), 0))
+        self.register_buffer("loading", torch.zeros(self.n_genes, 0))
+        self.register_buffer("inverse", torch.zeros(0, 0))
+        self.register_buffer("slope", torch.zeros(0, 0))
+        self.register_buffer("strength", torch.tensor(np.inf))
+
+    # -- fit --------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def fit(self, bulk: Pseudobulk) -> None:
+        """Components of genes, features of perturbations, and the regressions."""
+        super().fit(bulk)
+        n = len(bulk.context)
+        profiles = np.concatenate([bulk.mean[:n], bulk.mean[n:][bulk.has_control]])
+        n_components = min(self.n_components, *profiles.shape)
+        # genes are the samples: a gene's scores say how it differs from the average gene, condition by condition
+        loading = PCA(n_components, random_state=0).fit_transform(profiles.T.astype(np.float64))
+        gram = loading.T @ loading + self.ridge * np.eye(n_components)
+        self._set("loading", loading)
+        self._set("inverse", np.linalg.inv(gram))
+        self._set("features", self._describe(loading))
+        self._set("slope", self._slope())
+        self._set("strength", np.asarray(self._choose_strength()))
+
+    def _describe(self, loading: NDArray) -> NDArray:
+        if self.given is not None:
+            return self.given
+        if self.uses_loadings:
+            return np.where((self.gene >= 0)[:, None], loading[self.gene], 0.0)
+        trained = [self.conditions.has_member(code) for code in range(len(self.gene))]
+        return np.diag(np.asarray(trained, dtype=float))
+
+    @property
+    def uses_loadings(self) -> bool:
+        """Whether perturbations are described by the genes whose names they bear."""
+        return self.given is None and bool((self.gene >= 0).any())
+
+    def _slope(self) -> NDArray:
+        """P (P^T P + ridge)^-1 of each context, ``(n_conditions, n_features)``; 0 for conditions without features."""
+        conditions = self.conditions
+        p, described = self._condition_features()
+        slope = np.zeros_like(p)
+        for context in np.unique(conditions.context[described]):
+            own = np.flatnonzero(described & (conditions.context == context))
+            x = p[own]
+            if len(own) < x.shape[1]:
+                slope[own] = np.linalg.solve(x @ x.T + self.ridge * np.eye(len(own)), x)
+            else:
+                slope[own] = np.linalg.solve(x.T @ x + self.ridge * np.eye(x.shape[1]), x.T).T
+        return slope
+
+    def _condition_features(self) -> tuple[NDArray, NDArray[np.bool_]]:
+        """P of every condition, and whether it has one."""
+        if "features" not in self._derived:
+            conditions = self.conditions
+            unit = np.append(self.max_dose.cpu().numpy(), 1.0)
+            amount = np.log1p(conditions.dose) / np.log1p(unit[conditions.codes])
+            self._derived["features"] = label_features(conditions.codes, self._known(), amount)
+        return self._derived["features"]
+
+    def _known(self) -> NDArray[np.float64]:
+        return self.features.cpu().numpy().astype(np.float64)
+
+    def _choose_strength(self) -> float:
+        """Ridge that predicts the effects of each context best from the other contexts'."""
+        conditions = self.conditions
+        keys = np.concatenate([conditions.codes, conditions.dose], axis=1)
+        _, group, number = np.unique(keys, axis=0, return_inverse=True, return_counts=True)
+        groups = np.flatnonzero(number > 2)
+        if not len(groups):
+            return np.inf
+        chosen = groups[np.unique(np.linspace(0, len(groups) - 1, _MAX_GROUPS).round().astype(int))]
+        mean, control = self.mean[: len(conditions)], self.mean[len(conditions) :]
+        error = np.zeros(len(_STRENGTHS))
+        for rows in (np.flatnonzero(group.ravel() == g) for g in chosen):
+            contexts = conditions.context[rows]
+            effect = (mean[rows] - control[contexts]).double()
+            gram = (effect @ effect.mT).cpu().numpy()
+            for i, strength in enumerate(_STRENGTHS):
+                residual = np.eye(len(rows))
+                for k, context in enumerate(contexts):
+                    others = np.delete(np.arange(len(rows)), k)
+                    row = self._gram[context, contexts[others]]
+                    residual[k, others] = -self._transfer(contexts[others], row, strength)
+                error[i] += np.einsum("ki,ij,kj->", residual, gram, residual)
+        # of equally good ones the most cautious
+        return _STRENGTHS[len(error) - 1 - int(np.argmin(error[::-1]))]
+
+    # -- estimator --------------------------------------------------------------------------------------------------
+
+    def representable(self, asked: Asked) -> bool:
+        """Whether it was measured, or all members are described."""
+        if asked.label >= 0:
+            return True
+        own = member_features(asked, self._known())
+        return own is not None and bool(self._condition_features()[1].any())
+
+    def combine(self, asked: Asked, context: int, affinity: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Weights of effects as measured and, behind them, of effects projected on the gene components."""
+        conditions = self.conditions
+        if asked.label >= 0:
+            mask = conditions.label == asked.label
+            by_context = self._contexts(conditions.curves_per_context(mask) > 0, context, affinity)
+            return np.concatenate([conditions.average(asked.at_dose, mask, by_context), np.zeros(len(conditions))])
+        _, described = self._condition_features()
+        number = np.bincount(conditions.context[described], minlength=self.n_contexts)
+        by_context = self._contexts(number > 0, context, affinity)
+        share = described / np.maximum(number, 1)[conditions.context]
+        own = member_features(asked, self._known())
+        unit = self.max_dose.cpu().numpy()
+        unit = np.where(asked.codes == UNKNOWN, np.median(unit), unit[np.maximum(asked.codes, 0)])
+        score = self.slope.cpu().numpy() @ ((np.log1p(asked.dose) / np.log1p(unit)) @ own)
+        # the scores act on effects without their mean b
+        total = np.bincount(conditions.context, score, minlength=self.n_contexts)[conditions.context]
+        weight = by_context[conditions.context]
+        return np.concatenate([weight * share, weight * (score - total * share)])
+
+    def _contexts(
+        self, available: NDArray[np.bool_], context: int, affinity: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        if context < self.n_contexts and available[context]:
+            return (np.arange(self.n_contexts) == context).astype(float)
+        weights = np.zeros(self.n_contexts)
+        at = np.flatnonzero(available)
+        weights[at] = self._transfer(at, affinity[at], float(self.strength))
+        return weights
+
+    def _transfer(
+        self, contexts: NDArray[np.int64], affinity: NDArray[np.float64], strength: float
+    ) -> NDArray[np.float64]:
+        """Weights of contexts in a ridge regression on principal components of their control profiles."""
+        n = len(contexts)
+        weights = np.full(n, 1.0 / n)
+        if n < 2 or not np.isfinite(strength):
+            return weights
+        gram = self._gram[np.ix_(contexts, contexts)]
+        row = affinity - affinity.mean() - gram.mean(0) + gram.mean()
+        gram = gram - gram.mean(0) - gram.mean(1, keepdims=True) + gram.mean()
+        values, vectors = np.linalg.eigh(gram)
+        kept = values > 1e-10 * values.max()
+        kept &= np.arange(n) >= n - self.n_components
+        values, vectors = values[kept], vectors[:, kept]
+        ridge = strength * values.sum() / (n - 1)
+        slope = vectors @ ((vectors.T @ row) / (values + ridge))
+        return weights + slope - slope.mean()
+
+    def affinity(self, control: Tensor) -> Tensor:
+        """Inner products of control profiles with those of training, ``(n, n_contexts)``, on CPU."""
+        own = self.control.cpu().double()
+        return (control.cpu().double() - own.mean(0)) @ (own - own.mean(0)).mT
+
+    @property
+    def _gram(self) -> NDArray[np.float64]:
+        if "gram" not in self._derived:
+            self._derived["gram"] = self.affinity(self.control).numpy()
+        return self._derived["gram"]
+
+    def _nothing(self) -> NDArray[np.float64]:
+        return np.zeros(2 * len(self.conditions))
+
+    def _weighted(self, weights: NDArray[np.float64]) -> tuple[Tensor, Tensor]:
+        plain, projected = (self._of_means(w) for w in np.split(weights, 2, axis=1))
+        if not projected.any():
+            return self._product(plain, self.mean), self._product(plain**2, self.variance)
+        scaled = self.loading @ self.inverse  # the projection is scaled @ loading^T
+        mean = self._product(plain, self.mean) + self._product(projected, self.mean) @ self.loading @ scaled.mT
+        # errors of genes are independent: squares of the entries of (plain + projected * projection)
+        own = (scaled * self.loading).sum(1)
+        variance = self._product(plain**2, self.variance)
+        variance = variance + 2 * own * self._product(plain * projected, self.variance)
+        spread = torch.einsum("qg,gk,gl->qkl", self._product(projected**2, self.variance), self.loading, self.loading)
+        variance = variance + torch.einsum("gk,qkl,gl->qg", scaled, spread, scaled)
+        return mean, variance
+
+
+class Linear(Baseline):
+    r"""Effects are linear in features of genes and of perturbations (Ahlmann-Eltze et al. 2025).
+
+    Training effects Y (genes x perturbations) of a context are fitted by :math:`Y \approx G W P^\top + b`. Rows of G
+    are the scores of the genes on the first principal components of all training pseudobulks, b is the mean effect, and
+    :math:`W = (G^\top G + \lambda)^{-1} G^\top (Y - b) P (P^\top P + \lambda)^{-1}`. P describes perturbations:
+    registered features, else the row of G of the gene whose name the perturbation bears, else indicators. The row of a
+    combination is the sum of its members', each times log1p(dose) as a fraction of that of its highest dose.
+
+    * A perturbation that was measured has its measured effect in a context where it was measured (doses as in
+      :class:`~pertura.baseline.MeanEffect`).
+    * In another context its effect is predicted from the control profile: ridge regression, over the contexts where it
+      was measured, of effects on the first principal components of the controls, with the strength of the ridge that
+      predicts the training contexts best when each is left out.
+    * A perturbation that was not measured has the effect that its features give in the context, or, for a context
+      without measured perturbations, this over contexts by the same regression.
+
+    Parameters
+    ----------
+    adata, registry
+        As in :class:`~pertura.baseline.MeanEffect`.
+    n_components
+        Number of components of genes, and of control profiles.
+    ridge
+        :math:`\lambda`.
+    """
+
+    _module_cls = LinearModule
+    _can_predict_features = True
+
+    def __init__(
+        self,
+        adata: AnnData | None = None,
+        registry: dict | None = None,
+        *,
+        n_components: int = 10,
+        ridge: float = 0.1,
+    ) -> None:
+        check_whole("n_components", n_components)
+        check_positive("ridge", ridge)
+        super().__init__(adata, registry, n_components=n_components, ridge=ridge)
+        self.init_params_ = self._get_init_params(locals())
+
+    def _module_options(self) -> dict[str, Any]:
+        gene = self.gene_names.get_indexer(list(self.vocabulary.names))
+        return {"features": self._features(), "gene": gene}
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The perturbations that the model knows; genes describe them where no features were registered."""
+        vocabulary = super().vocabulary
+        module = self.__dict__.get("module")
+        if module is None or not (self.is_trained_ and module.uses_loadings):
+            return vocabulary
+        return replace(vocabulary, features=pd.DataFrame(module.loading.cpu().numpy(), index=self.gene_names))
