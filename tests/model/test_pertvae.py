@@ -9,7 +9,7 @@ from pertura.model import PertVAE
 
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
 KEYS = {"perturbation_key": "perturbation", "control": "control", "layer": "counts", "context_key": "cell_type"}
-SMALL = {"n_genes": 60, "n_regulators": 10, "library_size": 3000.0, "n_truth_cells": 300}
+SMALL = {"n_genes": 60, "n_regulators": 10, "library_size": 4000.0, "n_truth_cells": 300}
 
 
 def _compare(model, adata, labels=None):
@@ -35,7 +35,7 @@ def _coverage(table):
 @pytest.fixture(scope="module")
 def screen():
     return datasets.simulate(
-        n_cells_per_condition=80, n_perturbations=3, combinations=1, n_contexts=3, seed=1, **SMALL
+        n_cells_per_condition=120, n_perturbations=3, combinations=1, n_contexts=3, seed=1, **SMALL
     )
 
 
@@ -45,7 +45,7 @@ def trained(screen):
     adata = screen[~screen.obs["perturbation"].str.contains("+", regex=False)].copy()
     PertVAE.setup_anndata(adata, **KEYS)
     model = PertVAE(adata, n_latent=10, n_flow_hidden=16)
-    model.train(max_epochs=60, **QUIET)
+    model.train(max_epochs=120, **QUIET)
     return model
 
 
@@ -71,14 +71,14 @@ def test_a_new_combination_is_the_sum_and_less_certain(screen, trained):
 
 def test_a_context_nobody_treated():
     adata = datasets.simulate(
-        n_cells_per_condition=80, n_perturbations=1, n_contexts=6, n_unresponsive_contexts=2, seed=2, **SMALL
+        n_cells_per_condition=120, n_perturbations=1, n_contexts=6, n_unresponsive_contexts=2, seed=2, **SMALL
     )
     held_out = next(c for c in adata.obs["cell_type"].unique() if _response(adata, c) > 0.5)
     treated = (adata.obs["perturbation"] != "control") & (adata.obs["cell_type"] == held_out)
     train = adata[~treated.to_numpy()].copy()
     PertVAE.setup_anndata(train, **KEYS)
     model = PertVAE(train, n_latent=10, n_flow_hidden=16)
-    model.train(max_epochs=60, **QUIET)
+    model.train(max_epochs=120, **QUIET)
     table = _compare(model, adata)
     assert _pearson(table[table["context"] == held_out]) >= 0.9
     new, seen = (table[(table["context"] == held_out) == flag] for flag in (True, False))

@@ -305,6 +305,8 @@ class PerturbationModel(PredictionMixin, TrainingMixin, BaseModelClass):
     @property
     def contexts(self) -> list[str]:
         """Registered contexts, in the order of their codes."""
+        if self._argument("context_key") is None:
+            return ["all"]
         return [str(c) for c in self._state(KEYS.CONTEXT)["categorical_mapping"]]
 
     @property

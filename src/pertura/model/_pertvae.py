@@ -152,6 +152,8 @@ class PertVAE(PerturbationModel):
             "effect_input": "cell" if paired else "context",
             "likelihood": "nb" if self.data_kind == "counts" else "normal",
             "rank": None if vocabulary.n_perturbations == 1 else 4,
+            # with features, what they do not explain is small a priori; otherwise nothing would be left for them to explain
+            "prior_sd_b": 10.0 if vocabulary.features is None else 0.3,
         }
         options = {**defaults, **options}
         if options["likelihood"] not in ("nb", "normal"):
@@ -312,7 +314,7 @@ class PertVAE(PerturbationModel):
         elbo = FreeBitsELBO({"z1": self.free_nats, "z2": self.free_nats})
         return {
             "loss_fn": elbo,
-            "lr": 2e-3,
+            "lr": 4e-3,
             "weight_decay": 1e-4,
             "n_epochs_kl_warmup": 0.2,
             "lr_schedule": "cosine",
@@ -322,7 +324,7 @@ class PertVAE(PerturbationModel):
         return {"gradient_clip_val": 100.0}
 
     def _default_max_epochs(self, n_batches: int) -> int:
-        return int(np.clip(round(600 / n_batches), 10, 400))
+        return int(np.clip(round(1500 / n_batches), 10, 400))
 
     # -- prediction -------------------------------------------------------------------------------------------------
 
