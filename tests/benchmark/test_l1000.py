@@ -100,6 +100,52 @@ def test_protocol(profiles, tmp_path):
         bm.run_l1000(profiles, **{**options, "n_folds": 2})
 
 
+def test_pertvae(profiles):
+    """The paper's prediction and identity baseline: decoded means, of the own control and the asked dose."""
+    from pertura.model import PertVAE
+
+    spec = bm.ModelSpec(PertVAE, init={"n_latent": 5}, train={"max_epochs": 2})
+    table = bm.run_l1000(profiles, models={"PertVAE": spec}, n_folds=2, seeds=1, progress=False)
+    assert {"PertVAE", "PertVAE mean", "PertVAE reconstruction", "identity"} <= set(table["model"])
+    effect = table[table["metric"] == "pearson_effect"].pivot(index="profile", columns="model", values="value")
+    assert effect.notna().all().all()
+    # Hardly trained, the decoder gives the mean profile: noise taken out, not put back.
+    values = table[table["metric"] == "spearman"].groupby("model")["value"].mean()
+    assert values["PertVAE mean"] == pytest.approx(values["PertVAE reconstruction"], abs=0.1)
+    s = bm.summarise_l1000(table).set_index(["metric", "model"])["p_reconstruction"]
+    assert np.isfinite(s[("spearman", "PertVAE")]) and np.isfinite(s[("spearman", "PertVAE mean")])
+    assert np.isnan(s[("spearman", "PertVAE reconstruction")])
+
+
+def test_decoded_means_are_matched_to_their_profiles(profiles):
+    from pertura.benchmark._l1000 import _Profiles
+    from pertura.model import PertVAE
+
+    data = _Profiles.of(profiles)
+    test = np.flatnonzero(compound_folds(data.perturbation, 2) == 0)[::-1]
+    spec = bm.ModelSpec(PertVAE, init={"n_latent": 5}, train={"max_epochs": 2})
+    captured = {}
+
+    class Keep(PertVAE):
+        def train(self, **arguments):
+            captured["model"] = self
+            super().train(**arguments)
+
+    result = data.fit(bm.ModelSpec(Keep, init=spec.init, train=spec.train), "m", test, 0)
+    draws = (
+        captured["model"]
+        .posterior_predictive_sample(data.training(test)[:4].copy(), n_samples=2000, seed=1)
+        .todense()
+        .mean(2)
+    )
+    own = data.control[test]
+    np.testing.assert_allclose(result["m reconstruction"], draws[own], atol=0.3)
+    # One control, several compounds: the same reconstruction, another prediction.
+    first, second = np.flatnonzero(own == np.bincount(own).argmax())[:2]
+    np.testing.assert_array_equal(result["m reconstruction"][first], result["m reconstruction"][second])
+    assert np.abs(result["m mean"][first] - result["m mean"][second]).max() > 1e-6
+
+
 def test_summary(profiles):
     table = bm.run_l1000(profiles, models={}, n_folds=2, seeds=1, progress=False)
     s = bm.summarise_l1000(table).set_index(["metric", "model"])
