@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +21,18 @@ PROVENANCE = "pertura"
 PREDICTION = "prediction"  # key of the provenance in an AnnData that pertura made
 
 
+@cache
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("pertura", "scvi-tools", "torch", "pyro-ppl", "anndata")}
+
+
 def provenance(model: Any, **asked: Any) -> dict[str, Any]:
     """What was asked, of which model, in a form that h5ad stores."""
-    versions = {name: version(name) for name in ("pertura", "scvi-tools", "torch", "pyro-ppl", "anndata")}
     return {
         "by": PROVENANCE,
         "model": type(model).__name__,
         "model_summary": str(getattr(model, "_model_summary_string", "")),
-        "versions": versions,
+        "versions": dict(_versions()),
         **{k: ("" if v is None else v) for k, v in asked.items()},
     }
 
