@@ -89,7 +89,7 @@ def benchmark(
         ax.axvline(METRICS["interval_coverage"].best_value, color="0.4", linewidth=1, label="nominal", zorder=0)
     ax.set(yticks=place, yticklabels=models, ylim=(place[-1] - 0.6, 0.6), xlabel=metric)
     if ax.get_legend_handles_labels()[0]:
-        ax.legend(frameon=False, fontsize="x-small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+        ax.legend(frameon=False, fontsize="x-small", loc="best")
     if title is not None:
         ax.set_title(title)
     return finish(ax, "benchmark", given=given, show=show, save=save)
