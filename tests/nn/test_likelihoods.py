@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from pertura.nn import CountLikelihood, GaussianLikelihood
+from pertura.nn._likelihoods import NegativeBinomial
 
 
 def _count(beta=1.0, n_genes=6):
@@ -85,3 +86,19 @@ def test_gaussian_counterfactual_keeps_the_residual_exactly():
         likelihood(h, torch.ones(7, 1)).log_prob(x),
         torch.distributions.Normal(*likelihood._parameters_of(h)).log_prob(x).sum(-1),
     )
+
+
+def test_quick_negative_binomial_is_the_negative_binomial():
+    torch.manual_seed(0)
+    mean, theta = torch.rand(3, 4, 6) * 20 + 0.1, torch.rand(6) * 3 + 0.2
+    x = torch.poisson(torch.rand(4, 6) * 3)
+    mean.requires_grad_(), theta.requires_grad_()
+    expected = torch.distributions.NegativeBinomial(theta, logits=mean.log() - theta.log()).log_prob(x)
+    found = NegativeBinomial(mean, theta).log_prob(x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for one, other in zip(
+        torch.autograd.grad(found.sum(), [mean, theta]),
+        torch.autograd.grad(expected.sum(), [mean, theta]),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)

@@ -41,7 +41,8 @@ class Baseline(PerturbationModel):
     together with the distance from measured effects that every model learns after training.
 
     A baseline has no latent space: its basal state is the expression of a cell without the mean effect of the cell's
-    own perturbation, ``(n_cells, n_genes)``. Batches are not corrected for.
+    own perturbation, ``(n_cells, n_genes)``. It has no distribution of cells around their mean either, so that
+    ``posterior_predictive_sample`` is refused. Batches are not corrected for.
 
     Parameters
     ----------
@@ -52,6 +53,8 @@ class Baseline(PerturbationModel):
     **options
         Of the estimator.
     """
+
+    _draws_effects = True
 
     _module_cls: ClassVar[type[BaselineModule]] = BaselineModule
     module: BaselineModule
@@ -89,7 +92,7 @@ class Baseline(PerturbationModel):
         validation_size: float | None = None,
         seed: int | None = None,
         datasplitter_kwargs: dict[str, Any] | None = None,
-        **unused: Any,
+        **trainer_kwargs: Any,
     ) -> None:
         """Fit the baseline in one pass over the training cells.
 
@@ -104,7 +107,7 @@ class Baseline(PerturbationModel):
             Of the split; by default ``scvi.settings.seed``, else 0.
         datasplitter_kwargs
             ``{"external_indexing": [train, validation, test]}`` imposes a split by row numbers.
-        **unused
+        **trainer_kwargs
             Further arguments of :meth:`pertura.model.PerturbationModel.train`: taken like `max_epochs`.
 
         Raises
@@ -114,12 +117,9 @@ class Baseline(PerturbationModel):
         """
         if self.adata is None:
             raise ValueError("`adata`: the model was loaded without data. Load it with `adata=` to train it.")
-        if max_epochs is not None:
-            unused["max_epochs"] = max_epochs
+        unused = sorted([*trainer_kwargs, *(["max_epochs"] if max_epochs is not None else [])])
         if unused:
-            logger.warning(
-                "%s is fitted in one pass: %s has no effect.", type(self).__name__, ", ".join(sorted(unused))
-            )
+            logger.warning("%s is fitted in one pass: %s has no effect.", type(self).__name__, ", ".join(unused))
         train_idx, val_idx = self._split(train_size, validation_size, False, self._seed(seed), datasplitter_kwargs)
         self.adata_manager.validate()
         bulk = pseudobulk(
@@ -230,19 +230,6 @@ class Baseline(PerturbationModel):
     @property
     def _discrepancy(self) -> Discrepancy:
         return _Discrepancy(self.calibration_, self.vocabulary, self.contexts, self.module.conditions)
-
-    def posterior_predictive_sample(self, *args: Any, **kwargs: Any) -> Any:
-        """Not available: a baseline models means, not how cells vary around them.
-
-        Raises
-        ------
-        ValueError
-            Always.
-        """
-        raise ValueError(
-            f"{type(self).__name__} has no distribution of single cells to draw from. "
-            "Use `predict_perturbation`, or a model."
-        )
 
 
 class _Discrepancy(Discrepancy):

@@ -224,6 +224,18 @@ class BaselineModule(PerturbationModule):
         x = z + basal.noise
         return x.clamp(min=0.0) if self.native_scale == "log1p" else x
 
+    def fresh_noise(self, z: Tensor, basal: Basal) -> Tensor:
+        """Refused: how cells vary around their mean is not modelled.
+
+        Raises
+        ------
+        ValueError
+            Always.
+        """
+        raise ValueError(
+            "A baseline has no distribution of single cells to draw from. Use `predict_perturbation`, or a model."
+        )
+
     def _drawn(self, action: Action, context: Tensor, globals_: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Draws of distinct effects, ``(n_samples, n_distinct, n_genes)``, control profiles, and the row of each cell."""
         mean, sd, contexts, which = self.effects(action, context, globals_["affinity"])

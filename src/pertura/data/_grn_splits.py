@@ -85,9 +85,7 @@ def candidate_pairs(
     -------
     DataFrame ``source, target, label``, sorted by source and target.
     """
-    table = (
-        truth if isinstance(truth, pd.DataFrame) else pd.DataFrame(list(truth), columns=["source", "target"])
-    )
+    table = truth if isinstance(truth, pd.DataFrame) else pd.DataFrame(list(truth), columns=["source", "target"])
     if not {"source", "target"} <= set(table.columns):
         raise ValueError(f"`truth` needs columns 'source' and 'target'; it has {list(table.columns)[:10]}.")
     edges = table[["source", "target"]].astype(str).drop_duplicates()
@@ -98,9 +96,7 @@ def candidate_pairs(
     if regulators is not None:
         edges = edges[edges["source"].isin(pd.Index(regulators).astype(str))]
     if edges.empty:
-        raise ValueError(
-            "`truth`: no edge is left among `genes` and `regulators`; check names and upper/lower case."
-        )
+        raise ValueError("`truth`: no edge is left among `genes` and `regulators`; check names and upper/lower case.")
     sources = sorted(set(edges["source"] if regulators is None else map(str, regulators)))
     targets = sorted(set(edges.to_numpy().ravel() if genes is None else map(str, genes)))
     pairs = pd.MultiIndex.from_product([sources, targets], names=["source", "target"])

@@ -56,9 +56,7 @@ class Split:
         for part in ("train", "test", "val"):
             rows = np.sort(np.asarray(getattr(self, part)))
             if rows.ndim != 1 or (rows.size and not np.issubdtype(rows.dtype, np.integer)):
-                raise ValueError(
-                    f"`{part}` must be a vector of row positions, got {rows.dtype} of shape {rows.shape}."
-                )
+                raise ValueError(f"`{part}` must be a vector of row positions, got {rows.dtype} of shape {rows.shape}.")
             if (np.diff(rows) == 0).any() or (rows.size and rows[0] < 0):
                 raise ValueError(f"`{part}` of split {self.name!r} has repeated or negative positions.")
             object.__setattr__(self, part, rows.astype(np.intp))
@@ -80,17 +78,13 @@ class Split:
         separator
             A label also occurs as a part of a combination, ``A+B``; ``None`` for labels that do not combine.
         """
-        found = pd.Series(
-            np.asarray(labels)[np.concatenate([self.train, self.val])].astype(str)
-        ).drop_duplicates()
+        found = pd.Series(np.asarray(labels)[np.concatenate([self.train, self.val])].astype(str)).drop_duplicates()
         parts = set(found)
         if separator is not None:
             parts |= set(found.str.split(separator, regex=False).explode())
         leaked = sorted(set(self.held_out) & parts)
         if leaked:
-            raise ValueError(
-                f"Leak in split {self.name!r}: held-out labels {leaked[:5]} occur in training rows."
-            )
+            raise ValueError(f"Leak in split {self.name!r}: held-out labels {leaked[:5]} occur in training rows.")
 
 
 def as_obs(
@@ -135,8 +129,6 @@ def as_obs(
         if adata.is_view:
             raise ValueError("`adata` is a view; writing to it would copy it. Call `.copy()` first.")
         if key_added in adata.obs and not overwrite:
-            raise ValueError(
-                f"`key_added`: adata.obs has a column {key_added!r} already; pass overwrite=True."
-            )
+            raise ValueError(f"`key_added`: adata.obs has a column {key_added!r} already; pass overwrite=True.")
         adata.obs[key_added] = column
     return column

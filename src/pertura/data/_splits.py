@@ -41,13 +41,10 @@ def _perturbations(adata: AnnData, key: str, control: str) -> tuple[NDArray[np.o
     treated = label != str(control)
     if treated.all():
         raise ValueError(
-            f"`control`: no cell is labelled {control!r} in {key!r}; labels are "
-            f"{list(pd.unique(label)[:10])}."
+            f"`control`: no cell is labelled {control!r} in {key!r}; labels are {list(pd.unique(label)[:10])}."
         )
     if not treated.any():
-        raise ValueError(
-            f"`perturbation_key`: every cell of {key!r} is control; there is nothing to hold out."
-        )
+        raise ValueError(f"`perturbation_key`: every cell of {key!r} is control; there is nothing to hold out.")
     return label, treated
 
 
@@ -65,9 +62,7 @@ def _choice(wanted: Iterable[Any] | None, present: Iterable[str], argument: str)
 
 def _fraction(value: float, argument: str, *, zero: bool = False) -> float:
     if not (0 <= value < 1 if zero else 0 < value < 1):
-        raise ValueError(
-            f"`{argument}` must lie {'in [0, 1)' if zero else 'between 0 and 1'}, got {value!r}."
-        )
+        raise ValueError(f"`{argument}` must lie {'in [0, 1)' if zero else 'between 0 and 1'}, got {value!r}.")
     return float(value)
 
 
@@ -181,17 +176,13 @@ def unseen_perturbation(
     parts = {name: frozenset(name.split(SEPARATOR)) - {str(control)} for name in set(label[treated])}
     single = np.array(sorted(frozenset().union(*parts.values())), dtype=object)
     if not 2 <= n_folds <= len(single):
-        raise ValueError(
-            f"`n_folds` must lie between 2 and {len(single)}, the number of perturbations; got {n_folds}."
-        )
+        raise ValueError(f"`n_folds` must lie between 2 and {len(single)}, the number of perturbations; got {n_folds}.")
     shuffled = np.random.default_rng(seed).permutation(single)
     splits = []
     for fold, names in enumerate(np.array_split(shuffled, n_folds)):
         touched = [name for name, p in parts.items() if p & set(names)]
         affected = np.isin(label, touched)
-        tested = (
-            affected if include_combinations else np.isin(label, [n for n in touched if len(parts[n]) == 1])
-        )
+        tested = affected if include_combinations else np.isin(label, [n for n in touched if len(parts[n]) == 1])
         split = _make(
             ~affected,
             tested,
@@ -358,8 +349,6 @@ def held_out_cells(
     for s in range(seed, seed + n_splits):
         test = _pick(rows, strata, _fraction(fraction, "fraction"), np.random.default_rng(s))
         splits.append(
-            _make(
-                ~test, test, strata, val_fraction, name=f"seed={s}", kind="held_out_cells", seed=s, val_seed=s
-            )
+            _make(~test, test, strata, val_fraction, name=f"seed={s}", kind="held_out_cells", seed=s, val_seed=s)
         )
     return splits

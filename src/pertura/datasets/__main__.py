@@ -27,9 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("list", help="list the data files: key, bytes, cached or not, licence, path")
     fill = commands.add_parser("fill", help="fill the cache from a folder of these files, verified by SHA256")
     fill.add_argument("source", help="folder that holds the files")
-    fill.add_argument(
-        "cache", nargs="?", help="folder to fill (default: the cache, PERTURA_DATA_DIR or the system's)"
-    )
+    fill.add_argument("cache", nargs="?", help="folder to fill (default: the cache, PERTURA_DATA_DIR or the system's)")
     options = parser.parse_args(arguments)
     return _list() if options.command == "list" else _fill(options.source, options.cache)
 
@@ -50,11 +48,7 @@ def _fill(source: str, cache: str | None) -> int:
     except (ValueError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return 1
-    bad = [
-        f"{status}: {registry()[key].file}\n"
-        for key, status in report.items()
-        if status in {"missing", "mismatch"}
-    ]
+    bad = [f"{status}: {registry()[key].file}\n" for key, status in report.items() if status in {"missing", "mismatch"}]
     counts = ", ".join(f"{number} {status}" for status, number in sorted(Counter(report.values()).items()))
     sys.stdout.write(f"{cache or cache_dir()}: {counts}\n")
     sys.stderr.write("".join(bad))

@@ -64,9 +64,7 @@ def as_names(values: Any) -> pd.Index:
     return pd.Index(np.asarray(values).astype(str).astype(object))
 
 
-def new_counts(
-    counts: sparse.csr_matrix, *, obs: pd.DataFrame, var: pd.DataFrame, dataset: dict[str, str]
-) -> AnnData:
+def new_counts(counts: sparse.csr_matrix, *, obs: pd.DataFrame, var: pd.DataFrame, dataset: dict[str, str]) -> AnnData:
     """AnnData with ``layers["counts"]`` and log1p of counts per 10,000 in ``X``, both CSR float32."""
     import scanpy as sc
 

@@ -182,9 +182,7 @@ def _download(entry: DataFile, folder: Path) -> Path:
         ) from error
 
 
-def fill_cache(
-    source: str | os.PathLike[str], cache: str | os.PathLike[str] | None = None
-) -> dict[str, FillStatus]:
+def fill_cache(source: str | os.PathLike[str], cache: str | os.PathLike[str] | None = None) -> dict[str, FillStatus]:
     """Copy data files from a folder into the cache, each verified by SHA256.
 
     A file is looked for under its registered relative path first, then anywhere below ``source`` by size and

@@ -154,9 +154,7 @@ def dorothea(levels: str = "ABC") -> pd.DataFrame:
         raise ValueError(f"`levels` is {levels!r}; give one or more of the letters 'ABCDE', such as 'ABC'.")
     table = read_rda_columns(fetch("dorothea_human"))
     table = table[table["confidence"].isin(list(levels))].reset_index(drop=True)
-    table = table.rename(columns={"tf": "source", "mor": "weight"})[
-        ["source", "target", "weight", "confidence"]
-    ]
+    table = table.rename(columns={"tf": "source", "mor": "weight"})[["source", "target", "weight", "confidence"]]
     table.attrs["dataset"] = describe("dorothea_human")
     return table
 

@@ -244,9 +244,7 @@ def _plan_cells(
 
     table = world.conditions.iloc[condition].reset_index(drop=True)
     obs = pd.DataFrame(index=pd.RangeIndex(len(order)).astype(str))
-    obs["perturbation"] = pd.Categorical(
-        table["perturbation"], categories=world.conditions["perturbation"].unique()
-    )
+    obs["perturbation"] = pd.Categorical(table["perturbation"], categories=world.conditions["perturbation"].unique())
     if s.doses is not None:
         obs["dose"] = table["dose"].to_numpy()
     obs["cell_type"] = pd.Categorical.from_codes(context, world.contexts.index)

@@ -155,9 +155,7 @@ def expected_effects(s: Settings, world: World, seed: np.random.SeedSequence) ->
     }
 
 
-def true_effects(
-    adata: AnnData, *, kind: Literal["effect", "effect_se", "log_rate_shift"] = "effect"
-) -> pd.DataFrame:
+def true_effects(adata: AnnData, *, kind: Literal["effect", "effect_se", "log_rate_shift"] = "effect") -> pd.DataFrame:
     """Read the planted effects of a simulated AnnData.
 
     Parameters

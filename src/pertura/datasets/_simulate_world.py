@@ -67,9 +67,7 @@ def draw_world(s: Settings) -> World:
     rng_genes, rng_net, rng_context, rng_effect, rng_technical = (
         np.random.default_rng(child) for child in np.random.SeedSequence(s.seed).spawn(5)
     )
-    groups = np.split(
-        rng_genes.permutation(s.n_genes), np.cumsum([s.n_regulators, s.n_biomarkers, s.n_artefact_genes])
-    )
+    groups = np.split(rng_genes.permutation(s.n_genes), np.cumsum([s.n_regulators, s.n_biomarkers, s.n_artefact_genes]))
     regulators, biomarkers, artefact_genes = (np.sort(group) for group in groups[:3])
     genes = _name_genes(s, regulators, biomarkers, artefact_genes)
     network = _draw_network(s, rng_net, regulators)
@@ -192,8 +190,7 @@ def _describe(names: list[str], group: np.ndarray) -> pd.DataFrame:
     turn, kind = np.divmod(group, len(_DRUG_CLASSES))
     labels = [_DRUG_CLASSES[k][0] + (f" type {t + 1}" if t else "") for k, t in zip(kind, turn, strict=True)]
     text = [
-        f"{name} is a {label} that {_DRUG_CLASSES[k][1]}."
-        for name, label, k in zip(names, labels, kind, strict=True)
+        f"{name} is a {label} that {_DRUG_CLASSES[k][1]}." for name, label, k in zip(names, labels, kind, strict=True)
     ]
     return pd.DataFrame({"drug_class": labels, "description": text}, index=names)
 

@@ -39,24 +39,18 @@ def kang_2018_mini() -> AnnData:
     source = read_rda(fetch("kang_2018_mini"))["example_sce"]
     experiment = to_experiment(source)
     counts, cells, _ = to_csr(experiment.assays["counts"])
-    var = pd.DataFrame(
-        {"ensembl": experiment.var["ENSEMBL"].to_numpy()}, index=as_names(experiment.var["SYMBOL"])
-    )
+    var = pd.DataFrame({"ensembl": experiment.var["ENSEMBL"].to_numpy()}, index=as_names(experiment.var["SYMBOL"]))
     obs = pd.DataFrame(
         {
             "condition": as_categories(experiment.obs["group_id"], _CONDITIONS),
             "cell_type": as_categories(experiment.obs["cluster_id"]),
-            "donor": as_categories(
-                experiment.obs["sample_id"].str.extract(r"(\d+)$")[0]
-            ),  # of ctrl101, stim101
+            "donor": as_categories(experiment.obs["sample_id"].str.extract(r"(\d+)$")[0]),  # of ctrl101, stim101
         },
         index=as_names(cells),
     )
     dataset = describe("kang_2018_mini", context_key="cell_type", **_LABELS)
     adata = new_counts(counts, obs=obs, var=var, dataset=dataset)
-    adata.obsm["X_tsne"] = np.asarray(
-        source.int_colData.listData["reducedDims"].listData["TSNE"], dtype=float
-    )
+    adata.obsm["X_tsne"] = np.asarray(source.int_colData.listData["reducedDims"].listData["TSNE"], dtype=float)
     return adata
 
 

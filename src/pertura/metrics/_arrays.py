@@ -40,9 +40,7 @@ def profiles(**named: Any) -> list[Floats]:
     for name, value in named.items():
         array = np.asarray(value, dtype=np.float64)
         if array.ndim == 0:
-            raise ValueError(
-                f"`{name}` must be a profile (genes,) or a table (..., genes), got a single number."
-            )
+            raise ValueError(f"`{name}` must be a profile (genes,) or a table (..., genes), got a single number.")
         if not np.isfinite(array).all():
             raise ValueError(
                 f"`{name}` has {int((~np.isfinite(array)).sum())} missing or infinite values; remove them."
@@ -103,9 +101,7 @@ def gene_weights(
     mask = np.ones(n_genes, dtype=bool) if genes is None else np.asarray(genes)
     if mask.dtype != bool:
         if not np.issubdtype(mask.dtype, np.integer):
-            raise ValueError(
-                "`genes` must be a boolean mask (genes,) or integer positions; translate names first."
-            )
+            raise ValueError("`genes` must be a boolean mask (genes,) or integer positions; translate names first.")
         if mask.size and (mask.min() < -n_genes or mask.max() >= n_genes):
             raise ValueError(f"`genes` names position {mask.max()} but the profiles have {n_genes} genes.")
         mask = np.isin(np.arange(n_genes), mask % n_genes)
@@ -127,9 +123,7 @@ def weighted_mean(values: Floats, weights: Floats) -> Floats:
         return (values * weights).sum(-1) / total
 
 
-def weighted_pearson(
-    predicted: Floats, truth: Floats, weights: Floats, *, scale: Floats | float = 0.0
-) -> Floats:
+def weighted_pearson(predicted: Floats, truth: Floats, weights: Floats, *, scale: Floats | float = 0.0) -> Floats:
     """Weighted correlation over the last axis.
 
     A prediction without variation (below single-precision rounding of profiles of root mean square `scale`)

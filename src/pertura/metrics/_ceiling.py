@@ -60,9 +60,7 @@ def split_half_ceiling(
     """
     x = sp.csr_matrix(cells) if sp.issparse(cells) else np.asarray(cells, dtype=np.float64)
     if x.ndim != 2 or x.shape[0] < 4:
-        raise ValueError(
-            f"`cells` must be a matrix (cells, genes) with at least 4 cells, got shape {x.shape}."
-        )
+        raise ValueError(f"`cells` must be a matrix (cells, genes) with at least 4 cells, got shape {x.shape}.")
     if n_splits < 1:
         raise ValueError(f"`n_splits` must be at least 1, got {n_splits}.")
     n = x.shape[0]
@@ -74,9 +72,7 @@ def split_half_ceiling(
     chosen = [get_metric(m, top=top) for m in ([metrics] if isinstance(metrics, str | Metric) else metrics)]
     wrong = [m.name for m in chosen if m.needs != "mean"]
     if wrong:
-        raise ValueError(
-            f"`metrics`: {wrong} do not read mean profiles; a split-half ceiling is not defined for them."
-        )
+        raise ValueError(f"`metrics`: {wrong} do not read mean profiles; a split-half ceiling is not defined for them.")
     given = {"control": control, "reference": reference, "weights": weights}
     columns: dict[str, Floats] = {}
     for metric in chosen:
@@ -205,9 +201,7 @@ def bootstrap_interval(
     if paired is not None:
         y = np.asarray(paired, dtype=np.float64)
         if y.shape != x.shape:
-            raise ValueError(
-                f"`paired` has shape {y.shape}, `values` {x.shape}; they must be the same units in order."
-            )
+            raise ValueError(f"`paired` has shape {y.shape}, `values` {x.shape}; they must be the same units in order.")
         x = x - y
     x = x[~np.isnan(x)]
     if x.size < 2:

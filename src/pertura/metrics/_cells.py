@@ -25,24 +25,16 @@ def _cells(predicted: Cells, truth: Cells, max_cells: int | None, seed: int) -> 
     rng = np.random.default_rng(seed)
     out = []
     for name, value in (("predicted", predicted), ("truth", truth)):
-        x = (
-            sp.csr_matrix(value, dtype=np.float64)
-            if sp.issparse(value)
-            else np.asarray(value, dtype=np.float64)
-        )
+        x = sp.csr_matrix(value, dtype=np.float64) if sp.issparse(value) else np.asarray(value, dtype=np.float64)
         if x.ndim != 2 or x.shape[0] < 2:
-            raise ValueError(
-                f"`{name}` must be a matrix (cells, genes) with at least 2 cells, got shape {x.shape}."
-            )
+            raise ValueError(f"`{name}` must be a matrix (cells, genes) with at least 2 cells, got shape {x.shape}.")
         if not np.isfinite(x.data if sp.issparse(x) else x).all():
             raise ValueError(f"`{name}` has missing or infinite values; remove them.")
         if max_cells is not None and x.shape[0] > max_cells:
             x = x[np.sort(rng.choice(x.shape[0], max_cells, replace=False))]
         out.append(x)
     if out[0].shape[1] != out[1].shape[1]:
-        raise ValueError(
-            f"`predicted` has {out[0].shape[1]} genes, `truth` {out[1].shape[1]}; align them by name."
-        )
+        raise ValueError(f"`predicted` has {out[0].shape[1]} genes, `truth` {out[1].shape[1]}; align them by name.")
     return out[0], out[1]
 
 

@@ -126,24 +126,16 @@ def evaluate(
     if low is not None or high is not None:
         if low is None or high is None:
             raise ValueError("`low` and `high` belong together; pass both.")
-        tables = [
-            _means(t, genes, perturbation_key, context_key, n) for t, n in ((low, "low"), (high, "high"))
-        ]
+        tables = [_means(t, genes, perturbation_key, context_key, n) for t, n in ((low, "low"), (high, "high"))]
         for name, table in zip(("low", "high"), tables, strict=True):
             if not keys.isin(table.index).all():
-                raise ValueError(
-                    f"`{name}` lacks {int((~keys.isin(table.index)).sum())} of the predicted conditions."
-                )
+                raise ValueError(f"`{name}` lacks {int((~keys.isin(table.index)).sum())} of the predicted conditions.")
         bounds = [table.loc[keys].to_numpy() for table in tables]
     if reference is not None:
-        data.reference = _reference(
-            reference, genes, keys, perturbation_key, str(control), context_key, layer
-        )
+        data.reference = _reference(reference, genes, keys, perturbation_key, str(control), context_key, layer)
 
     if metrics is None:
-        several = (
-            groups[groups.get_level_values(0) != str(control)].get_level_values(1).value_counts().max() > 1
-        )
+        several = groups[groups.get_level_values(0) != str(control)].get_level_values(1).value_counts().max() > 1
         metrics = [
             *DEFAULT_MEAN,
             *(["pearson_effect_vs_reference"] if reference is not None else []),
@@ -152,21 +144,15 @@ def evaluate(
             *(_INTERVAL if bounds is not None else []),
         ]
     frames = []
-    for metric in (
-        get_metric(m, top=top) for m in ([metrics] if isinstance(metrics, str | Metric) else metrics)
-    ):
+    for metric in (get_metric(m, top=top) for m in ([metrics] if isinstance(metrics, str | Metric) else metrics)):
         if metric.needs == "mean":
             values = data.score_means(metric, top)
         elif metric.needs == "table" and "predicted" in metric.parameters:
             values = data.score_tables(metric, genes)
         elif metric.needs == "cells":
             if not isinstance(pred, AnnData):
-                raise ValueError(
-                    f"`metrics`: {metric.name!r} reads cells, but `pred` holds means; pass an AnnData."
-                )
-            options = {
-                k: v for k, v in {"max_cells": max_cells, "seed": seed}.items() if k in metric.parameters
-            }
+                raise ValueError(f"`metrics`: {metric.name!r} reads cells, but `pred` holds means; pass an AnnData.")
+            options = {k: v for k, v in {"max_cells": max_cells, "seed": seed}.items() if k in metric.parameters}
             true_x = expression(truth, layer, "truth")
             pairs = zip(pred_groups.get_indexer(keys), groups.get_indexer(keys), strict=True)
             values = [
@@ -179,18 +165,14 @@ def evaluate(
             raise ValueError(
                 f"`metrics`: {metric.name!r} (needs {metric.needs}) cannot be computed from what was passed."
             )
-        frames.append(
-            pd.DataFrame({"metric": metric.name, "value": np.asarray(values, dtype=np.float64)}, index=keys)
-        )
+        frames.append(pd.DataFrame({"metric": metric.name, "value": np.asarray(values, dtype=np.float64)}, index=keys))
     return pd.concat(frames).reset_index()[["condition", "context", "metric", "value"]]
 
 
 class _Arrays:
     """Arrays (conditions, genes) of the scored conditions, and what the metrics derive from them."""
 
-    def __init__(
-        self, true: Moments, keys: pd.MultiIndex, predicted: Floats, control: str, fdr: float
-    ) -> None:
+    def __init__(self, true: Moments, keys: pd.MultiIndex, predicted: Floats, control: str, fdr: float) -> None:
         self.keys, self.predicted, self.control_label = keys, predicted, control
         self.all = true
         self.true = true.take(keys)
@@ -221,9 +203,7 @@ class _Arrays:
             "k": lambda: top,
         }
         if "reference" in metric.required and self.reference is None:
-            raise ValueError(
-                f"`reference` is missing: {metric.name!r} needs the mean perturbed training profile."
-            )
+            raise ValueError(f"`reference` is missing: {metric.name!r} needs the mean perturbed training profile.")
         options = {k: make() for k, make in given.items() if k in metric.parameters}
         return metric(self.predicted, self.true.mean, **options)
 
@@ -234,18 +214,13 @@ class _Arrays:
             rows = np.flatnonzero(self.keys.get_level_values("context") == context)
             control = self.controls.mean[rows[0]]
             inside = (measured.get_level_values("context") == context) & ~measured.isin(self.keys)
-            others = (
-                self.all.mean[inside & (measured.get_level_values("condition") != self.control_label)]
-                - control
-            )
+            others = self.all.mean[inside & (measured.get_level_values("condition") != self.control_label)] - control
             if len(rows) + len(others) < 2:
                 continue
             options: dict[str, Any] = {"others": others}
             if "exclude" in metric.parameters:
                 # The targets of all candidates: leaving out only the own one would favour the own truth.
-                named = measured[measured.get_level_values("context") == context].get_level_values(
-                    "condition"
-                )
+                named = measured[measured.get_level_values("context") == context].get_level_values("condition")
                 targets = genes.get_indexer(sorted({part for name in named for part in name.split("+")}))
                 options["exclude"] = targets[targets >= 0]
             values[rows] = metric(self.predicted[rows] - control, self.true.mean[rows] - control, **options)
@@ -259,9 +234,7 @@ class _Arrays:
         for i, truth in enumerate(self.true.mean):
             options = {"truth": truth, "truth_se": se[i], "level": level}
             out.append(
-                metric(
-                    bounds[0][i], bounds[1][i], **{k: v for k, v in options.items() if k in metric.parameters}
-                )
+                metric(bounds[0][i], bounds[1][i], **{k: v for k, v in options.items() if k in metric.parameters})
             )
         return out
 
@@ -275,9 +248,7 @@ def _gene_order(found: pd.Index, genes: pd.Index, name: str) -> Any:
     order = found.get_indexer(genes)
     if (order < 0).any():
         missing = list(genes[order < 0])
-        raise ValueError(
-            f"`{name}` lacks {len(missing)} of the {len(genes)} genes of `truth`, e.g. {missing[:5]}."
-        )
+        raise ValueError(f"`{name}` lacks {len(missing)} of the {len(genes)} genes of `truth`, e.g. {missing[:5]}.")
     return order
 
 

@@ -47,9 +47,7 @@ class EdgeCandidates:
         """Convert and check."""
         label, score = np.asarray(self.label, dtype=bool), np.asarray(self.score, dtype=np.float64)
         if label.ndim != 1 or label.shape != score.shape:
-            raise ValueError(
-                f"`label` {label.shape} and `score` {score.shape} must be vectors of equal length."
-            )
+            raise ValueError(f"`label` {label.shape} and `score` {score.shape} must be vectors of equal length.")
         if not np.isfinite(score).all():
             raise ValueError(f"`score` has {int((~np.isfinite(score)).sum())} missing or infinite values.")
         if self.source is not None and np.shape(self.source) != label.shape:
@@ -76,9 +74,7 @@ def _truth_table(truth: Any) -> pd.DataFrame:
     else:
         pairs = list(truth)
         if any(len(pair) != 2 for pair in pairs):
-            raise ValueError(
-                "`truth` must be a table with columns source, target, or pairs (source, target)."
-            )
+            raise ValueError("`truth` must be a table with columns source, target, or pairs (source, target).")
         table = pd.DataFrame(pairs, columns=["source", "target"])
     table = table.astype(str)
     return table[table["source"] != table["target"]].drop_duplicates()
@@ -125,9 +121,7 @@ def edge_candidates(
         _columns(scores, "scores", ("weight",))
         table = scores[["source", "target", "weight"]].astype({"source": str, "target": str})
         if table.duplicated(["source", "target"]).any():
-            raise ValueError(
-                "`scores` lists some edges twice; aggregate them first, e.g. by their largest weight."
-            )
+            raise ValueError("`scores` lists some edges twice; aggregate them first, e.g. by their largest weight.")
         rows = cols = None if genes is None else pd.Index(genes).astype(str)
     else:
         if isinstance(scores, pd.DataFrame):
@@ -140,8 +134,7 @@ def edge_candidates(
             values = np.asarray(scores.todense() if hasattr(scores, "todense") else scores, dtype=np.float64)
             if genes is None or values.shape != (len(genes), len(genes)):
                 raise ValueError(
-                    f"`scores` is an array of shape {values.shape}; pass `genes`, the names of its "
-                    "rows and columns."
+                    f"`scores` is an array of shape {values.shape}; pass `genes`, the names of its rows and columns."
                 )
             rows = cols = pd.Index(genes).astype(str)
         if not (rows.is_unique and cols.is_unique):
@@ -163,9 +156,7 @@ def edge_candidates(
     else:
         absent = [g for g in sources if g not in rows] + [g for g in sinks if g not in cols]
         if absent:
-            raise ValueError(
-                f"`regulators`/`targets` name {len(absent)} genes that `scores` lacks, e.g. {absent[:5]}."
-            )
+            raise ValueError(f"`regulators`/`targets` name {len(absent)} genes that `scores` lacks, e.g. {absent[:5]}.")
         score = values[np.ix_(rows.get_indexer(sources), cols.get_indexer(sinks))]
     keep = sources.to_numpy()[:, None] != sinks.to_numpy()[None, :]
     source = np.broadcast_to(sources.to_numpy()[:, None], keep.shape)
@@ -270,9 +261,7 @@ def epr(
 
 
 @register(best_value=1.0, higher_is_better=True, needs="network")
-def hit_at(
-    scores: Network | EdgeCandidates, truth: Any = None, *, fraction: float = 0.01, **kwargs: Any
-) -> float:
+def hit_at(scores: Network | EdgeCandidates, truth: Any = None, *, fraction: float = 0.01, **kwargs: Any) -> float:
     """Precision among the highest-scored share of pairs (default the top 1 %), ties counted in expectation.
 
     Parameters
@@ -357,6 +346,4 @@ def score_network(scores: Network | EdgeCandidates, truth: Any = None, **kwargs:
     c = _resolve(scores, truth, kwargs)
     functions = [auprc, auprc_ratio, auroc, epr, hit_at] + ([macro_auprc] if c.source is not None else [])
     values = {f.__name__: f(c) for f in functions}
-    return pd.Series(
-        values | {"density": c.density, "n_edges": int(c.label.sum()), "n_candidates": c.label.size}
-    )
+    return pd.Series(values | {"density": c.density, "n_edges": int(c.label.sum()), "n_candidates": c.label.size})

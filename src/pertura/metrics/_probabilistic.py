@@ -17,9 +17,7 @@ from ._registry import register
 def _draws(draws: ArrayLike, truth: ArrayLike) -> tuple[Floats, Floats]:
     x, y = np.asarray(draws, dtype=np.float64), np.asarray(truth, dtype=np.float64)
     if x.ndim < 1 or x.shape[1:] != y.shape:
-        raise ValueError(
-            f"`draws` must have shape (draws, *truth.shape) = (draws, *{y.shape}), got {x.shape}."
-        )
+        raise ValueError(f"`draws` must have shape (draws, *truth.shape) = (draws, *{y.shape}), got {x.shape}.")
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise ValueError("`draws` or `truth` has missing or infinite values; remove them.")
     return x, y

@@ -46,13 +46,9 @@ def conditions(
         if key is None:
             continue
         if key not in adata.obs:
-            raise ValueError(
-                f"`{argument}`: {name}.obs has no column {key!r}; it has {list(adata.obs.columns)}."
-            )
+            raise ValueError(f"`{argument}`: {name}.obs has no column {key!r}; it has {list(adata.obs.columns)}.")
         if adata.obs[key].isna().any():
-            raise ValueError(
-                f"`{argument}`: {name}.obs[{key!r}] has missing values; drop or label those cells."
-            )
+            raise ValueError(f"`{argument}`: {name}.obs[{key!r}] has missing values; drop or label those cells.")
     condition = adata.obs[perturbation_key].astype(str)
     context = adata.obs[context_key].astype(str) if context_key else pd.Series(ALL, index=adata.obs.index)
     keys = pd.MultiIndex.from_arrays([condition.to_numpy(), context.to_numpy()])
@@ -101,9 +97,7 @@ def _from_sums(groups: Any, n: Floats, total: Floats, square: Floats) -> Moments
 
 def moments(x: Any, codes: NDArray[np.intp], groups: pd.MultiIndex) -> Moments:
     """Moments of each group of rows of a dense or sparse matrix (cells, genes)."""
-    member = sp.csr_matrix(
-        (np.ones(len(codes)), (codes, np.arange(len(codes)))), shape=(len(groups), len(codes))
-    )
+    member = sp.csr_matrix((np.ones(len(codes)), (codes, np.arange(len(codes)))), shape=(len(groups), len(codes)))
     x = sp.csr_matrix(x, dtype=np.float64) if sp.issparse(x) else np.asarray(x, dtype=np.float64)
     square = x.multiply(x) if sp.issparse(x) else x * x
     sums = [np.asarray(s.todense() if sp.issparse(s) else s) for s in (member @ x, member @ square)]
@@ -149,7 +143,5 @@ def perturbed_mean(
     perturbed = np.asarray(groups.get_level_values("condition") != str(control))
     if not perturbed.any():
         raise ValueError(f"`adata` has no cells other than the control {control!r}.")
-    means = pd.DataFrame(
-        moments(expression(adata, layer, "adata"), codes, groups).mean, groups, adata.var_names
-    )
+    means = pd.DataFrame(moments(expression(adata, layer, "adata"), codes, groups).mean, groups, adata.var_names)
     return means[perturbed].groupby(level="context").mean()

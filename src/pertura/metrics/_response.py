@@ -22,9 +22,7 @@ from ._arrays import Floats, gene_weights, profiles, result, rms, top_weights, w
 from ._registry import DEFAULT_TOP, register
 
 
-def _effects(
-    predicted: ArrayLike, truth: ArrayLike, control: ArrayLike
-) -> tuple[Floats, Floats, Floats, Floats]:
+def _effects(predicted: ArrayLike, truth: ArrayLike, control: ArrayLike) -> tuple[Floats, Floats, Floats, Floats]:
     x, t, c = profiles(predicted=predicted, truth=truth, control=control)
     return x - c, t - c, t, c
 
@@ -116,9 +114,7 @@ def spearman_effect(
     weights = np.broadcast_to(gene_weights(t, c, top=top, genes=genes), np.broadcast_shapes(e.shape, d.shape))
     # Effects that are single-precision rounding of "no effect" would otherwise get a random but full ranking.
     e = np.where(np.abs(e) <= 1e-6 * rms(t)[..., None], 0.0, e)
-    ranks = [
-        np.nan_to_num(rankdata(np.where(weights > 0, v, np.nan), axis=-1, nan_policy="omit")) for v in (e, d)
-    ]
+    ranks = [np.nan_to_num(rankdata(np.where(weights > 0, v, np.nan), axis=-1, nan_policy="omit")) for v in (e, d)]
     return result(weighted_pearson(ranks[0], ranks[1], weights))
 
 
@@ -270,9 +266,7 @@ def de_weights(scores: ArrayLike) -> Floats:
 def _resolve_weights(weights: ArrayLike | None, t: Floats, control: ArrayLike | None) -> Floats:
     if weights is None:
         if control is None:
-            raise ValueError(
-                "`weights` is missing: pass weights (genes,) or `control` to weight by the true effect."
-            )
+            raise ValueError("`weights` is missing: pass weights (genes,) or `control` to weight by the true effect.")
         return de_weights(t - profiles(truth=t, control=control)[1])
     w = profiles(truth=t, weights=weights)[1]
     if (w < 0).any():
@@ -308,9 +302,7 @@ def wmse(
 
 
 @register(best_value=1.0, higher_is_better=True, needs="mean")
-def weighted_r2(
-    predicted: ArrayLike, truth: ArrayLike, control: ArrayLike, *, weights: ArrayLike | None = None
-) -> Any:
+def weighted_r2(predicted: ArrayLike, truth: ArrayLike, control: ArrayLike, *, weights: ArrayLike | None = None) -> Any:
     """Coefficient of determination of the effect with genes weighted as in :func:`wmse`.
 
     Parameters
@@ -353,9 +345,7 @@ def direction_match(
     if de is not None:
         mask = np.asarray(de)
         if mask.dtype != bool or mask.shape[-1] != t.shape[-1]:
-            raise ValueError(
-                f"`de` must be a boolean mask over {t.shape[-1]} genes, got {mask.dtype} {mask.shape}."
-            )
+            raise ValueError(f"`de` must be a boolean mask over {t.shape[-1]} genes, got {mask.dtype} {mask.shape}.")
         weights = weights * mask
     e = np.where(np.abs(e) <= 1e-6 * rms(t)[..., None], 0.0, e)
     return result(weighted_mean((1.0 + np.sign(e) * np.sign(d)) / 2.0, weights * (d != 0)))

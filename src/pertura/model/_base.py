@@ -51,6 +51,8 @@ class PerturbationModel(PredictionMixin, TrainingMixin, BaseModelClass):
     """
 
     _counts_only: ClassVar[bool] = False
+    # whether draws of a prediction hold the uncertainty of effects that comes from the noise of the training cells
+    _draws_effects: ClassVar[bool] = False
     module: PerturbationModule
 
     def __init__(self, adata: AnnData | MuData | None = None, registry: dict | None = None) -> None:

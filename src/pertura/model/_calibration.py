@@ -92,7 +92,7 @@ def calibrate(model: PerturbationModel, train_idx: NDArray[np.int64], seed: int 
 
     Returns
     -------
-    ``scale``; ``observed`` (label to contexts); ``(a, k)`` of ``"seen"``, ``"new dose"``, ``"new context"``,
+    ``scale``; ``observed`` (label to contexts); ``noise`` (mean squared standard error of the measured effects, per gene); ``(a, k)`` of ``"seen"``, ``"new dose"``, ``"new context"``,
     ``"new combination"`` and ``"unseen with features"``.
     """
     scale = model._resolve_scale(None)
@@ -109,6 +109,10 @@ def calibrate(model: PerturbationModel, train_idx: NDArray[np.int64], seed: int 
     measured, predicted = _effects(model, cells, treated, scale, seed)
     if measured is None:
         return result
+    if not model._draws_effects:
+        # what a model learned of an effect was learned from noisy means. Training data can not show how much of that noise
+        # it took up (the better the fit, the more), so all of it counts
+        result["noise"] = (measured.se**2).mean(0)
     result["seen"] = fit_discrepancy(predicted - measured.effect, measured.se, predicted)
     single = (measured.table["n_members"] == 1).to_numpy()
     every = np.ones(len(single), dtype=bool)

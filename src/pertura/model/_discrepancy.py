@@ -113,6 +113,11 @@ class Discrepancy:
             a2, k2 = a2 + a**2 + k**2 * a2, k2 + k**2 + k**2 * k2
         return math.sqrt(a2), math.sqrt(k2)
 
+    @property
+    def noise(self) -> NDArray[np.float64] | float:
+        """Variance per gene that the noise of the measured effects leaves in the predicted ones, on the calibrated scale."""
+        return 0.0 if self.calibration is None else self.calibration.get("noise", 0.0)
+
     def table(self, questions: Sequence[Question], contexts: Sequence[str]) -> NDArray[np.float32]:
         """Parameters of all questions in all contexts, ``(n_questions, n_contexts, 2)``."""
         rows = [[self.parameters(q, c) for c in contexts] for q in questions]

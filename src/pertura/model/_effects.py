@@ -93,7 +93,7 @@ def effect_table(
         for c, code in enumerate(sums.codes):
             a, k = discrepancy.parameters(question, contexts[code])
             unit = discrepancy.unit(scale, before[c], library[c])
-            sd = np.sqrt(spread[c] ** 2 + (a * unit) ** 2 + (k * effect[c]) ** 2)
+            sd = np.sqrt(spread[c] ** 2 + (a**2 + discrepancy.noise) * unit**2 + (k * effect[c]) ** 2)
             safe = np.maximum(sd, 1e-12)
             columns = {
                 "perturbation": question.label,

@@ -13,6 +13,33 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
 
+class NegativeBinomial(dist.NegativeBinomial):
+    """Negative binomial of mean and inverse dispersion, quick where most counts are zero.
+
+    The gamma functions cancel at a count of zero, so that they are evaluated at the other entries alone.
+
+    Parameters
+    ----------
+    mean
+        Positive, ``(..., n_genes)``.
+    theta
+        Inverse dispersion, ``(n_genes,)``.
+    """
+
+    def __init__(self, mean: Tensor, theta: Tensor) -> None:
+        # logits = log(mean / theta) is the parametrisation that stays finite for means near zero
+        super().__init__(theta, logits=mean.log() - theta.log(), validate_args=False)
+        self._theta = theta
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log probability of counts."""
+        log_prob = value * self.logits - (self._theta + value) * F.softplus(self.logits)
+        where = value.nonzero(as_tuple=True)
+        x, theta = value[where], self._theta[where[-1]]
+        combinatorial = torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1)
+        return log_prob + torch.zeros_like(value).index_put(where, combinatorial)
+
+
 class CountLikelihood(nn.Module):
     r"""Negative binomial as a Gamma-Poisson mixture.
 
@@ -64,8 +91,7 @@ class CountLikelihood(nn.Module):
     def forward(self, h: Tensor, library: Tensor) -> TorchDistribution:
         """Distribution of a cell's counts; one event dimension."""
         rate = self.rate(h, library).clamp(min=1e-8)
-        # logits = log(mean / theta) is the parametrisation that stays finite for rates near zero
-        return dist.NegativeBinomial(self.theta, logits=rate.log() - self.theta.log()).to_event(1)
+        return NegativeBinomial(rate, self.theta).to_event(1)
 
     def abduct(self, h: Tensor, library: Tensor, x: Tensor) -> Tensor:
         """Draw of epsilon given the cell's own counts: Gamma(theta + x, theta + rate)."""

@@ -94,9 +94,7 @@ def call_guides(
         raise ValueError(f"`min_counts` is {min_counts}; give 1 or more.")
     taken = [column for column in _COLUMNS if column in data.obs]
     if taken and not overwrite:
-        raise ValueError(
-            f"`data.obs` has {', '.join(taken)} already; rename these, or pass `overwrite=True`."
-        )
+        raise ValueError(f"`data.obs` has {', '.join(taken)} already; rename these, or pass `overwrite=True`.")
 
     counts, guides, cells, var = _guide_counts(data, modality, layer, obsm_key)
     labels = _labels(guides, var, target_key, targets, set(non_targeting), control)
@@ -141,9 +139,7 @@ def _guide_counts(
     names = adata.var_names
     if obsm_key is not None:
         if obsm_key not in adata.obsm:
-            raise ValueError(
-                f"`obsm_key` {obsm_key!r} is not in `data.obsm`, which has {sorted(adata.obsm)}."
-            )
+            raise ValueError(f"`obsm_key` {obsm_key!r} is not in `data.obsm`, which has {sorted(adata.obsm)}.")
         table = adata.obsm[obsm_key]
         if not isinstance(table, pd.DataFrame):
             raise ValueError(
