@@ -162,3 +162,12 @@ def test_features_of_a_new_perturbation_move_the_state():
     features = torch.randn(1, 1, 4)
     moved = module.effect(torch.zeros(1, 1, 2), Action(torch.tensor([[-2]]), torch.ones(1, 1), features))
     torch.testing.assert_close(moved[0], module.feature_map(features[0]))
+
+
+def test_counts_pass_through_plates():
+    module = _module(likelihood="nb")
+    cells = _cells()
+    cells.x = torch.poisson(cells.x.abs() * 3)
+    cells.library = cells.x.sum(1, keepdim=True).clamp(min=1.0)
+    loss = FreeBitsELBO(num_particles=2).differentiable_loss(module.model, module.guide, cells, 3)
+    assert torch.isfinite(loss)

@@ -29,7 +29,11 @@ class NegativeBinomial(dist.NegativeBinomial):
     def __init__(self, mean: Tensor, theta: Tensor) -> None:
         # logits = log(mean / theta) is the parametrisation that stays finite for means near zero
         super().__init__(theta, logits=mean.log() - theta.log(), validate_args=False)
-        self._theta = theta
+        self._mean, self._theta = mean, theta
+
+    def expand(self, batch_shape: torch.Size, _instance: None = None) -> NegativeBinomial:
+        """The same distribution over a larger batch."""
+        return NegativeBinomial(self._mean.expand(batch_shape), self._theta)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log probability of counts."""
