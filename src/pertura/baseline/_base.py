@@ -24,6 +24,9 @@ from ._pseudobulk import control_means, pseudobulk
 
 logger = logging.getLogger(__name__)
 
+# arguments of training that change no result
+_HARMLESS = {"accelerator", "devices", "enable_progress_bar"}
+
 
 def check_positive(name: str, value: Any) -> None:
     """Raise unless an argument is a finite number above 0."""
@@ -108,7 +111,8 @@ class Baseline(PerturbationModel):
         datasplitter_kwargs
             ``{"external_indexing": [train, validation, test]}`` imposes a split by row numbers.
         **trainer_kwargs
-            Further arguments of :meth:`pertura.model.PerturbationModel.train`: taken like `max_epochs`.
+            Further arguments of :meth:`pertura.model.PerturbationModel.train`: taken like `max_epochs`, those about
+            the device and the progress bar without the warning.
 
         Raises
         ------
@@ -117,7 +121,7 @@ class Baseline(PerturbationModel):
         """
         if self.adata is None:
             raise ValueError("`adata`: the model was loaded without data. Load it with `adata=` to train it.")
-        unused = sorted([*trainer_kwargs, *(["max_epochs"] if max_epochs is not None else [])])
+        unused = sorted({*trainer_kwargs, *(["max_epochs"] if max_epochs is not None else [])} - _HARMLESS)
         if unused:
             logger.warning("%s is fitted in one pass: %s has no effect.", type(self).__name__, ", ".join(unused))
         train_idx, val_idx = self._split(train_size, validation_size, False, self._seed(seed), datasplitter_kwargs)
