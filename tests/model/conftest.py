@@ -35,6 +35,10 @@ class Spec:
         Whether it has an ELBO, epochs and validation.
     combines
         Whether it predicts combinations that it has not seen.
+    refuses_unseen
+        Whether it has no way to represent a perturbation without features.
+    samples
+        Whether it has a distribution of cells, to draw replicates from.
     reconstructs
         Whether a cell under its own perturbation is close to what was measured of it.
     wrong_init
@@ -49,6 +53,8 @@ class Spec:
     learns_by_gradient: bool = True
     combines: bool = True
     reconstructs: bool = True
+    refuses_unseen: bool = True
+    samples: bool = True
     wrong_init: dict[str, Any] = field(default_factory=dict)
     own_setup: tuple[str, ...] = ()
 
@@ -95,7 +101,13 @@ _WRONG_PERTVAE = {
 _SMALL = {"n_latent": 4, "encoder_hidden": (16,), "n_flow_hidden": 8, "n_flow_context": 8}
 # adding a model is adding a line
 MODELS = [
-    Spec("model.PertVAE", init=_SMALL, train={"max_epochs": 3, "batch_size": 64}, wrong_init=_WRONG_PERTVAE, own_setup=("pair_key",)),
+    Spec(
+        "model.PertVAE",
+        init=_SMALL,
+        train={"max_epochs": 3, "batch_size": 64},
+        wrong_init=_WRONG_PERTVAE,
+        own_setup=("pair_key",),
+    ),
 ]
 
 

@@ -148,7 +148,9 @@ def test_history_and_early_stopping(gradient_spec, screen):
     adata = screen()
     gradient_spec.setup(adata)
     model = gradient_spec.make(adata)
-    gradient_spec.fit(model, max_epochs=30, early_stopping=True, early_stopping_patience=1, early_stopping_min_delta=1e6)
+    gradient_spec.fit(
+        model, max_epochs=30, early_stopping=True, early_stopping_patience=1, early_stopping_min_delta=1e6
+    )
     # no epoch improves by a million nats: the second validation stops it
     assert len(model.history["elbo_validation"]) == len(model.history["elbo_train"]) == 2
     assert np.isfinite(model.history["elbo_validation"].to_numpy(float)).all()

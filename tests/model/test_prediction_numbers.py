@@ -189,7 +189,11 @@ def test_effect_table_is_consistent(trained):
     np.testing.assert_allclose((table["ci_high"] + table["ci_low"]) / 2, table["lfc_mean"], atol=1e-9)
     np.testing.assert_allclose(table["mean_perturbed"] - table["mean_control"], table["lfc_mean"], atol=1e-9)
     certain = table["lfc_sd"] > 0
-    p = 1 - stats.norm.cdf(0.2, table["lfc_mean"], table["lfc_sd"]) + stats.norm.cdf(-0.2, table["lfc_mean"], table["lfc_sd"])
+    p = (
+        1
+        - stats.norm.cdf(0.2, table["lfc_mean"], table["lfc_sd"])
+        + stats.norm.cdf(-0.2, table["lfc_mean"], table["lfc_sd"])
+    )
     np.testing.assert_allclose(table["proba_de"][certain], p[certain], atol=1e-9)
     fold = np.log2(np.expm1(table["mean_perturbed"]) + 1e-9) - np.log2(np.expm1(table["mean_control"]) + 1e-9)
     np.testing.assert_allclose(table["log2fc"], fold, rtol=1e-4, atol=1e-4)
@@ -210,7 +214,9 @@ def test_contexts_without_controls(trained, screen):
     np.testing.assert_allclose(own["lfc_mean"], (after.X - before.X).mean(0), atol=0.1)
     np.testing.assert_allclose(own["mean_control"], before.X.mean(0), atol=0.1)
     # the other context, which has controls, is asked of these alone
-    measured = screen()[((screen().obs["cell_type"] == contexts[0]) & (screen().obs["perturbation"] == "control"))].copy()
+    measured = screen()[
+        ((screen().obs["cell_type"] == contexts[0]) & (screen().obs["perturbation"] == "control"))
+    ].copy()
     alone = trained.get_perturbation_effect(name, adata=measured, n_samples=60)
     first = table[table["context"] == contexts[0]]
     np.testing.assert_allclose(first["mean_control"], alone["mean_control"], atol=0.1)
@@ -259,7 +265,7 @@ def test_intervals_widen_on_the_scale_of_counts_too(trained):
     kept = trained.calibration_
     widths = []
     try:
-        for calibration in (None, {**kept, "seen": (0.5, 0.0)}):
+        for calibration in (None, {**kept, "noise": 0.0, "seen": (0.5, 0.0)}):
             trained.calibration_ = calibration
             found = ask(trained, name_of(trained), scale="counts", indices=rows)
             widths.append(found.layers["high"] - found.X)
@@ -308,6 +314,7 @@ def test_posterior_predictive_sample(trained):
     assert single.shape == (3, trained.adata.n_vars, 1)
 
 
+@pytest.mark.slow  # numba compiles what `sparse` does
 def test_criticism_of_scvi(gradient_spec, trained):
     from scvi.criticism import PosteriorPredictiveCheck
 

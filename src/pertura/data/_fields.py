@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import rich.pretty  # noqa: F401  `AnnDataManager.view_registry` uses it and does not import it
+import rich.pretty
 import rich.table
 from anndata import AnnData
 from scvi.data.fields import BaseAnnDataField, CategoricalObsField, LayerField, NumericalObsField

@@ -120,7 +120,7 @@ class Vocabulary:
         """Features of the named perturbations, shape ``(len(names), n_features)``; zero where a name has none."""
         if self.features is None:
             raise ValueError("no perturbation features were registered")
-        return self.features.reindex(list(names)).fillna(0.0).to_numpy(np.float32)
+        return self.features.reindex(list(names)).fillna(0.0).to_numpy(np.float32, copy=True)
 
     def _lookup(self) -> dict[str, int]:
         return {name: code for code, name in enumerate(self.names)}

@@ -12,6 +12,7 @@ from scvi import settings
 
 from pertura.data._vocabulary import Vocabulary
 
+from ._discrepancy import Discrepancy
 from ._engine import Question
 
 
@@ -67,6 +68,7 @@ class ArgumentMixin:
 
     vocabulary: Vocabulary
     data_kind: str
+    _discrepancy: Discrepancy
     _can_predict_features: bool = False
 
     def _resolve_scale(self, scale: str | None) -> str:
@@ -140,11 +142,12 @@ class ArgumentMixin:
     def _check_representable(self, label: str) -> None:
         """Raise where the model has no way to represent a perturbation."""
         vocabulary = self.vocabulary
-        novelty = vocabulary.novelty(label)
-        if novelty != "unseen" and (novelty != "unseen with features" or self._can_predict_features):
+        step = self._discrepancy.step(Question(label))
+        if step != "unseen" and (step != "unseen with features" or self._can_predict_features):
             return
-        new = [m for m in vocabulary.parse(label) if m not in vocabulary.names]
-        close = get_close_matches(new[0], vocabulary.names, n=1)
+        trained = self._discrepancy.trained
+        new = [m for m in vocabulary.parse(label) if m not in trained]
+        close = get_close_matches(new[0], trained, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         remedy = (
             "Register descriptions of perturbations, this one included, with `perturbation_features_key`."
@@ -152,11 +155,10 @@ class ArgumentMixin:
             else f"{type(self).__name__} can not represent a new perturbation; PertVAE or baseline.Linear with "
             "`perturbation_features_key` can."
         )
-        known = ", ".join(vocabulary.names[:8])
-        without = " and has no features" if novelty == "unseen" and vocabulary.features is not None else ""
+        without = " and has no features" if step == "unseen" and vocabulary.features is not None else ""
         raise ValueError(
             f"`perturbation`: {', '.join(map(repr, new))} was not seen in training{without} "
-            f"(known: {known}{', …' if len(vocabulary.names) > 8 else ''}).{hint} {remedy}"
+            f"(known: {', '.join(trained[:8])}{', …' if len(trained) > 8 else ''}).{hint} {remedy}"
         )
 
     def _rows(self, user: AnnData, indices: Any) -> NDArray[np.int64]:

@@ -185,8 +185,8 @@ class PerturbationModel(PredictionMixin, TrainingMixin, BaseModelClass):
         annotations = _mudata.annotations(mdata, source)
         if (annotations[_mudata.LABEL] == control).all():
             raise ValueError(
-                f"`threshold`: no value of {perturbation_mod!r} is above {threshold:g}, so that no cell is perturbed. Lower "
-                "it, or name the layer with the calls (`perturbation_layer`)."
+                f"`threshold`: no value of {perturbation_mod!r} is above {threshold:g}, so that no cell is perturbed. "
+                "Lower it, or name the layer with the calls (`perturbation_layer`)."
             )
         rna = mdata.mod[rna_mod]
         with _restored_on_error(rna):

@@ -92,8 +92,9 @@ def calibrate(model: PerturbationModel, train_idx: NDArray[np.int64], seed: int 
 
     Returns
     -------
-    ``scale``; ``observed`` (label to contexts); ``noise`` (mean squared standard error of the measured effects, per gene); ``(a, k)`` of ``"seen"``, ``"new dose"``, ``"new context"``,
-    ``"new combination"`` and ``"unseen with features"``.
+    ``scale``; ``observed`` (label to contexts); ``doses`` (perturbation to doses); ``noise`` (mean squared standard
+    error of the measured effects, per gene); ``(a, k)`` of ``"seen"``, ``"new dose"``, ``"new context"``, ``"new
+    combination"`` and ``"unseen with features"``.
     """
     scale = model._resolve_scale(None)
     control = model.vocabulary.control
@@ -103,6 +104,7 @@ def calibrate(model: PerturbationModel, train_idx: NDArray[np.int64], seed: int 
     result: dict[str, Any] = {
         "scale": scale,
         "observed": {label: sorted(model.contexts[c] for c in own) for label, own in seen.groupby("label")["context"]},
+        "doses": _trained_doses(model, treated),
         "seen": (0.0, 0.0),
         **dict.fromkeys(("new dose", "new context", "new combination", "unseen with features"), UNINFORMED),
     }
@@ -158,6 +160,15 @@ def _effects(
             lines.append((described["label"][condition], dose, context, len(dose)))
     table = pd.DataFrame(lines, columns=["label", "dose", "context", "n_members"])
     return Measured(table, np.stack(measured), np.stack(se)), np.stack(predicted)
+
+
+def _trained_doses(model: PerturbationModel, treated: pd.DataFrame) -> dict[str, list[float]]:
+    """Doses at which each perturbation was trained, alone or in a combination."""
+    found: dict[str, set[float]] = {}
+    for row in treated.drop_duplicates("condition").itertuples():
+        for member, dose in zip(model.vocabulary.parse(row.label), row.dose, strict=True):
+            found.setdefault(member, set()).add(dose)
+    return {member: sorted(doses) for member, doses in found.items()}
 
 
 def _some(rows: NDArray[np.int64], n: int, rng: np.random.Generator) -> NDArray[np.int64]:

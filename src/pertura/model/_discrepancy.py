@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from pertura.data._vocabulary import Vocabulary
+from pertura.data._vocabulary import Novelty, Vocabulary
 
 from ._engine import TARGET_SUM, Question
 
@@ -78,6 +78,32 @@ class Discrepancy:
                 found.setdefault(member, set()).update(contexts)
         return found
 
+    @property
+    def trained(self) -> list[str]:
+        """Perturbations that were trained, alone or in a combination."""
+        return list(self.vocabulary.names if self.calibration is None else sorted(self._contexts_of_member))
+
+    def step(self, question: Question) -> Novelty:
+        """How far a perturbation is from those that were trained; not all that were registered need be among them."""
+        vocabulary = self.vocabulary
+        novelty = vocabulary.novelty(question.label, question.dose)
+        if self.calibration is None or novelty not in ("seen", "new dose", "new combination"):
+            return novelty
+        members = vocabulary.parse(question.label)
+        new = [m for m in members if m not in self._contexts_of_member]
+        if new:
+            described = vocabulary.features is not None and all(m in vocabulary.features.index for m in new)
+            return "unseen with features" if described else "unseen"
+        if question.label not in self.calibration["observed"]:
+            return "new combination"
+        trained = self.calibration["doses"]
+        if vocabulary.has_dose and any(
+            not np.isclose(d, trained[m], rtol=1e-4, atol=0.0).any()
+            for m, d in zip(members, question.dose, strict=False)
+        ):
+            return "new dose"
+        return "seen"
+
     def is_new_context(self, label: str, context: str) -> bool:
         """Whether a perturbation was not trained in a context: neither itself nor all of its known members."""
         members = self.vocabulary.parse(label)
@@ -85,26 +111,26 @@ class Discrepancy:
             return context not in self.contexts
         if context in self.calibration["observed"].get(label, ()):
             return False
-        known = [m for m in members if m in self.vocabulary.names]
+        known = [self._contexts_of_member[m] for m in members if m in self._contexts_of_member]
         if not known:
             return context not in self.contexts
-        return not all(context in self._contexts_of_member.get(m, ()) for m in known)
+        return not all(context in contexts for contexts in known)
 
     def novelty(self, question: Question, context: str) -> str:
         """How far a question is from the data, such as ``"new combination, new context"``."""
-        novelty = self.vocabulary.novelty(question.label, question.dose)
-        if novelty == "control" or not self.is_new_context(question.label, context):
-            return novelty
-        return "new context" if novelty == "seen" else f"{novelty}, new context"
+        step = self.step(question)
+        if step == "control" or not self.is_new_context(question.label, context):
+            return step
+        return "new context" if step == "seen" else f"{step}, new context"
 
     def parameters(self, question: Question, context: str) -> tuple[float, float]:
         """A and k of a question."""
-        novelty = self.vocabulary.novelty(question.label, question.dose)
-        if self.calibration is None or novelty == "control":
+        step = self.step(question)
+        if self.calibration is None or step == "control":
             return 0.0, 0.0
         parts = [self.calibration["seen"]]
-        if novelty in _STEPS:
-            parts.append(self.calibration[novelty])
+        if step in _STEPS:
+            parts.append(self.calibration[step])
         if self.is_new_context(question.label, context):
             parts.append(self.calibration["new context"])
         a2 = k2 = 0.0
@@ -115,8 +141,15 @@ class Discrepancy:
 
     @property
     def noise(self) -> NDArray[np.float64] | float:
-        """Variance per gene that the noise of the measured effects leaves in the predicted ones, on the calibrated scale."""
+        """Variance, per gene, that the noise of the measured effects leaves in the predicted ones."""
         return 0.0 if self.calibration is None else self.calibration.get("noise", 0.0)
+
+    def variance(self, question: Question, context: str, effect: NDArray, unit: Any) -> NDArray[np.float64] | float:
+        """Variance of the discrepancy of predicted effects, ``(n_genes,)``; `unit` as of :meth:`unit`."""
+        if self.step(question) == "control":
+            return 0.0
+        a, k = self.parameters(question, context)
+        return (a**2 + self.noise) * unit**2 + (k * effect) ** 2
 
     def table(self, questions: Sequence[Question], contexts: Sequence[str]) -> NDArray[np.float32]:
         """Parameters of all questions in all contexts, ``(n_questions, n_contexts, 2)``."""

@@ -91,9 +91,8 @@ def effect_table(
         effect, after = change.mean(0), perturbed[q].mean(0)
         spread = change.std(0, ddof=1) if len(change) > 1 else np.zeros_like(effect)
         for c, code in enumerate(sums.codes):
-            a, k = discrepancy.parameters(question, contexts[code])
             unit = discrepancy.unit(scale, before[c], library[c])
-            sd = np.sqrt(spread[c] ** 2 + (a**2 + discrepancy.noise) * unit**2 + (k * effect[c]) ** 2)
+            sd = np.sqrt(spread[c] ** 2 + discrepancy.variance(question, contexts[code], effect[c], unit))
             safe = np.maximum(sd, 1e-12)
             columns = {
                 "perturbation": question.label,

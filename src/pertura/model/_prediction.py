@@ -295,7 +295,7 @@ class PredictionMixin(SummaryMixin):
         return {
             "perturbation": [q.label for q in questions],
             "dose": [q.dose_text for q in questions] if self.vocabulary.has_dose else None,
-            "novelty": [self.vocabulary.novelty(q.label, q.dose) for q in questions],
+            "novelty": [self._discrepancy.step(q) for q in questions],
             "ci": ci,
             **{name: options[name] for name in ("n_samples", "scale", "seed")},
         }

@@ -159,12 +159,18 @@ class QueryMixin(ArgumentMixin):
     def _check_known(self, user: AnnData, manager: AnnDataManager, rows: NDArray[np.int64]) -> None:
         """Cells whose own perturbation the model does not know can not be taken back to their basal state."""
         codes, _ = self._actions(manager, rows)
-        unknown = (codes == UNKNOWN).any(1)
-        if unknown.any():
+        names, discrepancy = self.vocabulary.names, self._discrepancy
+        unknown = [UNKNOWN]
+        for code in np.unique(codes[codes >= 0]):
+            step = discrepancy.step(Question(names[code]))
+            if step == "unseen" or (step == "unseen with features" and not self._can_predict_features):
+                unknown.append(code)  # registered, but not among the training cells
+        found = np.isin(codes, unknown).any(1)
+        if found.any():
             key = self._argument("perturbation_key")
-            label = str(manager.adata.obs[key].iloc[rows[np.flatnonzero(unknown)[0]]])
+            label = str(manager.adata.obs[key].iloc[rows[np.flatnonzero(found)[0]]])
             raise ValueError(
-                f"`adata`: {int(unknown.sum())} cells carry perturbations that the model has not seen, such as "
+                f"`adata`: {int(found.sum())} cells carry perturbations that the model has not seen, such as "
                 f"{label!r}; their basal state can not be inferred. Ask control cells: "
                 f"`indices=np.flatnonzero(adata.obs[{key!r}] == {self.vocabulary.control!r})`."
             )

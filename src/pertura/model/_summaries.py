@@ -258,7 +258,7 @@ class _Widening:
         self._own = self.discrepancy.table(own, names)
         self._same = np.array([[_alike(q, o) for o in own] for q in questions])
         # whether anything is added to some cell
-        self.needed = bool(self._asked.any() or self._own.any())
+        self.needed = bool(self._asked.any() or self._own.any() or np.any(self.discrepancy.noise))
 
     def half_width(self, question: int, block: Block, mean: Tensor, own: Tensor) -> Tensor:
         """Half-widths to add, ``(n_cells, n_genes)``.
@@ -271,11 +271,11 @@ class _Widening:
         which = self._which[block.positions]
         asked, done = self._asked[question, block.context], self._own[which, block.context]
         changed = ~self._same[question, which]
-        a = np.sqrt(asked[:, 0] ** 2 + done[:, 0] ** 2) * changed
-        k = np.maximum(asked[:, 1], done[:, 1]) * changed
-        a, k = (torch.as_tensor(v[:, None], dtype=mean.dtype, device=mean.device) for v in (a, k))
+        a2 = ((asked[:, 0] ** 2 + done[:, 0] ** 2)[:, None] + self.discrepancy.noise) * changed[:, None]
+        k = (np.maximum(asked[:, 1], done[:, 1]) * changed)[:, None]
+        a2, k = (torch.as_tensor(v, dtype=mean.dtype, device=mean.device) for v in (a2, k))
         unit = self.discrepancy.unit(self.scale, own, block.cells.library)
-        return self.z * ((a * unit) ** 2 + (k * (mean - own)) ** 2).sqrt()
+        return self.z * (a2 * unit**2 + (k * (mean - own)) ** 2).sqrt()
 
 
 def _alike(one: Question, other: Question) -> bool:

@@ -102,8 +102,8 @@ class PyroPlan(LowLevelPyroTrainingPlan):
     def _not_finite(self, what: str) -> str:
         return (
             f"{what} Training stopped in epoch {self.current_epoch}; the parameters are those of the last step. Try a "
-            "smaller learning rate (`lr=1e-4`), gradient clipping (`gradient_clip_val=10`), and check the expression for "
-            "extreme values."
+            "smaller learning rate (`lr=1e-4`), gradient clipping (`gradient_clip_val=10`), and check the expression "
+            "for extreme values."
         )
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
