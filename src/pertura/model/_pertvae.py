@@ -314,7 +314,7 @@ class PertVAE(PerturbationModel):
         elbo = FreeBitsELBO({"z1": self.free_nats, "z2": self.free_nats})
         return {
             "loss_fn": elbo,
-            "lr": 4e-3,
+            "lr": 5e-3,
             "weight_decay": 1e-4,
             "n_epochs_kl_warmup": 0.2,
             "lr_schedule": "cosine",
@@ -324,7 +324,7 @@ class PertVAE(PerturbationModel):
         return {"gradient_clip_val": 100.0}
 
     def _default_max_epochs(self, n_batches: int) -> int:
-        return int(np.clip(round(1500 / n_batches), 10, 400))
+        return int(np.clip(round(1000 / n_batches), 10, 400))
 
     # -- prediction -------------------------------------------------------------------------------------------------
 
