@@ -37,6 +37,8 @@ class Spec:
         Whether it predicts combinations that it has not seen.
     refuses_unseen
         Whether it has no way to represent a perturbation without features.
+    knows_genes
+        Whether a perturbation that bears the name of a gene is represented by it.
     samples
         Whether it has a distribution of cells, to draw replicates from.
     reconstructs
@@ -54,6 +56,7 @@ class Spec:
     combines: bool = True
     reconstructs: bool = True
     refuses_unseen: bool = True
+    knows_genes: bool = False
     samples: bool = True
     wrong_init: dict[str, Any] = field(default_factory=dict)
     own_setup: tuple[str, ...] = ()
@@ -99,6 +102,7 @@ _WRONG_PERTVAE = {
     "preset": "best",
 }
 _SMALL = {"n_latent": 4, "encoder_hidden": (16,), "n_flow_hidden": 8, "n_flow_context": 8}
+_CLOSED_FORM = {"learns_by_gradient": False, "samples": False}
 # adding a model is adding a line
 MODELS = [
     Spec(
@@ -108,6 +112,8 @@ MODELS = [
         wrong_init=_WRONG_PERTVAE,
         own_setup=("pair_key",),
     ),
+    Spec("baseline.Additive", wrong_init={"use_own_context": "yes"}, refuses_unseen=False, **_CLOSED_FORM),
+    Spec("baseline.Linear", wrong_init={"n_components": 0, "ridge": -1.0}, knows_genes=True, **_CLOSED_FORM),
 ]
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+
+# sums may be rounded one way or the other, depending on where in memory their terms are
+equal = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+
 
 N = {"n_samples": 4}
 
@@ -25,9 +31,9 @@ def test_genes_are_matched_by_name(trained, screen):
     assert not permuted.var_names.equals(expected.var_names)
     found = ask(trained, permuted)
     assert found.var_names.equals(expected.var_names)
-    np.testing.assert_array_equal(found.X, expected.X)
+    equal(found.X, expected.X)
     trained.predict_perturbation(trained.vocabulary.names[0], adata=permuted, key_added="x", **N)
-    np.testing.assert_array_equal(permuted.layers["x"], expected.X[:, order])
+    equal(permuted.layers["x"], expected.X[:, order])
 
 
 @pytest.mark.parametrize("form", ["csc", "dense", "array"])
@@ -38,7 +44,7 @@ def test_storage_does_not_matter(trained, screen, form):
     counts = adata.layers["counts"]
     forms = {"csc": counts.tocsc, "dense": counts.toarray, "array": lambda: sparse.csr_array(counts)}
     adata.layers["counts"] = forms[form]()
-    np.testing.assert_array_equal(ask(trained, adata).X, expected.X)
+    equal(ask(trained, adata).X, expected.X)
 
 
 def test_missing_genes_are_counted(trained, screen):
@@ -75,7 +81,7 @@ def test_backed_file(spec, screen, tmp_path, sparse_file, permuted):
     rows = [5, 3, 1, 60]
     expected, found = ask(model, indices=rows), ask(model, backed, indices=rows)
     assert found.obs["cell"].to_list() == adata.obs_names[rows].to_list()
-    np.testing.assert_array_equal(found.X, expected.X)
+    equal(found.X, expected.X)
     everything = model.get_perturbation_effect(model.vocabulary.names[0], adata=backed, **N)
     pd.testing.assert_frame_equal(everything, model.get_perturbation_effect(model.vocabulary.names[0], **N))
     assert not [k for k in backed.uns if k.startswith("_scvi")]
@@ -90,7 +96,7 @@ def test_training_from_a_backed_file(spec, screen, tmp_path):
     in_memory = ask(spec.fit(spec.make(adata)))
     backed = ad.read_h5ad(tmp_path / "cells.h5ad", backed="r")
     spec.setup(backed, layer=None)
-    np.testing.assert_array_equal(ask(spec.fit(spec.make(backed))).X, in_memory.X)
+    equal(ask(spec.fit(spec.make(backed))).X, in_memory.X)
 
 
 # -- cells ----------------------------------------------------------------------------------------------------------
@@ -102,7 +108,7 @@ def test_rows_come_in_the_order_asked(trained):
     assert found.obs["cell"].to_list() == trained.adata.obs_names[rows].to_list()
     mask = np.zeros(trained.adata.n_obs, bool)
     mask[rows] = True
-    np.testing.assert_array_equal(ask(trained, indices=mask).X, ask(trained, indices=np.sort(rows)).X)
+    equal(ask(trained, indices=mask).X, ask(trained, indices=np.sort(rows)).X)
 
 
 def test_part_and_copy_of_the_training_data(trained):
@@ -110,18 +116,19 @@ def test_part_and_copy_of_the_training_data(trained):
     adata = trained.adata
     rows = np.arange(0, adata.n_obs, 3)
     for some in (adata[rows].copy(), adata[rows]):
-        np.testing.assert_array_equal(ask(trained, some).X, ask(trained, indices=rows).X)
-    np.testing.assert_array_equal(ask(trained, adata.copy()).X, ask(trained).X)
+        equal(ask(trained, some).X, ask(trained, indices=rows).X)
+    equal(ask(trained, adata.copy()).X, ask(trained).X)
 
 
-def test_foreign_data_get_nothing_but_the_results(trained, screen, unchanged):
+def test_foreign_data_get_nothing_but_the_results(spec, trained, screen, unchanged):
     adata, before, name = screen(), screen(), trained.vocabulary.names[0]
     with unchanged(adata):
         ask(trained, adata)
         trained.get_perturbation_effect(name, adata=adata, **N)
         trained.get_latent_representation(adata, **N)
         assert len(list(trained.iter_predictions(name, adata=adata, **N)))
-        trained.posterior_predictive_sample(adata, n_samples=2, indices=[0, 1])
+        if spec.samples:
+            trained.posterior_predictive_sample(adata, n_samples=2, indices=[0, 1])
     with unchanged(adata):
         trained.predict_perturbation(name, adata=adata, key_added="new", **N)
         added = {
@@ -183,7 +190,7 @@ def test_cells_under_an_unknown_perturbation(trained, screen):
     with pytest.raises(ValueError, match=f"{number} cells carry perturbations .* such as 'novel'") as raised:
         ask(trained, adata)
     assert "indices=" in str(raised.value)
-    np.testing.assert_array_equal(ask(trained, adata, indices=control).X, expected.X)
+    equal(ask(trained, adata, indices=control).X, expected.X)
 
 
 # -- contexts -------------------------------------------------------------------------------------------------------
@@ -256,6 +263,9 @@ def test_unseen_perturbation_with_features(spec, screen):
         assert not spec.cls._can_predict_features
         assert "`perturbation_features_key`" in str(error)
         return
+    if not spec.refuses_unseen:
+        assert np.isfinite(ask(model, perturbation="novel").X).all()
+        return
     if not model._can_predict_features:
         with pytest.raises(ValueError, match="can not represent a new perturbation; .*Linear"):
             ask(model, perturbation="novel")
@@ -281,7 +291,7 @@ def test_registered_but_not_trained(spec, screen):
     spec.fit(model, datasplitter_kwargs={"external_indexing": [rows]})
     assert left_out in model.vocabulary.names
     control = np.flatnonzero(adata.obs["perturbation"] == "control")
-    if spec.refuses_unseen:
+    if spec.refuses_unseen and not spec.knows_genes:
         with pytest.raises(ValueError, match=f"'{left_out}' was not seen in training"):
             ask(model, perturbation=left_out, indices=control)
         with pytest.raises(ValueError, match="cells carry .*'" + left_out):
@@ -297,10 +307,10 @@ def test_combinations(trained):
     new = next(pair for pair in ((a, b), (a, c), (b, c)) if pair != seen)
     first, second = new
     answer = ask(trained, perturbation=f"{first}+{second}")
-    np.testing.assert_array_equal(answer.X, ask(trained, perturbation=f"{second}+{first}").X)
+    equal(answer.X, ask(trained, perturbation=f"{second}+{first}").X)
     assert set(answer.obs["perturbation"]) == {f"{first}+{second}"}
     assert set(answer.obs["novelty"]) == {"new combination"}
-    np.testing.assert_array_equal(ask(trained, perturbation=f"{first}+control").X, ask(trained, perturbation=first).X)
+    equal(ask(trained, perturbation=f"{first}+control").X, ask(trained, perturbation=first).X)
     assert set(ask(trained, perturbation="+".join(seen)).obs["novelty"]) == {"seen"}
 
 
@@ -328,15 +338,15 @@ def test_doses(trained_dosed):
     model, name = trained_dosed, trained_dosed.vocabulary.names[0]
     assert model.vocabulary.doses[0] == (1.0, 10.0)
     control = ask(model, perturbation="control")
-    np.testing.assert_array_equal(ask(model, dose=0).X, control.X)
+    equal(ask(model, dose=0).X, control.X)
     several = model.predict_perturbation(name, dose=[1, 3, 10], n_samples=4)
     assert several.obs["dose"].unique().tolist() == ["1", "3", "10"]
     novelty = several.obs.groupby("dose", observed=True)["novelty"].agg(lambda v: set(v).pop())
     assert novelty.to_dict() == {"1": "seen", "3": "new dose", "10": "seen"}
     for dose in (1, 10):
-        np.testing.assert_array_equal(several[several.obs["dose"] == str(dose)].X, ask(model, dose=dose).X)
+        equal(several[several.obs["dose"] == str(dose)].X, ask(model, dose=dose).X)
     reference = model.vocabulary.reference_dose[0]
-    np.testing.assert_array_equal(ask(model).X, ask(model, dose=reference).X)
+    equal(ask(model).X, ask(model, dose=reference).X)
     table = model.get_perturbation_effect(name, dose=[1, 10], **N)
     assert table["dose"].unique().tolist() == ["1", "10"]
     assert "dose" not in model.predict_perturbation(name, return_anndata=True, **N).uns["prediction"].get("", {})

@@ -159,12 +159,12 @@ class QueryMixin(ArgumentMixin):
     def _check_known(self, user: AnnData, manager: AnnDataManager, rows: NDArray[np.int64]) -> None:
         """Cells whose own perturbation the model does not know can not be taken back to their basal state."""
         codes, _ = self._actions(manager, rows)
-        names, discrepancy = self.vocabulary.names, self._discrepancy
         unknown = [UNKNOWN]
         for code in np.unique(codes[codes >= 0]):
-            step = discrepancy.step(Question(names[code]))
-            if step == "unseen" or (step == "unseen with features" and not self._can_predict_features):
-                unknown.append(code)  # registered, but not among the training cells
+            try:
+                self._check_representable(self.vocabulary.names[code])
+            except ValueError:  # registered, but not among the training cells
+                unknown.append(code)
         found = np.isin(codes, unknown).any(1)
         if found.any():
             key = self._argument("perturbation_key")
