@@ -187,7 +187,7 @@ def test_cells_under_an_unknown_perturbation(trained, screen):
     expected = ask(trained, adata, indices=control)
     adata.obs["perturbation"] = adata.obs["perturbation"].astype(str).replace(trained.vocabulary.names[1], "novel")
     number = (adata.obs["perturbation"].str.contains("novel")).sum()
-    with pytest.raises(ValueError, match=f"{number} cells carry perturbations .* such as 'novel'") as raised:
+    with pytest.raises(ValueError, match=f"{number} cells carry the perturbations? .*'novel") as raised:
         ask(trained, adata)
     assert "indices=" in str(raised.value)
     equal(ask(trained, adata, indices=control).X, expected.X)
@@ -294,7 +294,7 @@ def test_registered_but_not_trained(spec, screen):
     if spec.refuses_unseen and not spec.knows_genes:
         with pytest.raises(ValueError, match=f"'{left_out}' was not seen in training"):
             ask(model, perturbation=left_out, indices=control)
-        with pytest.raises(ValueError, match="cells carry .*'" + left_out):
+        with pytest.raises(ValueError, match="cells carry the perturbation.*'" + left_out):
             ask(model, perturbation=pair[1])
     assert set(ask(model, perturbation=pair[1], indices=control).obs["novelty"]) == {"seen"}
     assert left_out not in model.calibration_["doses"]

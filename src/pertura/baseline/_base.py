@@ -177,6 +177,9 @@ class Baseline(PerturbationModel):
             "included, with `perturbation_features_key`; baseline.MeanEffect and baseline.Additive do without."
         )
 
+    def _is_known(self, name: str) -> bool:
+        return True  # what is representable is looked at member by member below
+
     def _check_known(self, user: AnnData, manager: AnnDataManager, rows: np.ndarray) -> None:
         super()._check_known(user, manager, rows)
         codes, _ = self._actions(manager, rows)

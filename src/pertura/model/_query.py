@@ -159,21 +159,23 @@ class QueryMixin(ArgumentMixin):
     def _check_known(self, user: AnnData, manager: AnnDataManager, rows: NDArray[np.int64]) -> None:
         """Cells whose own perturbation the model does not know can not be taken back to their basal state."""
         codes, _ = self._actions(manager, rows)
-        unknown = [UNKNOWN]
-        for code in np.unique(codes[codes >= 0]):
-            try:
-                self._check_representable(self.vocabulary.names[code])
-            except ValueError:  # registered, but not among the training cells
-                unknown.append(code)
-        found = np.isin(codes, unknown).any(1)
+        names = self.vocabulary.names
+        unknown = [c for c in np.unique(codes[codes >= 0]) if not self._is_known(names[c])]
+        found = np.isin(codes, [UNKNOWN, *unknown]).any(1)
         if found.any():
             key = self._argument("perturbation_key")
-            label = str(manager.adata.obs[key].iloc[rows[np.flatnonzero(found)[0]]])
+            labels = manager.adata.obs[key].iloc[rows[found]].astype(str).unique()
+            some = f"perturbation{'s' if len(labels) > 1 else ''} {', '.join(map(repr, labels[:5]))}"
             raise ValueError(
-                f"`adata`: {int(found.sum())} cells carry perturbations that the model has not seen, such as "
-                f"{label!r}; their basal state can not be inferred. Ask control cells: "
-                f"`indices=np.flatnonzero(adata.obs[{key!r}] == {self.vocabulary.control!r})`."
+                f"`adata`: {int(found.sum())} cells carry the {some}{', …' if len(labels) > 5 else ''}, which the model has "
+                f"not seen; their basal state can not be inferred. Ask control cells: `indices=np.flatnonzero(adata.obs"
+                f"[{key!r}] == {self.vocabulary.control!r})`."
             )
+
+    def _is_known(self, name: str) -> bool:
+        """Whether the effect of a registered perturbation can be taken back; a split may have left it out of training."""
+        step = self._discrepancy.step(Question(name))
+        return step != "unseen" and (step != "unseen with features" or self._can_predict_features)
 
     # -- what is known of the cells ---------------------------------------------------------------------------------
 
