@@ -99,6 +99,7 @@ _WRONG_PERTVAE = {
     "effect_lr_factor": 0.0,
     "link_sharpness": 0.0,
     "singletons": "no",
+    "heteroscedastic": "yes",
     "preset": "best",
 }
 _SMALL = {"n_latent": 4, "encoder_hidden": (16,), "n_flow_hidden": 8, "n_flow_context": 8}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -26,6 +27,28 @@ def check_whole(name: str, value: Any, least: int = 1) -> None:
     """Raise unless an argument is a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
         raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
+
+
+def check_number(
+    name: str, value: Any, *, least: float | None = None, above: float | None = None, below: float | None = None
+) -> None:
+    """Raise unless an argument is a finite number, not smaller than `least`, above `above` and below `below`."""
+    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and np.isfinite(value)
+    inside = number and (
+        (least is None or value >= least) and (above is None or value > above) and (below is None or value < below)
+    )
+    if not inside:
+        limits = [("of at least", least), ("above", above), ("below", below)]
+        wanted = " and ".join(f"{word} {limit:g}" for word, limit in limits if limit is not None)
+        raise ValueError(f"`{name}` must be a number {wanted}, got {value!r}.")
+
+
+def check_widths(name: str, value: Any) -> None:
+    """Raise unless an argument is a sequence of layer widths, which may be empty."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise ValueError(f"`{name}` must be a sequence of whole numbers, the widths of layers, got {value!r}.")
+    for width in value:
+        check_whole(name, width)
 
 
 def check_draws(n_samples: Any, ci: Any, batch_size: Any) -> None:

@@ -26,6 +26,7 @@ from pertura.data._validation import check_obs_key
 from pertura.module._pertvae import PertVAE as Module
 from pertura.train._elbo import FreeBitsELBO
 
+from ._arguments import check_flag, check_number, check_whole, check_widths
 from ._base import PerturbationModel
 
 logger = logging.getLogger(__name__)
@@ -136,6 +137,7 @@ class PertVAE(PerturbationModel):
             if k not in ("self", "adata", "registry", "preset", "__class__") and v is not None
         }
         super().__init__(adata, registry)
+        _check_options(given)
         if preset not in (None, "paper"):
             raise ValueError(f"`preset` must be 'paper' or None, got {preset!r}.")
         options = {**(_PAPER if preset == "paper" else {}), **given}
@@ -341,6 +343,24 @@ class PertVAE(PerturbationModel):
             new = self.module.project_profiles(*profiles)
             globals_["context_profile"] = torch.cat([known, new[len(known) :]])
         return globals_
+
+
+def _check_options(given: dict[str, Any]) -> None:
+    """Check what has a range; choices between names are checked where they are made."""
+    for name in {"n_latent", "n_flow_context", "n_flow_hidden", "rank"} & given.keys():
+        check_whole(name, given[name])
+    if "n_flow_steps" in given:
+        check_whole("n_flow_steps", given["n_flow_steps"], least=0)
+    for name in {"encoder_hidden", "decoder_hidden"} & given.keys():
+        check_widths(name, given[name])
+    for name in {"link_sharpness", "prior_sd_W", "prior_sd_b", "effect_lr_factor"} & given.keys():
+        check_number(name, given[name], above=0)
+    for name in {"free_nats", "input_noise", "prediction_weight"} & given.keys():
+        check_number(name, given[name], least=0)
+    if "dropout_rate" in given:
+        check_number("dropout_rate", given["dropout_rate"], least=0, below=1)
+    for name in {"use_weight_norm", "heteroscedastic", "singletons"} & given.keys():
+        check_flag(name, given[name])
 
 
 def _check_pairs(adata: AnnData, pair_key: str, perturbation_key: str, control: str) -> None:
