@@ -64,7 +64,7 @@ def test_elbo_is_the_sum_of_its_terms():
             z1, z2 = z[:3], z[3:]
             log_q = normal(loc, scale).log_prob(z).sum()
             W, code = module.effect_W(), cells.action.codes[3:, 0]
-            mean = z1 + torch.einsum("nij,nj->ni", W[code], z1) + module.effect_b[code]
+            mean = z1 + torch.einsum("nij,nj->ni", W[code], z1) + module.effect_b[code] + module.effect_common
             log_p = normal(0, 1).log_prob(z1).sum() + normal(mean, module.effect_log_scale.exp()).log_prob(z2).sum()
             log_x = normal(*module.likelihood._parameters_of(z)).log_prob(cells.x).sum()
             expected.append(log_q - log_p - log_x)
@@ -142,9 +142,7 @@ def test_combinations_add_and_doses_grow_from_nothing():
     def effect(codes, dose):
         return module.effect(u, Action(torch.tensor([codes]), torch.tensor([dose])))
 
-    torch.testing.assert_close(
-        effect([0, 1], [1.0, 1.0]), effect([0, -1], [1.0, 0.0]) + effect([1, -1], [1.0, 0.0])
-    )
+    torch.testing.assert_close(effect([0, 1], [1.0, 1.0]), effect([0, -1], [1.0, 0.0]) + effect([1, -1], [1.0, 0.0]))
     torch.testing.assert_close(effect([0], [0.0]), torch.zeros(4, 1, N_LATENT))
     sizes = torch.stack([effect([0], [d]).norm() for d in (0.1, 0.3, 1.0, 2.0)])
     assert (sizes.diff() > 0).all()
@@ -161,7 +159,7 @@ def test_features_of_a_new_perturbation_move_the_state():
     torch.nn.init.normal_(module.feature_map.weight)
     features = torch.randn(1, 1, 4)
     moved = module.effect(torch.zeros(1, 1, 2), Action(torch.tensor([[-2]]), torch.ones(1, 1), features))
-    torch.testing.assert_close(moved[0], module.feature_map(features[0]))
+    torch.testing.assert_close(moved[0], module.feature_map(features[0]) + module.effect_common)
 
 
 def test_counts_pass_through_plates():

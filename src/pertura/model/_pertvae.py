@@ -44,6 +44,7 @@ _PAPER = {
     "free_nats": 2.0,
     "prediction_weight": 0.0,
     "link_sharpness": 1.0,
+    "heteroscedastic": True,
     "prior_sd_W": 1.0,
     "effect_lr_factor": 1.0,
 }
@@ -82,10 +83,11 @@ class PertVAE(PerturbationModel):
     likelihood
         ``"nb"`` for counts, ``"normal"`` for others; by default what was registered.
     prior_sd_W, prior_sd_b
-        Standard deviations of the normal priors of W and b: the L2 penalty.
+        Standard deviations of the normal priors of W and b: the L2 penalty. With several perturbations b is shrunk towards
+        what they have in common.
     free_nats
         Divergence per latent variable (z1, z2) and cell that costs nothing.
-    link_sharpness, use_weight_norm, dropout_rate, input_noise, prediction_weight, effect_lr_factor
+    link_sharpness, heteroscedastic, use_weight_norm, dropout_rate, input_noise, prediction_weight, effect_lr_factor
         See :class:`pertura.module.PertVAE`.
     singletons
         Whether cells without a partner take part in training.
@@ -120,6 +122,7 @@ class PertVAE(PerturbationModel):
         pairing: Literal["pairs", "random", "ot"] | None = None,
         likelihood: Literal["nb", "normal"] | None = None,
         link_sharpness: float | None = None,
+        heteroscedastic: bool | None = None,
         prior_sd_W: float | None = None,
         prior_sd_b: float | None = None,
         free_nats: float | None = None,
@@ -154,8 +157,9 @@ class PertVAE(PerturbationModel):
             "effect_input": "cell" if paired else "context",
             "likelihood": "nb" if self.data_kind == "counts" else "normal",
             "rank": None if vocabulary.n_perturbations == 1 else 4,
-            # with features, what they do not explain is small a priori; otherwise nothing would be left for them to explain
-            "prior_sd_b": 10.0 if vocabulary.features is None else 0.3,
+            # of several perturbations, each one's own part is small a priori beside what is common or what features explain
+            "prior_sd_b": 10.0 if vocabulary.n_perturbations == 1 else 0.3,
+            "prior_sd_W": 0.3 if vocabulary.n_perturbations == 1 else 0.1,
         }
         options = {**defaults, **options}
         if options["likelihood"] not in ("nb", "normal"):

@@ -2,7 +2,7 @@ r"""PertVAE: linear effects of perturbations on a latent state (Rampasek et al.)
 
 .. math::
 
-    W_p, b_p            &\sim N(0, \sigma_W^2),\; N(0, \sigma_b^2) \\
+    W_p, b_p            &\sim N(0, \sigma_W^2),\; N(b_0, \sigma_b^2) \\
     z_1                 &\sim N(0, I) \\
     z_2 \mid z_1        &\sim N\Big(z_1 + \sum_{p} s_p(d_p)\,(W_p\, u + b_p),\; \sigma_2^2\Big) \\
     x_k \mid z_k        &\sim p_\theta(x \mid \mathrm{dec}(z_k)), \quad k = 1, 2
@@ -56,6 +56,8 @@ class PertVAE(PerturbationModule):
         ``"nb"`` or ``"normal"``.
     link_sharpness
         See :class:`~pertura.nn.CountLikelihood`.
+    heteroscedastic
+        See :class:`~pertura.nn.GaussianLikelihood`.
     prior_sd_W, prior_sd_b
         Standard deviations of the normal priors of W and b.
     use_weight_norm, dropout_rate, input_noise
@@ -87,6 +89,7 @@ class PertVAE(PerturbationModule):
         n_context_components: int = 30,
         likelihood: Literal["nb", "normal"] = "nb",
         link_sharpness: float = 3.0,
+        heteroscedastic: bool = False,
         prior_sd_W: float = 0.3,
         prior_sd_b: float = 10.0,
         use_weight_norm: bool = False,
@@ -111,7 +114,7 @@ class PertVAE(PerturbationModule):
         if likelihood == "nb":
             self.likelihood = CountLikelihood(self.decoder.n_out, n_genes, link_sharpness)
         else:
-            self.likelihood = GaussianLikelihood(self.decoder.n_out, n_genes)
+            self.likelihood = GaussianLikelihood(self.decoder.n_out, n_genes, heteroscedastic)
         self.native_scale = self.likelihood.native_scale
 
         # W = U V^T; U = 0 starts as the identity. At full rank V is fixed to I and W is a matrix of its own
@@ -121,6 +124,8 @@ class PertVAE(PerturbationModule):
         self.effect_U = nn.Parameter(torch.zeros(n_perturbations, n_latent, self.rank))
         if not self.full_rank:
             self.effect_V = nn.Parameter(torch.randn(n_perturbations, n_inputs, self.rank) / n_inputs**0.5)
+        # what all perturbations have in common is learned from all of them; each one's own part is shrunk towards it
+        self.effect_common = nn.Parameter(torch.zeros(n_latent)) if n_perturbations > 1 else None
         self.effect_b = nn.Parameter(torch.zeros(n_perturbations, n_latent))
         self.effect_log_scale = nn.Parameter(torch.full((n_latent,), -1.0))
         self.dose_log_kappa = nn.Parameter(torch.zeros(n_perturbations))
@@ -209,12 +214,17 @@ class PertVAE(PerturbationModule):
             moved = torch.einsum("nkij,...nj->...nki", U, u)
         else:
             moved = torch.einsum("nkir,nkjr,...nj->...nki", U, self.effect_V[code], u)
+        if self.effect_common is not None:
+            b = b + self.effect_common
         if self.feature_map is not None:
             b = b + self.feature_map(self.features[code])
         total = (strength[..., None] * (moved + b)).sum(-2)
         if action.features is not None and self.feature_map is not None:
             unknown = (action.codes == UNKNOWN) * action.dose
-            total = total + (unknown[..., None] * self.feature_map(action.features)).sum(-2)
+            described = self.feature_map(action.features)
+            if self.effect_common is not None:
+                described = described + self.effect_common
+            total = total + (unknown[..., None] * described).sum(-2)
         return total
 
     def dose_response(self, code: Tensor, dose: Tensor) -> Tensor:

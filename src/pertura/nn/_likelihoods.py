@@ -111,7 +111,7 @@ class CountLikelihood(nn.Module):
 
 
 class GaussianLikelihood(nn.Module):
-    r"""Log expression or bulk profiles: :math:`x_g \sim N(\mu_g(h), \sigma_g(h)^2)`, in units of the registered layer.
+    r"""Log expression or bulk profiles: :math:`x_g \sim N(\mu_g(h), \sigma_g^2)`, in units of the registered layer.
 
     Parameters
     ----------
@@ -119,15 +119,20 @@ class GaussianLikelihood(nn.Module):
         Width of the decoder's hidden layer.
     n_genes
         Number of genes.
+    heteroscedastic
+        Let :math:`\log \sigma_g` be linear in h, as in the paper. A replayed residual then grows or shrinks with the state,
+        without bound for states far from the data.
     """
 
     native_scale = "layer"
 
-    def __init__(self, n_in: int, n_genes: int) -> None:
+    def __init__(self, n_in: int, n_genes: int, heteroscedastic: bool = False) -> None:
         super().__init__()
         self.loc = nn.Linear(n_in, n_genes)
-        self.log_scale = nn.Linear(n_in, n_genes)
-        nn.init.normal_(self.log_scale.weight, std=1e-3)
+        self.log_scale = nn.Parameter(torch.zeros(n_genes))
+        self.log_scale_slope = nn.Linear(n_in, n_genes, bias=False) if heteroscedastic else None
+        if self.log_scale_slope is not None:
+            nn.init.normal_(self.log_scale_slope.weight, std=1e-3)
         self.register_buffer("unit", torch.ones(n_genes))
 
     def initialise(self, mean: Tensor, scale: Tensor) -> None:
@@ -135,10 +140,11 @@ class GaussianLikelihood(nn.Module):
         with torch.no_grad():
             self.unit.copy_(scale.clamp(min=1e-3))
             self.loc.bias.copy_(mean / self.unit)
-            self.log_scale.bias.zero_()
+            self.log_scale.zero_()
 
     def _parameters_of(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        return self.loc(h) * self.unit, self.log_scale(h).clamp(-5.0, 3.0).exp() * self.unit
+        log_scale = self.log_scale if self.log_scale_slope is None else self.log_scale + self.log_scale_slope(h)
+        return self.loc(h) * self.unit, log_scale.clamp(-5.0, 3.0).exp() * self.unit
 
     def forward(self, h: Tensor, library: Tensor) -> TorchDistribution:
         """Distribution of a profile; one event dimension."""
