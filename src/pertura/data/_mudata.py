@@ -68,7 +68,8 @@ def perturbations_of_matrix(mdata: MuData, settings: dict[str, Any]) -> pd.DataF
     table = table[(table["dose"] > settings["threshold"]) & (table["name"] != settings["control"])]
     # several gRNAs of one target are one perturbation
     table = table.groupby(["cell", "name"], as_index=False, sort=True)["dose"].max()
-    texts = {number: f"{number:.9g}" for number in table["dose"].unique()}
+    # through text: the float32 0.1 is the dose 0.1, not 0.100000001
+    texts = {number: f"{float(str(number)):.9g}" for number in table["dose"].unique()}
     table["dose"] = table["dose"].map(texts).astype(object)
     several = table["cell"].duplicated(keep=False)
     joined = table[several].groupby("cell")[["name", "dose"]].agg(settings["delimiter"].join)

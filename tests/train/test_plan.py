@@ -1,0 +1,150 @@
+"""The plan: groups of parameters, schedules, warm-up, losses per cell."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+
+from pertura.data import KEYS
+from pertura.module import PerturbationModule
+from pertura.train import FreeBitsELBO, PyroPlan
+
+
+class Module(PerturbationModule):
+    """One parameter of each sort; the loss is the negative log density of x."""
+
+    no_weight_decay = {"table"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 3)
+        self.table = nn.Parameter(torch.ones(2, 2))
+        self.effect_b = nn.Parameter(torch.ones(2, 2))
+        self.frozen = nn.Parameter(torch.ones(2, 2), requires_grad=False)
+        self.lr_factors = {"effect_": 5.0}
+        self.weights: list[float] = []
+        self.epochs: list[int] = []
+
+    def model(self, x, kl_weight=1.0):
+        self.weights.append(kl_weight)
+        with pyro.plate("cells", len(x)):
+            pyro.sample("x", dist.Normal(self.layer.bias[:1], 1.0).to_event(1), obs=x)
+
+    def guide(self, x, kl_weight=1.0): ...
+
+    @staticmethod
+    def _get_fn_args_from_batch(batch):
+        return (batch[KEYS.X],), {}
+
+    def on_epoch_start(self, data, epoch):
+        self.epochs.append(epoch)
+
+    def draw_globals(self, n_samples): ...
+
+    def abduct(self, cells, n_samples, globals_): ...
+
+    def act(self, basal, action, globals_): ...
+
+    def decode(self, z, basal): ...
+
+
+@pytest.fixture
+def plan():
+    def make(max_epochs=10, epoch=0, **arguments):
+        made = PyroPlan(Module(), loss_fn=FreeBitsELBO(), **arguments)
+        made._trainer = SimpleNamespace(max_epochs=max_epochs, current_epoch=epoch, global_step=0, datamodule="data")
+        made.setup("fit")
+        return made
+
+    return make
+
+
+def optimiser(plan):
+    configured = plan.configure_optimizers()
+    return configured["optimizer"] if isinstance(configured, dict) else configured
+
+
+def test_groups_of_parameters(plan):
+    made = plan(lr=0.01, weight_decay=0.1)
+    groups = {id(p): (g["lr"], g["weight_decay"]) for g in optimiser(made).param_groups for p in g["params"]}
+    module = made.module
+    assert groups[id(module.layer.weight)] == (0.01, 0.1)
+    assert groups[id(module.layer.bias)] == (0.01, 0.0)
+    assert groups[id(module.table)] == (0.01, 0.0)
+    assert groups[id(module.effect_b)] == (0.05, 0.0)
+    assert id(module.frozen) not in groups and len(groups) == 4
+
+
+def test_schedule(plan):
+    made = plan(max_epochs=4, lr=0.01, lr_schedule="cosine")
+    configured = made.configure_optimizers()
+    assert configured["lr_scheduler"]["interval"] == "epoch"
+    scheduler, rates = configured["lr_scheduler"]["scheduler"], []
+    for _ in range(4):
+        configured["optimizer"].step()
+        scheduler.step()
+        rates.append(scheduler.get_last_lr()[0])
+    assert rates == sorted(rates, reverse=True) and rates[-1] < 1e-9
+    assert isinstance(plan(lr_schedule="constant").configure_optimizers(), torch.optim.AdamW)
+    with pytest.raises(ValueError, match="`lr_schedule` must be 'constant' or 'cosine', got 'linear'"):
+        plan(lr_schedule="linear")
+
+
+@pytest.mark.parametrize(
+    ("warmup", "epoch", "weight"),
+    [(0.5, 0, 0.0), (0.5, 5, 0.5), (0.5, 10, 1.0), (0.5, 20, 1.0), (4, 2, 0.5), (None, 0, 1.0), (0.01, 1, 1.0)],
+)
+def test_warm_up_in_epochs_or_fractions_of_them(plan, warmup, epoch, weight):
+    made = plan(max_epochs=20, epoch=epoch, n_epochs_kl_warmup=warmup)
+    batch = {KEYS.X: torch.zeros(2, 1)}
+    made.loss_per_cell(batch, made.kl_weight)
+    assert abs(made.module.weights[-1] - weight) < 1e-5
+
+
+def test_validation_has_no_warm_up(plan, monkeypatch):
+    made = plan(n_epochs_kl_warmup=5)
+    logged = {}
+    monkeypatch.setattr(made, "log", lambda name, value, **options: logged.update({name: (float(value), options)}))
+    batch = {KEYS.X: torch.tensor([[1.0], [3.0]])}
+    made.training_step(batch, 0)
+    made.validation_step(batch, 0)
+    assert made.module.weights[0] < 1e-5 and made.module.weights[1] == 1.0
+    expected = -dist.Normal(made.module.layer.bias[0], 1.0).log_prob(batch[KEYS.X]).mean()
+    for name in ("elbo_train", "elbo_validation"):
+        value, options = logged[name]
+        assert abs(value - float(expected)) < 1e-5, "per cell"
+        assert options["batch_size"] == 2 and options["on_epoch"]
+
+
+def test_module_sees_epochs_and_the_size_of_the_data(plan):
+    made = plan()
+    made.n_obs_training = 123
+    made.setup("fit")
+    made.on_train_epoch_start()
+    assert made.module.n_train == 123
+    assert made.module.epochs == [0]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_loss_that_is_not_finite(plan, value):
+    made = plan()
+    with torch.no_grad():
+        made.module.layer.bias.fill_(value)
+    with pytest.raises(FloatingPointError, match="epoch 0.*smaller learning rate"):
+        made.loss_per_cell({KEYS.X: torch.zeros(2, 1)}, 1.0)
+
+
+def test_other_errors_are_not_hidden(plan, monkeypatch):
+    made = plan()
+
+    def fail(*args, **kwargs):
+        raise ValueError("something else")
+
+    monkeypatch.setattr(made, "differentiable_loss_fn", fail)
+    with pytest.raises(ValueError, match="something else"):
+        made.loss_per_cell({KEYS.X: torch.zeros(2, 1)}, 1.0)
