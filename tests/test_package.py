@@ -39,11 +39,7 @@ def _run(code: str) -> str:
 
 def _optional() -> set[str]:
     """Import names of what the extras for users install."""
-    lines = [
-        line
-        for line in requires("pertura")
-        if re.search(r"extra == '(scale|text|tune)'", line.replace('"', "'"))
-    ]
+    lines = [line for line in requires("pertura") if re.search(r"extra == '(scale|text|tune)'", line.replace('"', "'"))]
     return {re.split(r"[\s<>=!~;\[]", line, maxsplit=1)[0].replace("-", "_") for line in lines}
 
 
@@ -150,17 +146,13 @@ def test_cli_commands_exist(command: str, capsys: pytest.CaptureFixture[str]):
 
 
 def test_python_m_pertura():
-    result = subprocess.run(
-        [sys.executable, "-m", "pertura", "--version"], capture_output=True, text=True, check=True
-    )
+    result = subprocess.run([sys.executable, "-m", "pertura", "--version"], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == f"pertura {pertura.__version__}"
 
 
 @pytest.mark.parametrize("name", ["quickstart", "test"])
 def test_readme_has_the_commands_ci_runs(name: str):
-    block = re.search(
-        rf"^<!-- ci: {name} -->\n```bash\n(.+)\n```$", (ROOT / "README.md").read_text(), re.MULTILINE
-    )
+    block = re.search(rf"^<!-- ci: {name} -->\n```bash\n(.+)\n```$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert block is not None
     assert "\n" not in block[1]
     assert block[1].startswith("python -m pip install -c constraints.txt ")

@@ -121,17 +121,10 @@ def test_unseen_dose(adata):
 
 def test_held_out_cells_are_stratified(adata):
     adata.obs.loc["cell0", "perturbation"] = "rare"
-    splits = held_out_cells(
-        adata, perturbation_key="perturbation", context_key="cell_type", fraction=0.25, n_splits=2
-    )
+    splits = held_out_cells(adata, perturbation_key="perturbation", context_key="cell_type", fraction=0.25, n_splits=2)
     for split in splits:
         assert 0 in split.train
-        share = (
-            as_obs(split, adata)
-            .eq("test")
-            .groupby([adata.obs["perturbation"], adata.obs["cell_type"]])
-            .mean()
-        )
+        share = as_obs(split, adata).eq("test").groupby([adata.obs["perturbation"], adata.obs["cell_type"]]).mean()
         np.testing.assert_allclose(share.drop("rare"), 0.25, atol=0.02)
         assert covers(split, 2000)
     assert not np.array_equal(splits[0].test, splits[1].test)
@@ -191,9 +184,7 @@ def test_as_obs(adata):
             "perturbation_key",
         ),
         (
-            lambda a: leave_context_out(
-                a, perturbation_key="perturbation", control="x", context_key="cell_type"
-            ),
+            lambda a: leave_context_out(a, perturbation_key="perturbation", control="x", context_key="cell_type"),
             "control",
         ),
         (lambda a: leave_context_out(a, context_key="line", **KEYS), "context_key"),

@@ -187,9 +187,7 @@ def test_offline_error_is_one_clear_sentence(cache: Path, monkeypatch: pytest.Mo
     assert isinstance(caught.value, OSError)
 
 
-def test_dead_server_does_not_hang(
-    files: dict[str, DataFile], cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dead_server_does_not_hang(files: dict[str, DataFile], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(_fetch, "READ_TIMEOUT", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections, never answers
@@ -261,9 +259,7 @@ def test_command_line_fill(
     assert "`source` must be an existing folder" in capsys.readouterr().err
 
 
-def test_command_line_list(
-    files: dict[str, DataFile], cache: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_line_list(files: dict[str, DataFile], cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (cache / "folder").mkdir(parents=True)
     (cache / "folder" / "one.txt").write_bytes(CONTENT["one"])
     assert __main__.main(["list"]) == 0

@@ -107,9 +107,7 @@ def test_options_that_come_later_leave_the_network_alone() -> None:
     ],
 )
 def test_truth_is_what_is_observed_within_sampling_error(options: dict) -> None:
-    adata = simulate(
-        n_cells_per_condition=1500, n_control_cells=3000, n_genes=60, n_perturbations=4, seed=3, **options
-    )
+    adata = simulate(n_cells_per_condition=1500, n_control_cells=3000, n_genes=60, n_perturbations=4, seed=3, **options)
     scores = z_scores(adata)
     assert abs(true_effects(adata)).max().max() > 0.5
     # Genes and conditions share cells (library, composition, controls): over seeds the mean score is 0.0 with
@@ -211,9 +209,7 @@ def test_cell_states_spread_through_the_network() -> None:
 
 @pytest.mark.parametrize(("kind", "sign"), [("knockout", -1), ("activation", 1)])
 def test_target_and_its_downstream_genes_move_as_the_network_says(kind: str, sign: int) -> None:
-    adata = simulate(
-        n_cells_per_condition=400, n_contexts=1, n_unresponsive_contexts=0, perturbation_type=kind, seed=5
-    )
+    adata = simulate(n_cells_per_condition=400, n_contexts=1, n_unresponsive_contexts=0, perturbation_type=kind, seed=5)
     network = true_network(adata)
     effects = true_effects(adata)
     control = group(adata, "control", "context_1").mean(axis=0)
@@ -277,9 +273,7 @@ def test_members_of_a_combination_interact_as_far_as_both_act() -> None:
         members = extra.perturbation.split("+")
         ec50 = truth["perturbations"].loc[members, "ec50"].to_numpy()
         for dose in (1.0, 10.0):
-            beyond = shifts.loc[(extra.perturbation, dose)] - sum(
-                shifts.loc[(name, dose)] for name in members
-            )
+            beyond = shifts.loc[(extra.perturbation, dose)] - sum(shifts.loc[(name, dose)] for name in members)
             response = (dose**1.5 / (dose**1.5 + ec50**1.5)).prod()
             assert beyond[extra.target] == pytest.approx(factor * response * extra.shift, rel=1e-4)
 
@@ -291,9 +285,7 @@ def test_contexts_respond_as_their_biomarkers_foretell() -> None:
     baseline = adata.uns["truth"]["context_baseline"][:, biomarkers]
     activity = contexts["biomarker_activity"].to_numpy()
     np.testing.assert_allclose(contexts["response_factor"], 1 / (1 + np.exp(-3 * activity)))
-    np.testing.assert_allclose(
-        baseline - baseline[:1], (activity - activity[0])[:, None] * np.ones(10), atol=1e-5
-    )
+    np.testing.assert_allclose(baseline - baseline[:1], (activity - activity[0])[:, None] * np.ones(10), atol=1e-5)
     control = np.array([group(adata, "control", c).mean(axis=0)[biomarkers].mean() for c in contexts.index])
     size = abs(true_effects(adata)).groupby(level="cell_type").mean().mean(axis=1).loc[contexts.index]
     assert size.iloc[:3].min() > 3 * size.iloc[3:].max()
@@ -308,9 +300,7 @@ def test_without_biomarkers_nothing_foretells() -> None:
 
 
 def test_cells_that_fail_qc_show_the_artefact() -> None:
-    adata = simulate(
-        n_cells_per_condition=200, frac_qc_failed=0.3, qc_library_factor=0.25, library_size=8000.0
-    )
+    adata = simulate(n_cells_per_condition=200, frac_qc_failed=0.3, qc_library_factor=0.25, library_size=8000.0)
     failed = ~adata.obs["qc_pass"].to_numpy()
     assert failed.mean() == pytest.approx(0.3, abs=0.02)
     ratio = adata.obs["total_counts"][failed].mean() / adata.obs["total_counts"][~failed].mean()
@@ -431,9 +421,7 @@ def test_every_condition_has_its_cells(screen: ad.AnnData) -> None:
 
 
 def test_round_trip_through_h5ad(screen: ad.AnnData, tmp_path: Path) -> None:
-    drugs = simulate(
-        n_cells_per_condition=2, perturbation_type="drug", n_drug_classes=2, modality="log", paired=True
-    )
+    drugs = simulate(n_cells_per_condition=2, perturbation_type="drug", n_drug_classes=2, modality="log", paired=True)
     names = simulate(n_cells_per_condition=2).obs["perturbation"].cat.categories
     pairs = [(names[1], names[2])]
     listed = simulate(n_cells_per_condition=2, combinations=pairs, n_control_cells=3)
@@ -448,17 +436,13 @@ def test_round_trip_through_h5ad(screen: ad.AnnData, tmp_path: Path) -> None:
         truth = back.uns["truth"]
         for table in ("contexts", "perturbations", "targets", "conditions"):
             assert len(adata.uns["truth"][table]) == len(truth[table]) > 0
-        settings = {
-            name: list(v) if isinstance(v, np.ndarray) else v for name, v in truth["settings"].items()
-        }
+        settings = {name: list(v) if isinstance(v, np.ndarray) else v for name, v in truth["settings"].items()}
         np.testing.assert_array_equal(dense(adata), dense(simulate(**plain(settings))))
 
 
 def plain(settings: dict) -> dict:
     """Settings as h5ad gives them back (NumPy scalars) as Python's own."""
-    return {
-        name: value.item() if isinstance(value, np.generic) else value for name, value in settings.items()
-    }
+    return {name: value.item() if isinstance(value, np.generic) else value for name, value in settings.items()}
 
 
 def test_readers_follow_the_genes_of_the_object(screen: ad.AnnData) -> None:

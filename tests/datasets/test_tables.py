@@ -127,9 +127,7 @@ def test_biobert_rows_follow_the_genes(load_dataset) -> None:
         assert (shifted == shifted[nearest]).mean() < 0.01
 
 
-@pytest.mark.parametrize(
-    ("loader", "argument"), [(datasets.ppi, "resource"), (datasets.gene_sets, "collection")]
-)
+@pytest.mark.parametrize(("loader", "argument"), [(datasets.ppi, "resource"), (datasets.gene_sets, "collection")])
 def test_unknown_choice(loader, argument: str) -> None:
     with pytest.raises(ValueError, match=f"`{argument}` is 'string'; choose one of"):
         loader("string")

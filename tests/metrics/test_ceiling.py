@@ -18,13 +18,9 @@ def test_split_half_mse_is_the_sampling_variance():
     # Two means of n/2 cells differ with variance 2 sd^2 / (n/2).
     expected = 4 * sd**2 / n
     assert table["mse"].mean() == pytest.approx(expected, rel=0.05)
-    full = mt.split_half_ceiling(
-        cells, control, ["mse", "mae", "pearson_effect"], n_splits=30, spearman_brown=True
-    )
+    full = mt.split_half_ceiling(cells, control, ["mse", "mae", "pearson_effect"], n_splits=30, spearman_brown=True)
     np.testing.assert_allclose(full["mse"], table["mse"] / 2)
-    np.testing.assert_allclose(
-        full["pearson_effect"], 2 * table["pearson_effect"] / (1 + table["pearson_effect"])
-    )
+    np.testing.assert_allclose(full["pearson_effect"], 2 * table["pearson_effect"] / (1 + table["pearson_effect"]))
     assert full["mae"].isna().all()
 
 
@@ -35,9 +31,7 @@ def test_spearman_brown_predicts_the_correlation_of_full_size_duplicates():
     zero = np.zeros(4000)
     target = mt.pearson_effect(first.mean(0), second.mean(0), zero)
     half = mt.split_half_ceiling(first, zero, "pearson_effect")["pearson_effect"].mean()
-    corrected = mt.split_half_ceiling(first, zero, "pearson_effect", spearman_brown=True)[
-        "pearson_effect"
-    ].mean()
+    corrected = mt.split_half_ceiling(first, zero, "pearson_effect", spearman_brown=True)["pearson_effect"].mean()
     assert abs(corrected - target) < 0.03 < abs(half - target)
 
 
@@ -45,9 +39,7 @@ def test_split_half_halves_are_disjoint_and_seeded():
     cells = np.diag(np.arange(1.0, 6.0))  # each cell has its own gene: halves share none
     table = mt.split_half_ceiling(cells, np.zeros(5), "mse", n_splits=20, seed=1)
     # 2 against 3 cells: sum over the first of (i/2)^2 plus over the second of (i/3)^2, over 5 genes.
-    possible = {
-        round((((a**2 + b**2) / 4) + (55 - a**2 - b**2) / 9) / 5, 9) for a in range(1, 6) for b in range(1, a)
-    }
+    possible = {round((((a**2 + b**2) / 4) + (55 - a**2 - b**2) / 9) / 5, 9) for a in range(1, 6) for b in range(1, a)}
     assert set(table["mse"].round(9)) <= possible
     assert table["mse"].nunique() > 3
     again = mt.split_half_ceiling(sp.csr_matrix(cells), np.zeros(5), "mse", n_splits=20, seed=1)
@@ -67,9 +59,7 @@ def test_split_half_errors():
 
 
 def test_interpolated_duplicate():
-    np.testing.assert_allclose(
-        mt.interpolated_duplicate([1.0, 1, 1], [3.0, 3, 3], [0.0, 1.0, 0.25]), [1.0, 3.0, 1.5]
-    )
+    np.testing.assert_allclose(mt.interpolated_duplicate([1.0, 1, 1], [3.0, 3, 3], [0.0, 1.0, 0.25]), [1.0, 3.0, 1.5])
     with pytest.raises(ValueError, match="`adjusted_p`"):
         mt.interpolated_duplicate([1.0], [3.0], [2.0])
 

@@ -31,9 +31,7 @@ def test_energy_distance_agrees_with_scipy_in_one_dimension():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=200), rng.normal(1.0, 2.0, size=150)
     # scipy returns the square root.
-    assert mt.energy_distance(x[:, None], y[:, None], unbiased=False) == pytest.approx(
-        energy_1d(x, y) ** 2, rel=1e-6
-    )
+    assert mt.energy_distance(x[:, None], y[:, None], unbiased=False) == pytest.approx(energy_1d(x, y) ** 2, rel=1e-6)
 
 
 def test_squared_euclidean_sees_means_only(cells):
@@ -59,9 +57,7 @@ def test_mmd_formula_and_normal_closed_form(cells):
     def k(a, b):
         return np.exp(-cdist(a, b, "sqeuclidean") / (2 * h**2))
 
-    assert mt.mmd_rbf(x, y, unbiased=False) == pytest.approx(
-        k(x, x).mean() + k(y, y).mean() - 2 * k(x, y).mean()
-    )
+    assert mt.mmd_rbf(x, y, unbiased=False) == pytest.approx(k(x, x).mean() + k(y, y).mean() - 2 * k(x, y).mean())
     two = [mt.mmd_rbf(x, y, bandwidth=b * h) for b in (0.5, 2.0)]
     assert mt.mmd_rbf(x, y, scales=(0.5, 2.0)) == pytest.approx(np.mean(two))
     # N(0,1) against N(m,1), kernel width h: 2 s (1 - exp(-m^2 / (2 (h^2+2)))) with s = h / sqrt(h^2+2).

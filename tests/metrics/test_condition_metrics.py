@@ -32,12 +32,8 @@ def test_discrimination_score_ranks(truth, metric, excluded):
     exclude = [[i, 29 - i] if i % 2 else [] for i in range(8)] if excluded else None
     rank = naive(p, truth, metric, exclude)
     assert 0 < rank.sum()
-    np.testing.assert_allclose(
-        mt.discrimination_score(p, truth, metric=metric, exclude=exclude), 1 - rank / 8
-    )
-    assert mt.METRICS[f"discrimination_score_{metric}"](p, truth, exclude=exclude) == pytest.approx(
-        1 - rank / 8
-    )
+    np.testing.assert_allclose(mt.discrimination_score(p, truth, metric=metric, exclude=exclude), 1 - rank / 8)
+    assert mt.METRICS[f"discrimination_score_{metric}"](p, truth, exclude=exclude) == pytest.approx(1 - rank / 8)
     if metric == "l2" and not excluded:
         np.testing.assert_allclose(mt.centroid_accuracy(p, truth), 1 - rank / 7)
 
@@ -93,9 +89,7 @@ def test_others_are_candidates_and_against_prediction(truth):
 def test_invariant_to_gene_order_and_shift(truth):
     p = truth + np.random.default_rng(3).normal(size=truth.shape)
     order, shift = np.random.default_rng(4).permutation(30), np.random.default_rng(5).normal(size=30)
-    np.testing.assert_allclose(
-        mt.centroid_accuracy(p[:, order], truth[:, order]), mt.centroid_accuracy(p, truth)
-    )
+    np.testing.assert_allclose(mt.centroid_accuracy(p[:, order], truth[:, order]), mt.centroid_accuracy(p, truth))
     np.testing.assert_allclose(mt.centroid_accuracy(p + shift, truth + shift), mt.centroid_accuracy(p, truth))
 
 

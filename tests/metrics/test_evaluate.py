@@ -60,9 +60,7 @@ def means(adata):
 
 
 def value(table, metric, condition="g1", context="B"):
-    rows = table[
-        (table["metric"] == metric) & (table["condition"] == condition) & (table["context"] == context)
-    ]
+    rows = table[(table["metric"] == metric) & (table["condition"] == condition) & (table["context"] == context)]
     assert len(rows) == 1
     return rows["value"].item()
 

@@ -41,9 +41,7 @@ def scores(kang):
         predictions["weighted"]["stim", context] = control + weights @ effect / weights.sum()
         ceiling.append(mt.split_half_ceiling(kang[split.test].X, control, n_splits=50).mean())
     columns = {
-        name: mt.evaluate(pd.DataFrame(rows, index=kang.var_names).T, kang, **KEYS)
-        .groupby("metric")["value"]
-        .mean()
+        name: mt.evaluate(pd.DataFrame(rows, index=kang.var_names).T, kang, **KEYS).groupby("metric")["value"].mean()
         for name, rows in predictions.items()
     }
     return pd.DataFrame(columns | {"ceiling": pd.concat(ceiling, axis=1).mean(axis=1)})

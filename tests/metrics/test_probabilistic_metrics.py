@@ -54,9 +54,7 @@ def test_interval_scores_by_hand():
 def test_interval_score_is_best_at_the_true_quantiles():
     y = np.random.default_rng(0).normal(size=8_000)
     half = norm.ppf(0.95)
-    score = [
-        mt.interval_score(np.full_like(y, -h), np.full_like(y, h), y) for h in (0.8 * half, half, 1.2 * half)
-    ]
+    score = [mt.interval_score(np.full_like(y, -h), np.full_like(y, h), y) for h in (0.8 * half, half, 1.2 * half)]
     assert score[1] < min(score[0], score[2])
 
 

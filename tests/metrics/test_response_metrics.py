@@ -46,9 +46,7 @@ def test_agree_with_scipy_and_sklearn(xtc):
         mt.pearson_effect(x, t, c): pearsonr(x - c, t - c)[0],
         mt.pearson_effect(x, t, c, top=10): pearsonr((x - c)[s], (t - c)[s])[0],
         mt.pearson_effect(x, t, c, genes=np.arange(20)): pearsonr((x - c)[:20], (t - c)[:20])[0],
-        mt.pearson_effect_vs_reference(x, t, reference * 2): pearsonr(x - reference * 2, t - reference * 2)[
-            0
-        ],
+        mt.pearson_effect_vs_reference(x, t, reference * 2): pearsonr(x - reference * 2, t - reference * 2)[0],
         mt.spearman_effect(x, t, c): spearmanr(x - c, t - c)[0],
         mt.spearman_effect(x, t, c, top=10): spearmanr((x - c)[s], (t - c)[s])[0],
         mt.r2(x, t): r2_score(t, x),

@@ -91,15 +91,25 @@ def compare(call: Callable[..., None], model: Any, sizes: tuple[int, int], n_sam
     return [growth(lambda q=query: call(model, q, n_samples)) for query in queries]
 
 
+@pytest.fixture
+def one_model(request, spec):
+    """The others go the same way: they are tried among the slow tests."""
+    if spec.name != "model.PertVAE":
+        pytest.skip("tried among the slow tests")
+    return request.getfixturevalue("model")
+
+
 @pytest.mark.parametrize("call", [iterate, effect])
-def test_memory_at_2_000_and_20_000_cells(model, call):
+def test_memory_at_2_000_and_20_000_cells(one_model, call):
+    model = one_model
     few, all_ = compare(call, model, (2_000, 20_000), n_samples=2)
     # the predictions of 20,000 cells fill 46 MiB, their draws 31 MiB per perturbation
     assert all_ < few + 15
 
 
-def test_what_is_kept_is_seen(model):
+def test_what_is_kept_is_seen(one_model):
     """The measurement would see predictions that are kept."""
+    model = one_model
     adata = many(model.adata, 20_000)
     options = {"adata": adata, "n_samples": 2, "return_anndata": True}
     kept: list[AnnData] = []

@@ -156,10 +156,10 @@ def test_one_perturbation_has_a_full_matrix():
 
 def test_features_of_a_new_perturbation_move_the_state():
     module = _module(n_features=4)
-    torch.nn.init.normal_(module.feature_map.weight)
+    torch.nn.init.normal_(module.effect_features.weight)
     features = torch.randn(1, 1, 4)
     moved = module.effect(torch.zeros(1, 1, 2), Action(torch.tensor([[-2]]), torch.ones(1, 1), features))
-    torch.testing.assert_close(moved[0], module.feature_map(features[0]) + module.effect_common)
+    torch.testing.assert_close(moved[0], module.effect_features(features[0]) + module.effect_common)
 
 
 def test_counts_pass_through_plates():

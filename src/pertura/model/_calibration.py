@@ -111,11 +111,11 @@ def calibrate(model: PerturbationModel, train_idx: NDArray[np.int64], seed: int 
     measured, predicted = _effects(model, cells, treated, scale, seed)
     if measured is None:
         return result
-    if not model._draws_effects:
-        # what a model learned of an effect was learned from noisy means. Training data can not show how much of that noise
-        # it took up (the better the fit, the more), so all of it counts
-        result["noise"] = (measured.se**2).mean(0)
-    result["seen"] = fit_discrepancy(predicted - measured.effect, measured.se, predicted)
+    # an effect has `n_latent` free coordinates for `n_genes` genes: as projections do, the model took up that share of the
+    # noise of the measured effects, and its differences from them lack it
+    share = 0.0 if model._draws_effects else min(1.0, model.module.n_latent / predicted.shape[1])
+    result["noise"] = share * (measured.se**2).mean(0)
+    result["seen"] = fit_discrepancy(predicted - measured.effect, np.sqrt(1 - share) * measured.se, predicted)
     single = (measured.table["n_members"] == 1).to_numpy()
     every = np.ones(len(single), dtype=bool)
     unseen = measured.others(single, ["context"], "label") or UNINFORMED

@@ -129,9 +129,9 @@ class PertVAE(PerturbationModule):
         self.effect_b = nn.Parameter(torch.zeros(n_perturbations, n_latent))
         self.effect_log_scale = nn.Parameter(torch.full((n_latent,), -1.0))
         self.dose_log_kappa = nn.Parameter(torch.zeros(n_perturbations))
-        self.feature_map = nn.Linear(n_features, n_latent, bias=False) if n_features else None
-        if self.feature_map is not None:
-            nn.init.zeros_(self.feature_map.weight)
+        self.effect_features = nn.Linear(n_features, n_latent, bias=False) if n_features else None
+        if self.effect_features is not None:
+            nn.init.zeros_(self.effect_features.weight)
         self.register_buffer("features", torch.zeros(n_perturbations, n_features))
 
         self.register_buffer("input_mean", torch.zeros(n_genes))
@@ -216,12 +216,12 @@ class PertVAE(PerturbationModule):
             moved = torch.einsum("nkir,nkjr,...nj->...nki", U, self.effect_V[code], u)
         if self.effect_common is not None:
             b = b + self.effect_common
-        if self.feature_map is not None:
-            b = b + self.feature_map(self.features[code])
+        if self.effect_features is not None:
+            b = b + self.effect_features(self.features[code])
         total = (strength[..., None] * (moved + b)).sum(-2)
-        if action.features is not None and self.feature_map is not None:
+        if action.features is not None and self.effect_features is not None:
             unknown = (action.codes == UNKNOWN) * action.dose
-            described = self.feature_map(action.features)
+            described = self.effect_features(action.features)
             if self.effect_common is not None:
                 described = described + self.effect_common
             total = total + (unknown[..., None] * described).sum(-2)
