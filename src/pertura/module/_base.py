@@ -8,7 +8,7 @@ noise). Global parameters are drawn once per prediction, so that their uncertain
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -116,15 +116,6 @@ class Basal:
     context: Tensor
     batch: Tensor
     library: Tensor
-
-    def repeat(self, n: int) -> Basal:
-        """The same cells `n` times, block after block, for `n` perturbations at once."""
-        new = {}
-        for f in fields(self):
-            value: Tensor = getattr(self, f.name)
-            dim = 1 if f.name in ("z", "noise") else 0
-            new[f.name] = value.repeat(*[n if d == dim else 1 for d in range(value.dim())])
-        return replace(self, **new)
 
 
 class PerturbationModule(PyroBaseModuleClass):
