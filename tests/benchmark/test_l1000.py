@@ -139,7 +139,8 @@ def test_decoded_means_are_matched_to_their_profiles(profiles):
         .mean(2)
     )
     own = data.control[test]
-    np.testing.assert_allclose(result["m reconstruction"], draws[own], atol=0.3)
+    # means of a few draws of noise, the same in all states: an absolute tolerance
+    np.testing.assert_allclose(result["m reconstruction"], draws[own], atol=0.4)
     # One control, several compounds: the same reconstruction, another prediction.
     first, second = np.flatnonzero(own == np.bincount(own).argmax())[:2]
     np.testing.assert_array_equal(result["m reconstruction"][first], result["m reconstruction"][second])
