@@ -193,24 +193,6 @@ class Baseline(PerturbationModel):
                     "cells; their basal state can not be inferred. Ask control cells with `indices`."
                 )
 
-    def _questions(self, perturbation: Any, dose: Any) -> list[Question]:
-        questions = super()._questions(perturbation, dose)
-        vocabulary = self.vocabulary
-        if dose is not None or not vocabulary.has_dose:
-            return questions
-        # a dose of 1 may be a trace or an overdose: what is usual here is known
-        usual = float(np.median(vocabulary.reference_dose))
-        return [
-            Question(
-                q.label,
-                tuple(
-                    d if m in vocabulary.names else usual
-                    for m, d in zip(vocabulary.parse(q.label), q.dose, strict=True)
-                ),
-            )
-            for q in questions
-        ]
-
     # -- prediction -------------------------------------------------------------------------------------------------
 
     def _globals(self, manager: AnnDataManager, n_samples: int, seed: int) -> dict[str, torch.Tensor]:

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from pertura.data._constants import UNKNOWN
-from pertura.data._vocabulary import Vocabulary
+from pertura.data._vocabulary import Vocabulary, dose_units
 from pertura.model._arguments import check_whole
 
 from ._base import Baseline, check_positive
@@ -115,7 +114,7 @@ class LinearModule(BaselineModule):
         """P of every condition, and whether it has one."""
         if "features" not in self._derived:
             conditions = self.conditions
-            unit = np.append(self.max_dose.cpu().numpy(), 1.0)
+            unit = dose_units(self.max_dose.cpu().numpy())
             amount = np.log1p(conditions.dose) / np.log1p(unit[conditions.codes])
             self._derived["features"] = label_features(conditions.codes, self._known(), amount)
         return self._derived["features"]
@@ -169,8 +168,7 @@ class LinearModule(BaselineModule):
         by_context = self._contexts(number > 0, context, affinity)
         share = described / np.maximum(number, 1)[conditions.context]
         own = member_features(asked, self._known())
-        unit = self.max_dose.cpu().numpy()
-        unit = np.where(asked.codes == UNKNOWN, np.median(unit), unit[np.maximum(asked.codes, 0)])
+        unit = dose_units(self.max_dose.cpu().numpy())[asked.codes]
         score = self.slope.cpu().numpy() @ ((np.log1p(asked.dose) / np.log1p(unit)) @ own)
         # the scores act on effects without their mean b
         total = np.bincount(conditions.context, score, minlength=self.n_contexts)[conditions.context]

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
+from pertura.data._vocabulary import dose_units
 from pertura.module._base import Action, Basal, Cells, PerturbationModule
 
 from ._conditions import Asked, Conditions
@@ -150,8 +151,7 @@ class BaselineModule(PerturbationModule):
         rows, which = np.unique(keys, axis=0, return_inverse=True)
         order = action.codes.shape[1]
         codes = rows[:, :order].astype(np.int64)
-        unit = np.append(self.max_dose.cpu().numpy(), [1.0, 1.0])  # codes -2 and -1 fall on the padding
-        dose = rows[:, order : 2 * order] * unit[codes]
+        dose = rows[:, order : 2 * order] * dose_units(self.max_dose.cpu().numpy())[codes]
         features = rows[:, 2 * order + 1 :].reshape(len(rows), order, -1) if described else [None] * len(rows)
         asked = [self.conditions.ask(*one) for one in zip(codes, dose, features, strict=True)]
         return asked, rows[:, 2 * order].astype(np.int64), which.ravel()

@@ -14,6 +14,7 @@ from scvi.data import AnnDataManager
 
 from pertura.data._cells import CellDataset
 from pertura.data._constants import CONTROL_ONLY, KEYS
+from pertura.data._vocabulary import dose_units
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def members(encoded: NDArray, max_dose: NDArray[np.float64]) -> tuple[NDArray[np
     codes, dose = np.split(np.asarray(encoded, dtype=np.float64), 2, axis=1)
     codes = codes.round().astype(np.int64)
     present = (codes != CONTROL_ONLY) & (dose > 0)
-    unit = np.append(max_dose, [1.0, 1.0])  # codes -2 and -1 fall on the padding
+    unit = dose_units(max_dose)
     order = np.argsort(~present, axis=1, kind="stable")
     codes, dose = np.where(present, codes, CONTROL_ONLY), np.where(present, dose * unit[codes], 0.0)
     return np.take_along_axis(codes, order, 1), np.take_along_axis(dose, order, 1)

@@ -155,6 +155,15 @@ class Vocabulary:
         )
 
 
+def dose_units(max_dose: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Units of relative doses by component code: each highest registered dose.
+
+    The codes -2 and -1 fall on the padding: a perturbation outside the vocabulary is measured by what is usual within it.
+    """
+    max_dose = np.asarray(max_dose, dtype=np.float64)
+    return np.append(max_dose, [np.median(max_dose), 1.0])
+
+
 def parse_label(label: str, control: str, delimiter: str = "+") -> tuple[str, ...]:
     """Members of a perturbation label without the control, sorted and unique."""
     if label == control:
@@ -247,6 +256,5 @@ def encode_cells(
     amounts = np.where(codes == CONTROL_ONLY, 0.0, 1.0)
     if doses is not None:
         raw = member_doses(labels, doses, vocabulary.control, vocabulary.delimiter)
-        unit = np.append(vocabulary.max_dose, [1.0, 1.0])  # the codes -2 and -1 fall on the padding
-        amounts[:, : raw.shape[1]] = raw / unit[codes[:, : raw.shape[1]]]
+        amounts[:, : raw.shape[1]] = raw / dose_units(vocabulary.max_dose)[codes[:, : raw.shape[1]]]
     return np.concatenate([codes, amounts], axis=1).astype(np.float32)

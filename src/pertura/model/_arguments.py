@@ -134,12 +134,14 @@ class ArgumentMixin:
             raise ValueError(f"`perturbation` must be a name or a non-empty list of names, got {perturbation!r}.")
         doses = self._doses(dose)
         lookup = {name: code for code, name in enumerate(vocabulary.names)}
+        # a dose of 1 may be a trace or an overdose: of a perturbation without doses of its own, what is usual here is asked
+        usual = float(np.median(vocabulary.reference_dose)) if vocabulary.has_dose else 1.0
         questions = []
         for label in labels:
             self._check_representable(label)
             members = vocabulary.parse(label)
             for value in doses:
-                reference = [vocabulary.reference_dose[lookup[m]] if m in lookup else 1.0 for m in members]
+                reference = [vocabulary.reference_dose[lookup[m]] if m in lookup else usual for m in members]
                 each = tuple(reference if value is None else [value] * len(members))
                 questions.append(Question(vocabulary.canonical(label), each))
         if len(set(questions)) < len(questions):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pertura.data._cells import Batch, CellDataset
 from pertura.data._constants import KEYS
-from pertura.data._vocabulary import Vocabulary
+from pertura.data._vocabulary import Vocabulary, dose_units
 from pertura.module._base import Action, Basal, Cells, PerturbationModule
 
 TARGET_SUM = 1e4
@@ -50,8 +50,7 @@ def encode(vocabulary: Vocabulary, question: Question) -> Action:
     codes = vocabulary.code(members)
     dose = np.zeros(codes.shape, dtype=np.float32)
     n = len(question.dose)
-    # the codes -2 and -1 fall on the padding
-    dose[:n] = np.asarray(question.dose) / np.append(vocabulary.max_dose, [1.0, 1.0])[codes[:n]]
+    dose[:n] = np.asarray(question.dose) / dose_units(vocabulary.max_dose)[codes[:n]]
     features = None
     if vocabulary.features is not None:
         matrix = vocabulary.feature_matrix([*members, *[""] * (len(codes) - len(members))])

@@ -220,7 +220,8 @@ class PertVAE(PerturbationModule):
             b = b + self.effect_features(self.features[code])
         total = (strength[..., None] * (moved + b)).sum(-2)
         if action.features is not None and self.effect_features is not None:
-            unknown = (action.codes == UNKNOWN) * action.dose
+            kappa = self.dose_kappa().mean()
+            unknown = (action.codes == UNKNOWN) * (torch.log1p(kappa * action.dose) / torch.log1p(kappa))
             described = self.effect_features(action.features)
             if self.effect_common is not None:
                 described = described + self.effect_common
@@ -229,8 +230,12 @@ class PertVAE(PerturbationModule):
 
     def dose_response(self, code: Tensor, dose: Tensor) -> Tensor:
         """Monotone, 0 at dose 0 and 1 at the highest registered dose."""
-        kappa = F.softplus(self.dose_log_kappa)[code] + 1e-3
+        kappa = self.dose_kappa()[code]
         return torch.log1p(kappa * dose) / torch.log1p(kappa)
+
+    def dose_kappa(self) -> Tensor:
+        """Curvature of the dose response, ``(n_perturbations,)``."""
+        return F.softplus(self.dose_log_kappa) + 1e-3
 
     # -- counterfactuals --------------------------------------------------------------------------------------------
 
