@@ -40,8 +40,8 @@ def measured_effect(
 
     Returns
     -------
-    One row per context and gene: ``perturbation, context, gene, effect, se, mean_control, mean_perturbed,
-    n_control, n_perturbed``. Contexts without two cells of either kind are left out.
+    DataFrame, a row per context and gene: ``perturbation``, ``context``, ``gene``, ``effect``, ``se``, ``mean_control``,
+    ``mean_perturbed``, ``n_control`` and ``n_perturbed``. Contexts without two cells of either kind are left out.
     """
     for argument, key in (("perturbation_key", perturbation_key), ("context_key", context_key)):
         if key is not None and key not in adata.obs:

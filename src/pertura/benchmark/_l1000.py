@@ -65,14 +65,15 @@ def run_l1000(
 
     Returns
     -------
-    One row per held-out profile, model, seed and metric: ``dataset, split, held_out`` (fold), ``profile,
-    perturbation, dose, model, seed, metric, value, seconds, settings``. Metrics: ``"spearman"`` of the profile with
-    the true one over genes (the paper's), and ``"pearson_effect"`` of the effects against the paired control.
-    Models: ``"<model>"`` is what ``predict_perturbation`` gives, which keeps the control profile's own measurement
-    noise; ``"<model> mean"`` is the decoded mean without it, the paper's prediction, and ``"<model>
-    reconstruction"`` that of the control profile, the paper's identity baseline. Beside them ``"identity"`` (the
-    control profile), ``"mean_effect"`` (plus the mean training effect of all compounds) and
-    ``"compound_mean_effect"`` (plus that of the compound's own training profiles).
+    pandas.DataFrame
+        One row per held-out profile, model, seed and metric: ``dataset``, ``split``, ``held_out`` (fold), ``profile``,
+        ``perturbation``, ``dose``, ``model``, ``seed``, ``metric``, ``value``, ``seconds``, ``settings``. Metrics:
+        ``"spearman"`` of the profile with the true one over genes (the paper's), and ``"pearson_effect"`` of the effects
+        against the paired control. Models: ``"<model>"`` is what ``predict_perturbation`` gives, which keeps the control profile's own measurement
+        noise; ``"<model> mean"`` is the decoded mean without it, the paper's prediction, and ``"<model>
+        reconstruction"`` that of the control profile, the paper's identity baseline. Beside them ``"identity"`` (the
+        control profile), ``"mean_effect"`` (plus the mean training effect of all compounds) and
+        ``"compound_mean_effect"`` (plus that of the compound's own training profiles).
 
     See Also
     --------

@@ -127,17 +127,14 @@ def make_grn_splits(
     truth, genes, regulators
         Known edges and candidates, see :func:`candidate_pairs`.
     kind
-        * ``"edge"``: for each regulator, 67 % of the positives and of the negatives train, 10 % validation,
-        rest test;
-          a regulator's only positive goes to train or test by a coin, of two each gets one. Regulators
-          without a positive contribute nothing.
-        * ``"edge_balanced"``: for each regulator, 2/3 of the positives train, of which 1/5 validation; as
-        many
-          negatives of the same regulator; test negatives from all regulators until the test set has the
-          density of the network.
+        * ``"edge"``: for each regulator, 67 % of the positives and of the negatives train, 10 % validation, rest test; a
+          regulator's only positive goes to train or test by a coin, of two each gets one. Regulators without a
+          positive contribute nothing.
+        * ``"edge_balanced"``: for each regulator, 2/3 of the positives train, of which 1/5 validation; as many
+          negatives of the same regulator; test negatives from all regulators until the test set has the density of
+          the network.
         * ``"unseen_tf"``, ``"unseen_target"``: a fraction of the regulators or of the targets is test.
-        * ``"unseen_both"``: held-out regulators x held-out targets are test, the others x the others are
-        train, the
+        * ``"unseen_both"``: held-out regulators x held-out targets are test, the others x the others are train, the
           mixed pairs are in neither.
     fraction
         Share of regulators and of targets to hold out. Regulators are stratified by tertiles of their number

@@ -51,7 +51,7 @@ _PAPER = {
 
 
 class PertVAE(PerturbationModel):
-    """Perturbation variational autoencoder [Rampasek17]_.
+    """Perturbation variational autoencoder :cite:p:`Rampasek2019`.
 
     A perturbation moves the latent state of a cell linearly, :math:`z_2 = z_1 + W z_1 + b`. Pairs of cells before and after
     it teach the effect; singletons, cells without a partner (such as the controls of a cell type that was never treated),
