@@ -214,7 +214,7 @@ class PerturbX(Linear):
         return sd.astype(np.float32)
 
     def _plan_defaults(self) -> dict[str, Any]:
-        return {"lr": 1e-3, "weight_decay": 1e-2, "lr_schedule": "cosine"}
+        return {"lr": 3e-3, "weight_decay": 1e-2, "lr_schedule": "cosine"}
 
     def _trainer_defaults(self) -> dict[str, Any]:
         return {"gradient_clip_val": 100.0}

@@ -10,5 +10,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "_flows": ["InverseAutoregressiveFlow"],
         "_likelihoods": ["CountLikelihood", "GaussianLikelihood"],
         "_mlp": ["MLP"],
+        "_selector": ["BagAggregation", "ConcreteSelector", "MemberLinear"],
     },
 )
