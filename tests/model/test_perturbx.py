@@ -88,10 +88,18 @@ def test_planted_markers_are_selected_and_important(trained):
     markers = set(adata.var_names[MARKERS])
     selected = model.get_selected_genes()
     # of six rows among sixty genes: by chance a member has 0.3 markers
-    assert len(markers & set(selected.index[selected["stability"] >= 0.6])) >= 1
+    assert len(markers & set(selected.index[selected["stability"] >= 0.4])) >= 2
     importance = model.get_gene_importance("drug")
-    assert importance.index[0] in markers
-    assert importance["importance"].iloc[0] > 2 * importance["importance"].drop(list(markers), errors="ignore").max()
+    assert set(importance.index[:2]) <= markers
+    assert importance["importance"].iloc[0] > 3 * importance["importance"].drop(list(markers), errors="ignore").max()
+
+
+def test_selector_is_hard_at_the_end(trained):
+    _, model = trained
+    selector = model.module.selector
+    assert float(selector.temperature) == pytest.approx(0.1)
+    assert (selector.certainty() > 0.95).all()
+    assert (selector.entropy() < 0.2).all()
 
 
 def test_representation_separates_responders(trained):

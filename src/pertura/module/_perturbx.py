@@ -93,7 +93,7 @@ class PerturbX(LinearModule):
         residual: bool = True,
         beta: float = 1e-3,
         duplicate_penalty: float = 1.0,
-        entropy_penalty: float = 10.0,
+        entropy_penalty: float = 50.0,
         dropout_rate: float = 0.1,
         bag_size: int = 32,
         n_stored: int = 128,
