@@ -22,6 +22,7 @@ _SUBMODULES = (
     "nn",
     "pl",
     "pp",
+    "priors",
     "train",
 )
 

@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "_base": ["Action", "Basal", "Cells", "PerturbationModule"],
+        "_drugaae": ["DrugAAE"],
         "_pertvae": ["PertVAE"],
         "_perturbx": ["PerturbX"],
     },

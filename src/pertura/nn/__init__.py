@@ -7,9 +7,12 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "_descriptions": ["DescriptionEncoder"],
         "_flows": ["InverseAutoregressiveFlow"],
         "_likelihoods": ["CountLikelihood", "GaussianLikelihood"],
         "_mlp": ["MLP"],
+        "_propagation": ["GeneEmbedding", "normalised_adjacency"],
+        "_ridge": ["DescriptionRidge", "fit_descriptions"],
         "_selector": ["BagAggregation", "ConcreteSelector", "MemberLinear"],
     },
 )

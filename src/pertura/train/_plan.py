@@ -130,10 +130,17 @@ class PyroPlan(LowLevelPyroTrainingPlan):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW; groups with and without weight decay, and with the module's own learning rates."""
+        optimizer = self._optimizer(list(self.module.named_parameters()))
+        scheduler = self._scheduler(optimizer)
+        if scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch"}}
+
+    def _optimizer(self, named: list[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
         decay, plain, own = [], [], []
         special: dict[str, float] = getattr(self.module, "lr_factors", {})
         skip: set[str] = getattr(self.module, "no_weight_decay", set())
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in named:
             if not parameter.requires_grad:
                 continue
             factor = next((f for prefix, f in special.items() if name.startswith(prefix)), None)
@@ -148,8 +155,9 @@ class PyroPlan(LowLevelPyroTrainingPlan):
             {"params": plain, "weight_decay": 0.0},
             *own,
         ]
-        optimizer = self.optim([g for g in groups if g["params"]], **self.optim_kwargs)
+        return self.optim([g for g in groups if g["params"]], **self.optim_kwargs)
+
+    def _scheduler(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler | None:
         if self.lr_schedule == "constant" or not self.trainer.max_epochs or self.trainer.max_epochs < 0:
-            return optimizer
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=self.trainer.max_epochs)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch"}}
+            return None
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=self.trainer.max_epochs)
