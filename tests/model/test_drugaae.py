@@ -1,0 +1,205 @@
+"""DrugAAE: recovery of planted drug classes and targets, the adversary, missing modalities, plots and scores."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from anndata import AnnData
+from scipy import sparse
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import cross_val_score
+
+from pertura import priors
+from pertura.model import DrugAAE
+
+QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
+WORDS = ("statin lipid", "kinase growth", "steroid nuclear", "channel nerve", "proteasome protein")
+
+
+def drug_screen(
+    n_genes: int = 80, n_drugs: int = 40, n_cells: int = 12, n_control: int = 200, n_held_out: int = 10, seed: int = 0
+) -> AnnData:
+    """Drugs of five classes: words of a class in the text, its two targets' network neighbourhoods move.
+
+    ``uns["truth"]``: effect of each drug on log-expression; ``uns["targets"]``; ``uns["text"]``; ``uns["held_out"]``.
+    """
+    rng = np.random.default_rng(seed)
+    half = sparse.random(n_genes, n_genes, 0.03, random_state=seed, data_rvs=lambda n: np.ones(n))
+    network = ((half + half.T) > 0).astype(float)
+    network.setdiag(0)
+    targets = rng.permutation(n_genes)[: 2 * len(WORDS)].reshape(len(WORDS), 2)
+    hit = np.zeros((len(WORDS), n_genes))
+    np.put_along_axis(hit, targets, rng.choice([-1.5, 1.5], targets.shape), 1)
+    degree = np.asarray(network.sum(1)).ravel() + 1
+    walk = network.toarray() / degree[:, None]
+    class_effect = hit + 0.5 * hit @ walk * 2 + 0.25 * hit @ walk @ walk * 2
+    label = np.arange(n_drugs) % len(WORDS)
+    names = [f"drug{i:02d}" for i in range(n_drugs)]
+    truth = (
+        class_effect[label] * rng.uniform(0.7, 1.3, (n_drugs, 1))
+        + rng.normal(0, 0.05, (n_drugs, n_genes))
+        + 0.3 * (np.arange(n_genes) < 5)
+    )
+    base = rng.normal(1.0, 0.7, n_genes)
+    what = np.r_[np.full(n_control, -1), np.repeat(np.arange(n_drugs), n_cells)]
+    state = rng.normal(size=(len(what), 2)) @ rng.normal(0, 0.3, (2, n_genes))
+    rate = np.exp(base + state + np.where(what[:, None] >= 0, truth[what], 0.0))
+    counts = rng.poisson(rate / rate.sum(1, keepdims=True) * rng.lognormal(7.0, 0.2, (len(what), 1)))
+    obs = pd.DataFrame(
+        {"drug": ["control" if w < 0 else names[w] for w in what]}, index=[f"c{i}" for i in range(len(what))]
+    )
+    adata = AnnData(counts.astype(np.float32), obs=obs, var=pd.DataFrame(index=[f"g{i}" for i in range(n_genes)]))
+    adata.varp["ppi"] = sparse.csr_matrix(network)
+    adata.uns["truth"] = pd.DataFrame(truth, index=names, columns=adata.var_names)
+    adata.uns["targets"] = pd.DataFrame(hit[label] != 0, index=names, columns=adata.var_names)
+    noise = [" ".join(rng.choice(["oral", "once", "daily", "adult", "tablet", "dose"], 3)) for _ in names]
+    adata.uns["text"] = pd.Series([f"{WORDS[c]} {extra}" for c, extra in zip(label, noise, strict=True)], index=names)
+    adata.uns["held_out"] = names[-n_held_out:]
+    return adata
+
+
+def fit(adata: AnnData, table: pd.DataFrame | None, *, epochs: int = 25, **options) -> DrugAAE:
+    known = adata[~adata.obs["drug"].isin(adata.uns["held_out"])].copy()
+    if table is not None:
+        known.uns["drugs"] = table
+    DrugAAE.setup_anndata(
+        known,
+        perturbation_key="drug",
+        control="control",
+        ppi_key="ppi",
+        perturbation_features_key=None if table is None else "drugs",
+    )
+    torch.manual_seed(0)
+    model = DrugAAE(known, **options)
+    model.train(max_epochs=epochs, **QUIET)
+    return model
+
+
+def predicted(model: DrugAAE, names: list[str]) -> np.ndarray:
+    found = model.get_perturbation_effect(names, n_samples=2)
+    wide = found.pivot_table(index="perturbation", columns="gene", values="lfc_mean", sort=False)
+    return wide.loc[names, model.gene_names].to_numpy()
+
+
+def pearson(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.mean([np.corrcoef(x, y)[0, 1] for x, y in zip(a, b, strict=True)]))
+
+
+@pytest.fixture(scope="module")
+def screen() -> AnnData:
+    return drug_screen()
+
+
+@pytest.fixture(scope="module")
+def model(screen) -> DrugAAE:
+    return fit(screen, priors.drug_table(screen.uns["text"].index, text=screen.uns["text"]))
+
+
+def test_unseen_drugs_of_known_classes(screen, model):
+    names = screen.uns["held_out"]
+    truth = screen.uns["truth"]
+    mean = np.tile(truth.drop(names).mean().to_numpy(), (len(names), 1))
+    score = pearson(predicted(model, names), truth.loc[names].to_numpy())
+    assert score > 0.75
+    assert score > pearson(mean, truth.loc[names].to_numpy()) + 0.3
+
+
+def test_targets_of_unseen_drugs(screen, model):
+    names = screen.uns["held_out"]
+    score = model.get_drug_target_scores(names)
+    auc = [roc_auc_score(screen.uns["targets"].loc[n], score.loc[n]) for n in names]
+    assert np.mean(auc) >= 0.8
+    other = model.get_drug_target_scores(names, method="signature")
+    assert other.shape == score.shape and np.isfinite(other).all().all()
+    with pytest.raises(ValueError, match="`method`"):
+        model.get_drug_target_scores(names, method="best")
+
+
+def test_what_shuffled_texts_say_is_not_believed(screen):
+    text = screen.uns["text"]
+    shuffled = pd.Series(np.random.default_rng(1).permutation(text.to_numpy()), index=text.index)
+    model = fit(screen, priors.drug_table(text.index, text=shuffled), epochs=2)
+    assert model.description_["share"] == 0
+    names = screen.uns["held_out"]
+    assert pearson(predicted(model, names[:2]), predicted(model, names[2:4])) > 0.95
+
+
+def test_zero_dose_is_no_effect(screen, model):
+    module = model.module
+    from pertura.module import Action
+
+    codes, none = torch.arange(4)[:, None], torch.zeros(4, 1)
+    shift, effect = module.describe(Action(codes, none), torch.zeros(4, dtype=torch.long))
+    assert (shift == 0).all() and (effect == 0).all()
+    shift, effect = module.describe(Action(codes, none + 1), torch.zeros(4, dtype=torch.long))
+    assert (shift != 0).any() and (effect != 0).any()
+
+
+def test_missing_text_is_the_mean_effect(screen):
+    text = screen.uns["text"].copy()
+    names = screen.uns["held_out"]
+    text[names[0]] = ""
+    model = fit(screen, priors.drug_table(text.index, text=text), epochs=2)
+    found = predicted(model, names[:2])
+    truth = screen.uns["truth"]
+    mean = truth.drop(names).mean().to_numpy()
+    assert np.corrcoef(found[0], mean)[0, 1] > np.corrcoef(found[1], mean)[0, 1]
+    assert np.isfinite(found).all()
+    assert model.get_reliability(names[0]).attrs["reliability"] == 0
+    assert model.get_reliability(names[1]).attrs["reliability"] > 0.2
+
+
+def test_nearest_drugs_are_of_the_class(screen, model):
+    name = screen.uns["held_out"][0]
+    text = screen.uns["text"]
+    neighbors = model.get_reliability(name)["neighbor"]
+    assert all(text[n].split()[0] == text[name].split()[0] for n in neighbors)
+    assert model.get_reliability("drug00").attrs["reliability"] == 1
+
+
+def test_embeddings(screen, model):
+    table = model.get_drug_embedding()
+    assert list(table.index) == [*model.vocabulary.names, *screen.uns["held_out"]]
+    assert not table.loc[screen.uns["held_out"], "trained"].any() and table.loc["drug00", "trained"]
+    assert model.get_gene_embedding().shape == (screen.n_vars, 32)
+
+
+def probe(x: np.ndarray, y: np.ndarray) -> float:
+    """Balanced accuracy of telling treated from control cells, in cross-validation; chance is 0.5."""
+    model = LogisticRegression(class_weight="balanced", max_iter=500)
+    return cross_val_score(model, (x - x.mean(0)) / (x.std(0) + 1e-6), y, scoring="balanced_accuracy", cv=4).mean()
+
+
+def test_adversary_takes_the_perturbation_out_of_the_basal_state():
+    adata = drug_screen(n_drugs=5, n_cells=60, n_held_out=0, seed=2)
+    treated = (adata.obs["drug"] != "control").to_numpy()
+    found = {}
+    for weight in (0.0, 20.0):
+        # without the closed form, the adversary alone does it
+        model = fit(adata, None, epochs=40, residual=False, adversary_weight=weight)
+        basal, perturbed = (model.get_latent_representation(kind=k, n_samples=5) for k in ("basal", "perturbed"))
+        found[weight] = probe(basal, treated), probe(perturbed, treated)
+    assert found[0.0][0] > 0.7, found
+    assert found[20.0][0] < 0.6, found
+    assert found[20.0][1] > 0.7, found
+
+
+def test_network_survives_saving(screen, model, tmp_path):
+    model.save(tmp_path / "model")
+    loaded = DrugAAE.load(tmp_path / "model", adata=False, accelerator="cpu")
+    torch.testing.assert_close(loaded.module.genes(), model.module.genes())
+    assert loaded.description_ == model.description_
+
+
+@pytest.mark.parametrize(("key", "value"), [("absent", None), ("bad", -1.0)])
+def test_wrong_networks(screen, key, value):
+    adata = screen.copy()
+    if value is not None:
+        adata.varp[key] = adata.varp["ppi"] * value
+    with pytest.raises(ValueError, match="`ppi_key`"):
+        DrugAAE.setup_anndata(adata, perturbation_key="drug", control="control", ppi_key=key)
+    with pytest.raises(ValueError, match="`preset`"):
+        DrugAAE(preset="best")

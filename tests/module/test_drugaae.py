@@ -1,0 +1,109 @@
+"""Closed forms behind DrugAAE."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import sparse
+
+from pertura.model._description import hill as hill_of_arrays
+from pertura.model._description import solve_effects
+from pertura.module import DrugAAE
+from pertura.module._drugaae import hill
+from pertura.nn import GeneEmbedding, fit_descriptions
+from pertura.nn._ridge import correlations
+
+
+def test_propagation_is_the_dense_formula():
+    rng = np.random.default_rng(0)
+    network = sparse.random(12, 12, 0.2, random_state=0)
+    network = network + network.T
+    layer = GeneEmbedding(12, 5, n_loadings=3, n_free=2, n_steps=3)
+    layer.set_network(network)
+    layer.loadings.copy_(torch.as_tensor(rng.normal(size=(12, 3))))
+    with torch.no_grad():
+        layer.step_logits.copy_(torch.tensor([0.3, -1.0, 0.5]))
+        dense = network.toarray()
+        np.fill_diagonal(dense, 1.0)
+        degree = np.diag(dense.sum(1) ** -0.5)
+        a = torch.as_tensor(degree @ dense @ degree, dtype=torch.float32)
+        start = layer.mix(torch.cat([layer.free, layer.loadings], 1))
+        gamma = layer.step_logits.softmax(0)
+        expected = start + gamma[0] * a @ start + gamma[1] * a @ a @ start + gamma[2] * a @ a @ a @ start
+        torch.testing.assert_close(layer(), expected)
+
+
+def test_hill_is_0_at_0_and_1_at_1():
+    dose = torch.tensor([0.0, 0.1, 0.5, 1.0, 2.0])
+    for log_k, log_n in [(0.0, 0.0), (-1.0, 0.5), (1.0, -0.5)]:
+        found = hill(dose, torch.tensor(log_k), torch.tensor(log_n))
+        assert found[0] == 0 and found[3] == pytest.approx(1)
+        assert (found.diff() > 0).all()
+        np.testing.assert_allclose(found, hill_of_arrays(dose.numpy(), log_k, log_n), rtol=1e-5)
+
+
+def test_left_out_predictions_are_those_of_fits_without_the_row():
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(20, 4))
+    y = x @ rng.normal(size=(4, 10)) + 0.3 * rng.normal(size=(20, 10))
+    found = fit_descriptions(x, y, [slice(0, 4)])
+    assert found.gain > 0.3 and found.share > 0.8
+    # ridge without row 0, by hand: the features' centre and scale stay those of all rows
+    centre, scale = x.mean(0), np.sqrt(((x - x.mean(0)) ** 2).sum() / 20)
+    z = (x - centre) / scale
+    design = np.column_stack([np.ones(19), z[1:]])
+    penalty = np.diag([0.0, *[found.penalty] * 4])
+    beta = np.linalg.solve(design.T @ design + penalty, design.T @ y[1:])
+    by_hand = np.r_[1.0, z[0]] @ beta
+    mean = y[1:].mean(0)
+    np.testing.assert_allclose(found.left_out[0], mean + found.share * (by_hand - mean), rtol=1e-6)
+
+
+def test_a_signature_of_ones_own_genes_is_used_gene_by_gene():
+    rng = np.random.default_rng(2)
+    truth = rng.normal(size=(20, 30))
+    signature = 0.5 * truth + 0.1 * rng.normal(size=truth.shape)
+    genes = rng.permutation(30)
+    own = fit_descriptions(signature[:, genes], truth, [slice(0, 30)], own=[genes])
+    plain = fit_descriptions(signature[:, genes], truth, [slice(0, 30)])
+    assert correlations(own.left_out, truth).mean() > 0.9
+    assert correlations(own.left_out, truth).mean() > correlations(plain.left_out, truth).mean() + 0.05
+    new = rng.normal(size=(5, 30))
+    found = (0.5 * new)[:, genes] @ own.weight + own.intercept
+    assert correlations(found, new).mean() > 0.9
+
+
+def test_features_that_say_nothing_leave_the_mean_effect():
+    rng = np.random.default_rng(3)
+    found = fit_descriptions(rng.normal(size=(40, 8)), rng.normal(size=(40, 20)) + 1.0, [slice(0, 8)])
+    assert found.share == 0 and not found.weight.any()
+
+
+def test_effects_of_doses_and_combinations_are_solved_together():
+    rng = np.random.default_rng(4)
+    truth = 3 * rng.normal(size=(4, 6))
+    design = np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0.5, 0], [0, 0, 1, 0], [1, 0, 0, 1], [0, 0, 0, 0.7]])
+    found, _, _ = solve_effects(design, design @ truth, np.full((6, 6), 1e-6))
+    assert correlations(found, truth).min() > 0.98
+
+
+def test_every_parameter_is_in_exactly_one_optimiser():
+    from types import SimpleNamespace
+
+    from pertura.train import AdversarialPlan
+
+    module = DrugAAE(8, 3, 2, 2, n_text=2, n_effect_components=4)
+    plan = AdversarialPlan(module)
+    plan._trainer = SimpleNamespace(max_epochs=3)
+    first, second = plan.configure_optimizers()
+    groups = [[id(p) for g in o.param_groups for p in g["params"]] for o in (first, second)]
+    assert sorted(groups[0] + groups[1]) == sorted(id(p) for p in module.parameters())
+    assert set(groups[1]) == {id(p) for p in module.discriminator.parameters()}
+
+
+def test_adversary_counts_from_its_own_steps():
+    from pertura.train import AdversarialPlan
+
+    plan = AdversarialPlan(DrugAAE(8, 3), warmup_start=0.2, warmup_end=0.6)
+    assert [plan.adversary_share(p) for p in (0.0, 0.2, 0.4, 0.6, 1.0)] == pytest.approx([0, 0, 0.5, 1, 1])

@@ -1,0 +1,101 @@
+"""Texts, signatures, tables of drugs and networks of interactions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from anndata import AnnData
+
+from pertura import priors
+
+HUB = pd.DataFrame(
+    {
+        "moa": ["HMGCR inhibitor", "adrenergic receptor agonist", ""],
+        "target": ["HMGCR", "ADRB1|ADRB2", ""],
+        "indication": ["hypercholesterolemia", "asthma", ""],
+    },
+    index=pd.Index(["atorvastatin", "iso-proterenol", "water"], name="perturbation"),
+)
+
+
+def test_names_match_without_case_blanks_and_salts():
+    found = priors.match_drugs(
+        ["Atorvastatin", "isoproterenol HCl", "ISO", "nothing"], HUB, aliases={"ISO": "iso-proterenol"}
+    )
+    assert found.tolist()[:3] == ["atorvastatin", "iso-proterenol", "iso-proterenol"]
+    assert pd.isna(found["nothing"])
+
+
+def test_texts_and_what_masking_leaves():
+    found = priors.describe_drugs(["Atorvastatin", "nothing"], HUB)
+    assert "HMGCR inhibitor" in found["Atorvastatin"] and found["nothing"] == ""
+    assert found.attrs["unmatched"] == ["nothing"]
+    masked = priors.describe_drugs(["Atorvastatin", "iso-proterenol"], HUB, mask_targets=True)
+    joined = " ".join(masked)
+    assert not any(w in joined for w in ("HMGCR", "ADRB1", "inhibitor", "agonist", "receptor"))
+    assert "asthma" in joined
+
+
+def test_text_vectors_do_not_depend_on_the_run_and_missing_is_zero():
+    texts = ["lipid lowering", "lipid statin", "nerve channel", ""]
+    first, second = (priors.TfidfEncoder(2).fit(texts).transform(texts) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    assert not first[3].any()
+    assert first[0] @ first[1] > first[0] @ first[2]
+    with pytest.raises(ValueError, match="`texts`"):
+        priors.TfidfEncoder().fit(["", "one"])
+
+
+def profiles() -> AnnData:
+    rng = np.random.default_rng(0)
+    obs = pd.DataFrame(
+        {"drug": ["control"] * 4 + ["a"] * 4 + ["b"] * 4, "line": ["x", "x", "y", "y"] * 3},
+        index=[f"p{i}" for i in range(12)],
+    )
+    return AnnData(rng.normal(size=(12, 3)), obs=obs, var=pd.DataFrame(index=["g1", "g2", "g3"]))
+
+
+SETTINGS = {"perturbation_key": "drug", "control": "control"}
+
+
+def test_signatures_never_see_other_rows():
+    adata = profiles()
+    rows = np.arange(10)  # the last two rows of b are held out
+    found = priors.signatures(adata, rows, match_keys=["line"], **SETTINGS)
+    expected = adata.X[8:10].mean(0) - adata.X[:2].mean(0)
+    np.testing.assert_allclose(found.loc["b"], expected)
+    changed = adata.copy()
+    changed.X[10:] = 1e6
+    pd.testing.assert_frame_equal(found, priors.signatures(changed, rows, match_keys=["line"], **SETTINGS))
+    left = priors.signatures(adata, np.arange(12), match_keys=["line"], exclude={"line": "x"}, **SETTINGS)
+    np.testing.assert_allclose(left.loc["a"], adata.X[6:8].mean(0) - adata.X[2:4].mean(0))
+
+
+def test_a_planted_leak_is_caught():
+    adata = profiles()
+    held_out = np.arange(10, 12)
+    clean = priors.signatures(adata, np.arange(10), **SETTINGS)
+    leaky = priors.signatures(adata, np.arange(12), **SETTINGS)
+    table = priors.drug_table(["a", "b", "c"], signatures=clean, held_out=held_out)
+    assert table.columns.tolist() == [f"signature:g{i}" for i in (1, 2, 3)]
+    assert not table.loc["c"].any() and table.attrs["missing"]["signature"] == ["c"]
+    with pytest.raises(ValueError, match="2 of the held-out rows"):
+        priors.drug_table(["a", "b"], signatures=leaky, held_out=held_out)
+    with pytest.raises(ValueError, match="`text`, `vectors` or `signatures`"):
+        priors.drug_table(["a"])
+
+
+def test_network_of_a_table():
+    adata = profiles()
+    edges = pd.DataFrame(
+        {"source": ["g1", "g2", "g2", "zz"], "target": ["g2", "g1", "g2", "g1"], "weight": [1.0, 2, 9, 1]}
+    )
+    priors.ppi_network(adata, edges)
+    found = adata.varp["ppi"].toarray()
+    assert found[0, 1] == found[1, 0] == 2 and found.sum() == 4
+    assert adata.uns["ppi"]["n_pairs"] == 1 and adata.uns["ppi"]["n_genes_without"] == 1
+    with pytest.raises(ValueError, match="overwrite"):
+        priors.ppi_network(adata, edges)
+    with pytest.raises(ValueError, match="none of the"):
+        priors.ppi_network(adata, edges.replace({"g1": "q", "g2": "r"}), key_added="other")
