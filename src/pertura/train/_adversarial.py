@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from pyro.infer import ELBO
 from torch import Tensor
 
 from pertura.module._base import Cells
@@ -33,8 +34,8 @@ class AdversarialPlan(PyroPlan):
         first step.
     gradient_clip_val, gradient_clip_algorithm
         As in :class:`lightning.pytorch.trainer.trainer.Trainer`, which leaves clipping to the plan.
-    **kwargs
-        Of :class:`PyroPlan`.
+    loss_fn, lr, weight_decay, n_epochs_kl_warmup, n_steps_kl_warmup, min_kl_weight, max_kl_weight, lr_schedule
+        As in :class:`PyroPlan`.
     """
 
     def __init__(
@@ -48,9 +49,26 @@ class AdversarialPlan(PyroPlan):
         warmup_end: float = 0.4,
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
-        **kwargs: Any,
+        loss_fn: ELBO | None = None,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        n_epochs_kl_warmup: float | None = None,
+        n_steps_kl_warmup: int | None = None,
+        min_kl_weight: float = 1e-6,
+        max_kl_weight: float = 1.0,
+        lr_schedule: str = "constant",
     ) -> None:
-        super().__init__(module, **kwargs)
+        super().__init__(
+            module,
+            loss_fn=loss_fn,
+            lr=lr,
+            weight_decay=weight_decay,
+            n_epochs_kl_warmup=n_epochs_kl_warmup,
+            n_steps_kl_warmup=n_steps_kl_warmup,
+            min_kl_weight=min_kl_weight,
+            max_kl_weight=max_kl_weight,
+            lr_schedule=lr_schedule,
+        )
         self.automatic_optimization = False
         self.lr_discriminator, self.n_discriminator_steps = lr_discriminator, n_discriminator_steps
         self.gradient_penalty = gradient_penalty
