@@ -134,9 +134,7 @@ class PerturbX(LinearModule):
         n_bags = len(x)
         sees = ~self.left_out(context)
         with pyro.plate("bags", n_bags):
-            # as in the paper the choice has no divergence: the temperature alone makes it hard
-            with pyro.poutine.mask(mask=False):
-                M = pyro.sample("M", self.selector.distribution(n_bags))
+            M = pyro.sample("M", self.selector.distribution(n_bags))
             z = self.encode(torch.einsum("besg,bkg->bkes", M, x), e)
             complexity = self.beta * z.square().sum(-1).mean(1)  # (n_bags, n_members)
             pyro.factor("complexity", -(complexity * sees).sum(-1))
@@ -149,7 +147,7 @@ class PerturbX(LinearModule):
 
     def guide(self, x: Tensor, e: Tensor, context: Tensor, effect: Tensor, mean_effect: Tensor) -> None:
         """One choice for all cells of a bag."""
-        with pyro.plate("bags", len(x)), pyro.poutine.mask(mask=False):
+        with pyro.plate("bags", len(x)):
             pyro.sample("M", self.selector.distribution(len(x)))
 
     def left_out(self, context: Tensor) -> Tensor:

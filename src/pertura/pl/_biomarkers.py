@@ -50,8 +50,8 @@ def gene_importance(
     color = np.where(data["direction"] >= 0, "C3", "C0")
     ax.barh(data.index.astype(str), data["importance"], color=color)
     ax.set(xlabel="mean |Shapley value|", title="" if title is None else title)
-    ax.plot([], [], "s", color="C3", label="higher in responders' direction")
-    ax.plot([], [], "s", color="C0", label="lower")
+    ax.plot([], [], "s", color="C3", label="more expression, higher coordinate")
+    ax.plot([], [], "s", color="C0", label="more expression, lower coordinate")
     ax.legend(fontsize="x-small", frameon=False, loc="lower right")
     ax.margins(y=0.01)
     return finish(ax, "gene_importance", given=given, show=show, save=save)
@@ -89,7 +89,7 @@ def contexts(
     if "PC1" not in table:
         raise ValueError("`table` has no column 'PC1'; pass what `get_context_representation` returns.")
     given = ax is not None
-    ax = new_axes(ax, (4.2, 3.6))
+    ax = new_axes(ax, (5.2, 3.6))
     second = table["PC2"] if "PC2" in table else pd.Series(0.0, index=table.index)
     value = None if color is None else pd.Series(color).reindex(table.index).to_numpy(dtype=float)
     points = ax.scatter(table["PC1"], second, c="C0" if value is None else value, cmap="viridis", s=40)
