@@ -92,7 +92,8 @@ def contexts(
     ax = new_axes(ax, (5.2, 3.6))
     second = table["PC2"] if "PC2" in table else pd.Series(0.0, index=table.index)
     value = None if color is None else pd.Series(color).reindex(table.index).to_numpy(dtype=float)
-    points = ax.scatter(table["PC1"], second, c="C0" if value is None else value, cmap="viridis", s=40)
+    shown = {"color": "C0"} if value is None else {"c": value, "cmap": "viridis"}
+    points = ax.scatter(table["PC1"], second, s=40, **shown)
     if value is not None:
         ax.figure.colorbar(points, ax=ax, label=label)
     for name, x, y in zip(table.index, table["PC1"], second, strict=True):
