@@ -38,6 +38,7 @@ from pertura.nn._selector import BagAggregation, ConcreteSelector, MemberLinear
 
 from ._base import Action, Cells
 
+_BAGS = 32  # that are encoded at a time
 _RIDGE = 0.03  # of the regression on control profiles, in units of the mean variance of a component
 
 
@@ -257,7 +258,8 @@ class PerturbX(LinearModule):
         ``(n, n_members, n_genes)`` and ``(n, n_members, n_latent)``.
         """
         e = self.indicator(action)
-        z = self.aggregation(self.encode(bags, e))
+        z = [self.aggregation(self.encode(b, own)) for b, own in zip(bags.split(_BAGS), e.split(_BAGS), strict=True)]
+        z = torch.cat(z) if z else self.encoder_out.weight.new_zeros(0, self.n_members, self.n_latent)
         return self.decode_effect(z, e), z
 
     # -- effects ----------------------------------------------------------------------------------------------------
