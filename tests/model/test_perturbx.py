@@ -169,3 +169,17 @@ def test_loaded_model_describes_the_same_biomarkers(trained, tmp_path):
     pd.testing.assert_frame_equal(loaded.get_gene_importance("drug"), model.get_gene_importance("drug"))
     with pytest.raises(ValueError, match="`component` must be between"):
         loaded.get_gene_importance("drug", component=50)
+
+
+def test_patients_that_the_model_has_never_met():
+    """Their control cells, which come with the question, are enough."""
+    adata, _ = responders()
+    known = ~adata.obs["cell_type"].isin(HELD)
+    model = fit(adata[known.to_numpy()].copy(), n_selected=6, bag_size=16)
+    predicted, measured = effects(model, adata), truth(adata)
+    size = predicted.iloc[:, RESPONSE].abs().mean(1)
+    assert size["line00"] > 2.5 * size["line01"]
+    for context in HELD:
+        assert np.corrcoef(predicted.loc[context], measured.loc[context])[0, 1] > 0.7
+    queried = model.get_context_representation("drug", adata=adata[~known.to_numpy()].copy())
+    assert sorted(queried.index) == HELD

@@ -38,6 +38,7 @@ from pertura.nn._selector import BagAggregation, ConcreteSelector, MemberLinear
 
 from ._base import Action, Cells
 
+_BAGS = 32  # that are encoded at a time
 _RIDGE = 0.03  # of the regression on control profiles, in units of the mean variance of a component
 
 
@@ -134,9 +135,7 @@ class PerturbX(LinearModule):
         n_bags = len(x)
         sees = ~self.left_out(context)
         with pyro.plate("bags", n_bags):
-            # as in the paper the choice has no divergence: the temperature alone makes it hard
-            with pyro.poutine.mask(mask=False):
-                M = pyro.sample("M", self.selector.distribution(n_bags))
+            M = pyro.sample("M", self.selector.distribution(n_bags))
             z = self.encode(torch.einsum("besg,bkg->bkes", M, x), e)
             complexity = self.beta * z.square().sum(-1).mean(1)  # (n_bags, n_members)
             pyro.factor("complexity", -(complexity * sees).sum(-1))
@@ -149,7 +148,7 @@ class PerturbX(LinearModule):
 
     def guide(self, x: Tensor, e: Tensor, context: Tensor, effect: Tensor, mean_effect: Tensor) -> None:
         """One choice for all cells of a bag."""
-        with pyro.plate("bags", len(x)), pyro.poutine.mask(mask=False):
+        with pyro.plate("bags", len(x)):
             pyro.sample("M", self.selector.distribution(len(x)))
 
     def left_out(self, context: Tensor) -> Tensor:
@@ -259,7 +258,8 @@ class PerturbX(LinearModule):
         ``(n, n_members, n_genes)`` and ``(n, n_members, n_latent)``.
         """
         e = self.indicator(action)
-        z = self.aggregation(self.encode(bags, e))
+        z = [self.aggregation(self.encode(b, own)) for b, own in zip(bags.split(_BAGS), e.split(_BAGS), strict=True)]
+        z = torch.cat(z) if z else self.encoder_out.weight.new_zeros(0, self.n_members, self.n_latent)
         return self.decode_effect(z, e), z
 
     # -- effects ----------------------------------------------------------------------------------------------------

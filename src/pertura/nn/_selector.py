@@ -38,7 +38,8 @@ class ConcreteSelector(nn.Module):
     def distribution(self, n_bags: int) -> dist.TorchDistribution:
         """Selections for each bag, ``(n_bags, n_members, n_selected)`` choices over the genes."""
         choice = dist.RelaxedOneHotCategorical(self.temperature, logits=self.logits, validate_args=False)
-        return choice.expand([n_bags, *self.logits.shape[:2]]).to_event(2)
+        # as in the papers the choice has no divergence: the temperature alone makes it hard
+        return choice.expand([n_bags, *self.logits.shape[:2]]).to_event(2).mask(False)
 
     def chosen(self) -> Tensor:
         """Gene of each row, ``(n_members, n_selected)``."""
