@@ -5,6 +5,7 @@ ceiling each model closes; :func:`pertura.pl.benchmark` draws it. On the command
 pertura.benchmark kang``.
 """
 
+from ._compounds import Screen, ht115_screen, run_compounds, summarise_compounds, tggates_screen
 from ._dataset import Dataset, make_splits
 from ._effects import effect_calibration, measured_effect
 from ._l1000 import run_l1000, summarise_l1000
@@ -15,14 +16,19 @@ from ._summary import summarise
 __all__ = [
     "DEFAULT_METRICS",
     "Dataset",
+    "Screen",
     "ModelSpec",
     "baselines",
     "effect_calibration",
+    "ht115_screen",
     "make_splits",
     "measured_effect",
     "parse_model",
     "run",
+    "run_compounds",
     "run_l1000",
     "summarise",
+    "summarise_compounds",
     "summarise_l1000",
+    "tggates_screen",
 ]

@@ -11,18 +11,21 @@ import pandas as pd
 
 from pertura.datasets import DataNotAvailable
 
+from ._compounds import DESCRIPTIONS, ht115_screen, run_compounds, summarise_compounds, tggates_screen
 from ._dataset import ALIASES, KINDS
 from ._l1000 import run_l1000, summarise_l1000
 from ._runner import DEFAULT_METRICS, run
 from ._spec import parse_model
 from ._summary import summarise
 
+_COMPOUNDS = {"compounds-tggates": (tggates_screen, tuple(DESCRIPTIONS)), "compounds-ht115": (ht115_screen, ("text",))}
 _EPILOG = """\
 examples:
   python -m pertura.benchmark kang --seeds 3 --models PertVAE --out kang.csv
   python -m pertura.benchmark kang --models PertVAE PertVAE:preset=paper Linear --seeds 1
   python -m pertura.benchmark norman --split unseen_combination --models Additive PertVAE --out norman.csv
   python -m pertura.benchmark l1000 --seeds 3 --out l1000.csv
+  python -m pertura.benchmark compounds-tggates --seeds 5 --out tggates.csv
 
 A model is a class of pertura.model or pertura.baseline with arguments after a colon:
 PertVAE:n_latent=10,train.max_epochs=50. Results in --out are kept: what is in it is not run again.
@@ -38,7 +41,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "data",
-        help=f"{', '.join(sorted(ALIASES))}, any loader of pertura.datasets, or l1000 (the paper's Table 1)",
+        help=f"{', '.join(sorted(ALIASES))}, any loader of pertura.datasets, or l1000 (the paper's Table 1), "
+        "compounds-tggates or compounds-ht115 (DrugAAE on compounds that are held out)",
     )
     parser.add_argument("--models", nargs="+", default=["PertVAE"], metavar="MODEL", help="default: PertVAE")
     parser.add_argument("--split", default="unseen_context", choices=KINDS, help="question (default: %(default)s)")
@@ -64,13 +68,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     options = parser.parse_args(argv)
-    if options.plot and options.data == "l1000":
-        parser.error("--plot draws summaries of held-out conditions; l1000 has none.")
+    if options.plot and (options.data == "l1000" or options.data in _COMPOUNDS):
+        parser.error(f"--plot draws summaries of held-out conditions; {options.data} has none.")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         models = dict(parse_model(text) for text in options.models)
         if options.data == "l1000":
             table = summarise_l1000(run_l1000(models=models, seeds=options.seeds, out=options.out))
+        elif options.data in _COMPOUNDS:
+            screen, descriptions = _COMPOUNDS[options.data]
+            train = {"max_epochs": 40}
+            found = run_compounds(
+                screen(), descriptions=descriptions, seeds=options.seeds, model={}, train=train, out=options.out
+            )
+            table = summarise_compounds(found)
         else:
             results = run(
                 options.data,

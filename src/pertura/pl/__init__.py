@@ -7,6 +7,16 @@ looks for them.
 from ._benchmark import benchmark
 from ._biomarkers import contexts, gene_importance
 from ._calibration import calibration
+from ._drugs import dose_response, drug_map, target_ranking
 from ._effect import effect_scatter
 
-__all__ = ["benchmark", "calibration", "contexts", "effect_scatter", "gene_importance"]
+__all__ = [
+    "benchmark",
+    "calibration",
+    "contexts",
+    "dose_response",
+    "drug_map",
+    "effect_scatter",
+    "gene_importance",
+    "target_ranking",
+]

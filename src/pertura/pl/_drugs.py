@@ -144,7 +144,9 @@ def target_ranking(
         As in :func:`effect_scatter`.
     """
     if perturbation not in scores.index:
-        raise ValueError(f"`perturbation`: {perturbation!r} is not a row of `scores` ({', '.join(scores.index[:5])}, …).")
+        raise ValueError(
+            f"`perturbation`: {perturbation!r} is not a row of `scores` ({', '.join(scores.index[:5])}, …)."
+        )
     top = scores.loc[perturbation].nlargest(n_genes)[::-1]
     given, ax = ax is not None, new_axes(ax, (3.6, 0.22 * len(top) + 0.8))
     ax.barh(top.index, top, color=["C3" if g in set(known) else "0.6" for g in top.index])
