@@ -57,7 +57,7 @@ def drug_screen(
     adata.uns["targets"] = pd.DataFrame(hit[label] != 0, index=names, columns=adata.var_names)
     noise = [" ".join(rng.choice(["oral", "once", "daily", "adult", "tablet", "dose"], 3)) for _ in names]
     adata.uns["text"] = pd.Series([f"{WORDS[c]} {extra}" for c, extra in zip(label, noise, strict=True)], index=names)
-    adata.uns["held_out"] = names[-n_held_out:]
+    adata.uns["held_out"] = names[n_drugs - n_held_out :]
     return adata
 
 
@@ -157,6 +157,10 @@ def test_nearest_drugs_are_of_the_class(screen, model):
     text = screen.uns["text"]
     neighbors = model.get_reliability(name)["neighbor"]
     assert all(text[n].split()[0] == text[name].split()[0] for n in neighbors)
+    asked = model.predict_perturbation([name, "drug00"], n_samples=2, return_anndata=True, indices=range(3)).uns
+    np.testing.assert_allclose(
+        asked["prediction"]["reliability"], [model.get_reliability(name).attrs["reliability"], 1]
+    )
     assert model.get_reliability("drug00").attrs["reliability"] == 1
 
 

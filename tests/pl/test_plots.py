@@ -164,3 +164,31 @@ def test_contexts_are_named_and_coloured():
     assert len(pl.contexts(table[["PC1"]], show=False).collections) == 1
     with pytest.raises(ValueError, match="`table` has no column 'PC1'"):
         pl.contexts(table[["PC2"]])
+
+
+def test_plots_of_drugs():
+    table = pd.DataFrame(
+        {
+            "perturbation": "a",
+            "context": "all",
+            "gene": ["g1", "g1", "g2", "g2"],
+            "dose": [1.0, 10.0, 1.0, 10.0],
+            "lfc_mean": [0.1, 0.5, 0.0, -0.4],
+            "ci_low": [0.0, 0.3, -0.1, -0.6],
+            "ci_high": [0.2, 0.7, 0.1, -0.2],
+        }
+    )
+    ax = pl.dose_response(table, ["g1", "g2"], show=False)
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), [0.1, 0.5])
+    assert ax.get_xscale() == "log"
+    with pytest.raises(ValueError, match="no row of these genes"):
+        pl.dose_response(table, ["g3"], show=False)
+    rng = np.random.default_rng(0)
+    vectors = pd.DataFrame(rng.normal(size=(6, 3)), index=list("abcdef")).assign(trained=[True] * 5 + [False])
+    ax = pl.drug_map(vectors, labels=["f"], show=False)
+    assert sum(len(c.get_offsets()) for c in ax.collections) == 6
+    scores = pd.DataFrame([[3.0, 1.0, 2.0]], index=["a"], columns=["g1", "g2", "g3"])
+    ax = pl.target_ranking(scores, "a", known=["g3"], n_genes=2, show=False)
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["g3", "g1"]
+    with pytest.raises(ValueError, match="`perturbation`"):
+        pl.target_ranking(scores, "b")

@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             table = summarise_l1000(run_l1000(models=models, seeds=options.seeds, out=options.out))
         elif options.data in _COMPOUNDS:
             screen, descriptions = _COMPOUNDS[options.data]
-            train = {"max_epochs": 40}
+            train = {"max_epochs": 15}
             found = run_compounds(
                 screen(), descriptions=descriptions, seeds=options.seeds, model={}, train=train, out=options.out
             )

@@ -283,6 +283,17 @@ class DescriptionMixin:
         table.attrs = {"reliability": 1.0 if measured else top * summary["share"], "gain": summary["gain"]}
         return table
 
+    def _asked(self, questions: list[Question], ci: float | None, options: dict[str, Any]) -> dict[str, Any]:
+        """Provenance of a result, with the reliability of each single perturbation (NaN for combinations)."""
+        found = super()._asked(questions, ci, options)
+        control = self.vocabulary.control
+        single = [q.label != control and len(self.vocabulary.parse(q.label)) == 1 for q in questions]
+        found["reliability"] = [
+            self.get_reliability(q.label).attrs["reliability"] if one else float("nan")
+            for q, one in zip(questions, single, strict=True)
+        ]
+        return found
+
     def get_drug_target_scores(
         self,
         perturbation: str | list[str] | None = None,

@@ -30,7 +30,7 @@ _MAX_HIDDEN, _MIN_HIDDEN = 40, 5
 
 
 class DrugAAE(DescriptionMixin, PerturbationModel):
-    r"""Drugs that were never put on these cells, from their texts and signatures, and their targets :cite:p:`Park2024`.
+    r"""Drugs that were never put on these cells, from their texts and signatures, and their targets :cite:p:`ParkSongJang`.
 
     An adversarial autoencoder takes the perturbation out of a cell's latent state; drugs come back as a vector made of what is
     known of them (a text, signatures of differential expression, or both) and of no number of their own, so that a row in the
@@ -215,20 +215,6 @@ class DrugAAE(DescriptionMixin, PerturbationModel):
         return sparse.csr_matrix(self.adata.varp[key])[at][:, at]
 
     # -- training ---------------------------------------------------------------------------------------------------
-
-    def train(self, max_epochs: int | None = None, **kwargs: Any) -> None:
-        """Train the model, as :meth:`PerturbationModel.train` does; gradients are clipped by the plan.
-
-        Parameters
-        ----------
-        max_epochs, **kwargs
-            As in :meth:`PerturbationModel.train`; ``plan_kwargs`` are those of :class:`pertura.train.AdversarialPlan`.
-        """
-        plan = kwargs.get("plan_kwargs")
-        clip = {k: kwargs.pop(k) for k in ("gradient_clip_val", "gradient_clip_algorithm") if k in kwargs}
-        if clip and (plan is None or isinstance(plan, dict)):
-            kwargs["plan_kwargs"] = {**(plan or {}), **clip}
-        super().train(max_epochs, **kwargs)
 
     def _initialise(self, data: PerturbationDataModule) -> None:
         rows = data.train_idx

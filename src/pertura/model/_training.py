@@ -112,6 +112,10 @@ class TrainingMixin(QueryMixin):
         batch_size = batch_size or self._default_batch_size(len(train_idx))
         data = self._data_module(train_idx, val_idx, batch_size, seed)
         trainer_kwargs = {**self._trainer_defaults(), **trainer_kwargs}
+        # a plan that moves its optimisers itself clips gradients itself
+        for name in ("gradient_clip_val", "gradient_clip_algorithm"):
+            if name in trainer_kwargs and name in inspect.signature(self._training_plan_cls.__init__).parameters:
+                plan_kwargs[name] = trainer_kwargs.pop(name)
         # the samplers give each process its share themselves
         trainer_kwargs.setdefault("use_distributed_sampler", False)
         if len(val_idx):
