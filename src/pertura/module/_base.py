@@ -162,6 +162,13 @@ class PerturbationModule(PyroBaseModuleClass):
     def decode(self, z: Tensor, basal: Basal) -> Tensor:
         """Draws of expression on :attr:`native_scale`, replaying noise, ``(n_samples, n_cells, n_genes)``."""
 
+    def express(self, z: Tensor, basal: Basal, action: Action, globals_: dict[str, Tensor]) -> Tensor:
+        """As :meth:`decode`, of a state that `action` led to.
+
+        Modules in which a perturbation also changes genes directly, beside the latent state, override this.
+        """
+        return self.decode(z, basal)
+
     def fresh_noise(self, z: Tensor, basal: Basal) -> Tensor:
         """Measurement noise of cells that were never measured, as :meth:`decode` takes it.
 

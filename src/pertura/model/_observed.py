@@ -1,0 +1,174 @@
+r"""What was measured of an effect beyond what the latent shift of a model says.
+
+With measured effect :math:`y_t` (a vector over genes), predicted effect :math:`m_t` and noise of the measurement,
+
+.. math::
+
+    y_t \mid \delta_t \sim N(m_t + \delta_t, C (1 / n_t + 1 / n_0)), \quad \delta_t \sim N(0, \Sigma),
+
+with C the covariance of genes within conditions and :math:`\Sigma` estimated from all perturbations (empirical Bayes), the
+effect is predicted by :math:`m_t + E[\delta_t \mid y_t]`: the measured one where there are many cells, and the model's, together
+with what effects of other perturbations look like, where there are few.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ._calibration import conditions
+from ._engine import Question
+
+if TYPE_CHECKING:
+    from ._base import PerturbationModel
+
+_MAX_CONTROLS, _STEPS, _PROBE = 300, 3, 0.2
+Matrix = NDArray[np.float64]
+
+
+def shrink(difference: Matrix, factor: Matrix, noise: Matrix) -> tuple[Matrix, Matrix]:
+    r"""Posterior mean and sd of :math:`\delta` given differences between measured and predicted effects.
+
+    Parameters
+    ----------
+    difference
+        :math:`y - m`, ``(n_effects, n_genes)``.
+    factor
+        Sd of each gene within conditions, ``(n_genes,)``.
+    noise
+        :math:`1 / n_t + 1 / n_0`, ``(n_effects,)``.
+    """
+    scaled = difference / factor
+    # of each gene how much effects vary, of each effect how strong it is: a prior variance of rank one
+    excess = scaled**2 - noise[:, None]
+    overall = max(float(excess.mean()), 1e-8)
+    gene = np.maximum(0.5 * excess.mean(0) + 0.5 * overall, 0.05 * overall)
+    strength = np.maximum(excess.mean(1), 0.0) / overall
+    prior = strength[:, None] * gene
+    weight = prior / (prior + noise[:, None])
+    return weight * difference, np.sqrt(weight * noise[:, None]) * factor
+
+
+class ObservedEffectsMixin:
+    """Sets a module's ``residual`` from the measured effects of the training cells."""
+
+    @torch.no_grad()
+    def _fit_residuals(self: PerturbationModel, train_idx: NDArray[np.int64], seed: int = 0) -> None:
+        """Residuals of single perturbations, then of combinations beyond the sum of their members'."""
+        measured = _Measured(self, train_idx, seed)
+        singles = {(name,): code for code, name in enumerate(self.vocabulary.names)}
+        pairs = {c: len(singles) + row for row, c in enumerate(self.vocabulary.combinations)}
+        slope = None
+        for rows in (singles, pairs):
+            chosen = [i for i, members in enumerate(measured.members) if members in rows]
+            if not chosen:
+                continue
+            if slope is None:
+                slope = measured.slope()
+            self._match(measured, chosen, np.array([rows[measured.members[i]] for i in chosen]), slope)
+
+    def _match(
+        self: PerturbationModel, measured: _Measured, chosen: list[int], rows: NDArray[np.int64], slope: Matrix
+    ) -> None:
+        """Choose residuals by which the predicted means become the posterior means of the effects."""
+        module = self.module
+        predicted = measured.predicted(chosen)
+        # conditions of one perturbation (contexts, doses) share its residual
+        unique, which = np.unique(rows, return_inverse=True)
+        precision = 1.0 / measured.noise[chosen]
+        share = np.zeros((len(unique), len(chosen)))
+        share[which, np.arange(len(chosen))] = precision
+        noise = 1.0 / share.sum(1)
+        share *= noise[:, None]
+        mean, sd = shrink(share @ (measured.effect[chosen] - predicted), measured.spread, noise)
+        target = share @ predicted + mean
+        dtype, device = module.residual.dtype, module.residual.device
+        at = torch.as_tensor(unique, device=device)
+        residual = mean / slope
+        for step in range(_STEPS):
+            module.residual[at] = torch.as_tensor(np.clip(residual, -5, 5), dtype=dtype, device=device)
+            if step < _STEPS - 1:
+                residual = residual + (target - share @ measured.predicted(chosen)) / slope
+        module.residual_sd[at] = torch.as_tensor(np.minimum(sd / slope, 2.0), dtype=dtype, device=device)
+
+
+class _Measured:
+    """Measured effects of the training conditions, and how a model predicts them now.
+
+    Attributes
+    ----------
+    members
+        Members of each condition's perturbation.
+    effect
+        Mean of the condition less that of the controls of its context, ``(n_conditions, n_genes)``.
+    noise
+        :math:`1 / n_t + 1 / n_0`, ``(n_conditions,)``.
+    spread
+        Sd of genes within conditions, ``(n_genes,)``.
+    """
+
+    def __init__(self, model: PerturbationModel, train_idx: NDArray[np.int64], seed: int) -> None:
+        self.model, self.seed, self.scale = model, seed, model._resolve_scale(None)
+        cells = conditions(model, train_idx)
+        rng = np.random.default_rng(seed)
+        is_control = cells["label"] == model.vocabulary.control
+        own = {c: g.to_numpy() for c, g in cells[is_control].groupby("context")["row"]}
+        base = {c: self._moments(rows) for c, rows in own.items()}
+        self.controls = {c: _some(rows, _MAX_CONTROLS, rng) for c, rows in own.items()}
+        self.questions: list[Question] = []
+        self.contexts: list[int] = []
+        effect, noise, squares, freedom = [], [], 0.0, 0
+        for mean, square, n in base.values():
+            squares, freedom = squares + square, freedom + n - 1
+        treated = cells[~is_control & cells["context"].isin(list(own))]
+        for (_, context), group in treated.groupby(["condition", "context"]):
+            mean, square, n = self._moments(group["row"].to_numpy())
+            squares, freedom = squares + square, freedom + n - 1
+            self.questions.append(Question(group["label"].iloc[0], group["dose"].iloc[0]))
+            self.contexts.append(context)
+            effect.append(mean - base[context][0])
+            noise.append(1.0 / n + 1.0 / base[context][2])
+        self.members = [model.vocabulary.parse(q.label) for q in self.questions]
+        n_genes = len(model.gene_names)
+        self.effect = np.stack(effect) if effect else np.zeros((0, n_genes))
+        self.noise = np.array(noise)
+        self.spread = np.sqrt(np.maximum(squares / max(freedom, 1), 1e-8)) * np.ones(n_genes)
+
+    def _moments(self, rows: NDArray[np.int64]) -> tuple[Matrix, Matrix, int]:
+        """Mean, sum of squared deviations and number of cells."""
+        mean, variance = self.model._moments(rows, self.scale)
+        return mean, variance * max(len(rows) - 1, 1) * len(rows), len(rows)
+
+    def predicted(self, chosen: list[int]) -> Matrix:
+        """Predicted effects of some conditions, ``(n_chosen, n_genes)``."""
+        result = np.zeros((len(chosen), self.effect.shape[1]))
+        contexts = np.array([self.contexts[i] for i in chosen])
+        for context in np.unique(contexts):
+            at = np.flatnonzero(contexts == context)
+            questions = [self.questions[chosen[i]] for i in at]
+            result[at] = self.model._mean_effects(self.controls[context], questions, self.scale, self.seed)
+        return result
+
+    def slope(self) -> Matrix:
+        """By how much the mean on the default scale moves with the residual of a gene, ``(n_genes,)``."""
+        module = self.model.module
+        if module.native_scale != "counts":
+            return np.ones(self.effect.shape[1])
+        sign = np.random.default_rng(self.seed).choice([-1.0, 1.0], self.effect.shape[1])
+        context = self.contexts[0]
+        question = [Question(self.model.vocabulary.names[0], (self.model.vocabulary.reference_dose[0],))]
+        means = []
+        for direction in (1.0, -1.0):
+            module.residual[0] = torch.as_tensor(direction * _PROBE * sign).to(module.residual)
+            means.append(
+                self.model._mean_effects(self.controls[context], question, self.scale, self.seed)[0]
+            )
+        module.residual[0] = 0.0
+        return np.clip((means[0] - means[1]) * sign / (2 * _PROBE), 0.1, 1.5)
+
+
+def _some(rows: NDArray[np.int64], n: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    return rows if len(rows) <= n else np.sort(rng.choice(rows, n, replace=False))
