@@ -137,6 +137,13 @@ MODELS = [
         train={"max_epochs": 3, "batch_size": 64},
         wrong_init=_WRONG_SAMSVAE,
     ),
+    Spec(
+        "model.CRADLEVAE",
+        init={"n_latent": 4, "n_hidden": 16},
+        train={"max_epochs": 3, "batch_size": 64},
+        wrong_init={"counterfactual_weight": -1.0, "class_balance": "yes", "preset": "best"},
+        own_setup=("qc_key",),
+    ),
     Spec("baseline.Additive", wrong_init={"use_own_context": "yes"}, refuses_unseen=False, **_CLOSED_FORM),
     Spec("baseline.Linear", wrong_init={"n_components": 0, "ridge": -1.0}, knows_genes=True, **_CLOSED_FORM),
 ]

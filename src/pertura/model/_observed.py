@@ -13,6 +13,7 @@ with what effects of other perturbations look like, where there are few.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,7 +26,7 @@ from ._engine import Question
 if TYPE_CHECKING:
     from ._base import PerturbationModel
 
-_MAX_CONTROLS, _STEPS, _PROBE = 300, 3, 0.2
+_MAX_CONTROLS, _STEPS, _PROBE = 300, 6, 0.2
 Matrix = NDArray[np.float64]
 
 
@@ -71,7 +72,7 @@ class ObservedEffectsMixin:
             self._match(measured, chosen, np.array([rows[measured.members[i]] for i in chosen]), slope)
 
     def _match(
-        self: PerturbationModel, measured: _Measured, chosen: list[int], rows: NDArray[np.int64], slope: Matrix
+        self: PerturbationModel, measured: _Measured, chosen: list[int], rows: NDArray[np.int64], slope: Callable[[Matrix, Matrix], Matrix]
     ) -> None:
         """Choose residuals by which the predicted means become the posterior means of the effects."""
         module = self.module
@@ -87,12 +88,15 @@ class ObservedEffectsMixin:
         target = share @ predicted + mean
         dtype, device = module.residual.dtype, module.residual.device
         at = torch.as_tensor(unique, device=device)
-        residual = mean / slope
-        for step in range(_STEPS):
-            module.residual[at] = torch.as_tensor(np.clip(residual, -5, 5), dtype=dtype, device=device)
-            if step < _STEPS - 1:
-                residual = residual + (target - share @ measured.predicted(chosen)) / slope
-        module.residual_sd[at] = torch.as_tensor(np.minimum(sd / slope, 2.0), dtype=dtype, device=device)
+        residual, current = np.zeros_like(mean), share @ predicted
+        level = share @ measured.base[chosen]
+        for _ in range(_STEPS):
+            here = slope(level, level + current)
+            residual = np.clip(residual + np.clip((target - current) / here, -1.0, 1.0), -6.0, 6.0)
+            module.residual[at] = torch.as_tensor(residual, dtype=dtype, device=device)
+            current = share @ measured.predicted(chosen)
+        sd = np.minimum(sd / slope(level, level + current), 2.0)
+        module.residual_sd[at] = torch.as_tensor(sd, dtype=dtype, device=device)
 
 
 class _Measured:
@@ -104,6 +108,8 @@ class _Measured:
         Members of each condition's perturbation.
     effect
         Mean of the condition less that of the controls of its context, ``(n_conditions, n_genes)``.
+    base
+        Mean of those controls, ``(n_conditions, n_genes)``.
     noise
         :math:`1 / n_t + 1 / n_0`, ``(n_conditions,)``.
     spread
@@ -120,7 +126,7 @@ class _Measured:
         self.controls = {c: _some(rows, _MAX_CONTROLS, rng) for c, rows in own.items()}
         self.questions: list[Question] = []
         self.contexts: list[int] = []
-        effect, noise, squares, freedom = [], [], 0.0, 0
+        effect, level, noise, squares, freedom = [], [], [], 0.0, 0
         for mean, square, n in base.values():
             squares, freedom = squares + square, freedom + n - 1
         treated = cells[~is_control & cells["context"].isin(list(own))]
@@ -130,10 +136,12 @@ class _Measured:
             self.questions.append(Question(group["label"].iloc[0], group["dose"].iloc[0]))
             self.contexts.append(context)
             effect.append(mean - base[context][0])
+            level.append(base[context][0])
             noise.append(1.0 / n + 1.0 / base[context][2])
         self.members = [model.vocabulary.parse(q.label) for q in self.questions]
         n_genes = len(model.gene_names)
         self.effect = np.stack(effect) if effect else np.zeros((0, n_genes))
+        self.base = np.stack(level) if level else self.effect
         self.noise = np.array(noise)
         self.spread = np.sqrt(np.maximum(squares / max(freedom, 1), 1e-8)) * np.ones(n_genes)
 
@@ -152,22 +160,34 @@ class _Measured:
             result[at] = self.model._mean_effects(self.controls[context], questions, self.scale, self.seed)
         return result
 
-    def slope(self) -> Matrix:
-        """By how much the mean on the default scale moves with the residual of a gene, ``(n_genes,)``."""
+    def slope(self) -> Callable[[Matrix, Matrix], Matrix]:
+        """By how much the mean on the default scale moves with the residual of a gene.
+
+        Probed at the level of the controls. Where a gene falls to nothing, its mean moves in proportion to its level.
+
+        Returns
+        -------
+        Function of the mean of the controls and of the mean now, both ``(n_effects, n_genes)``.
+        """
         module = self.model.module
         if module.native_scale != "counts":
-            return np.ones(self.effect.shape[1])
+            return lambda level, now: np.ones_like(now)
         sign = np.random.default_rng(self.seed).choice([-1.0, 1.0], self.effect.shape[1])
-        context = self.contexts[0]
-        question = [Question(self.model.vocabulary.names[0], (self.model.vocabulary.reference_dose[0],))]
+        name = self.model.vocabulary.names[0]
+        question = [Question(name, (self.model.vocabulary.reference_dose[0],))]
         means = []
         for direction in (1.0, -1.0):
             module.residual[0] = torch.as_tensor(direction * _PROBE * sign).to(module.residual)
-            means.append(
-                self.model._mean_effects(self.controls[context], question, self.scale, self.seed)[0]
-            )
+            rows = self.controls[self.contexts[0]]
+            means.append(self.model._mean_effects(rows, question, self.scale, self.seed)[0])
         module.residual[0] = 0.0
-        return np.clip((means[0] - means[1]) * sign / (2 * _PROBE), 0.1, 1.5)
+        probed = np.clip((means[0] - means[1]) * sign / (2 * _PROBE), 0.1, 1.5)
+
+        def at(level: Matrix, now: Matrix) -> Matrix:
+            ratio = -np.expm1(-np.maximum(now, 1e-3)) / -np.expm1(-np.maximum(level, 1e-3))
+            return np.clip(probed * ratio, 0.1, 1.5)
+
+        return at
 
 
 def _some(rows: NDArray[np.int64], n: int, rng: np.random.Generator) -> NDArray[np.int64]:

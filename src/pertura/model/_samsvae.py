@@ -238,8 +238,12 @@ class SAMSVAE(ObservedEffectsMixin, PerturbationModel):
     def _after_training(self, train_idx: NDArray[np.int64]) -> None:
         self.module.eval()
         if self.shrinkage:
-            self._fit_residuals(train_idx)
+            self._fit_residuals(self._effect_rows(train_idx))
         super()._after_training(train_idx)
+
+    def _effect_rows(self, train_idx: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Training cells in which effects are measured."""
+        return train_idx
 
     # -- what it learned --------------------------------------------------------------------------------------------
 

@@ -71,6 +71,8 @@ class Cells:
     library
         Total counts, or registered size factors in units of total counts, ``(n_cells, 1)``; 1 for data that are not
         counts.
+    qc
+        1 for cells that failed quality control, ``(n_cells, 1)``, where that was registered.
     """
 
     x: Tensor
@@ -78,6 +80,7 @@ class Cells:
     context: Tensor
     batch: Tensor
     library: Tensor
+    qc: Tensor | None = None
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Cells:
@@ -91,6 +94,7 @@ class Cells:
             context=tensors[KEYS.CONTEXT].long().flatten(),
             batch=tensors[KEYS.BATCH].long().flatten(),
             library=x.sum(1, keepdim=True).clamp(min=1.0) if library is None else library,
+            qc=tensors.get(KEYS.QC),
         )
 
     def __len__(self) -> int:

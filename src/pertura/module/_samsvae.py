@@ -97,7 +97,8 @@ class SAMSVAE(PerturbationModule):
 
         n_covariates = n_batch if n_batch > 1 else 0
         sees_shift = basal_guide == "correlated" or effect == "conditional"
-        self.encoder = ResidualMLP([n_genes, n_covariates, *self._guide_inputs(sees_shift)], n_hidden, max(1, n_layers))
+        n_seen = self._moves_width() if sees_shift else 0
+        self.encoder = ResidualMLP([n_genes, n_covariates, n_seen], n_hidden, max(1, n_layers))
         self.basal_loc = nn.Linear(self.encoder.n_out, n_latent)
         self.basal_log_variance = nn.Linear(self.encoder.n_out, n_latent)
         state = self._state_width()
@@ -120,12 +121,11 @@ class SAMSVAE(PerturbationModule):
     def _shift_width(self) -> int:
         return self.n_perturbations if self.effect == "conditional" else self.n_latent
 
+    def _moves_width(self) -> int:
+        return self.n_shift
+
     def _state_width(self) -> int:
         return self.n_latent + (self.n_shift if self.effect == "conditional" else 0)
-
-    def _guide_inputs(self, sees_shift: bool) -> list[int]:
-        """Widths of what the encoder sees beside expression and batch."""
-        return [self.n_shift if sees_shift else 0]
 
     def _make_effects(
         self, effect_guide: str, prior_sd_E: float | None, interactions: bool, n_features: int, n_hidden: int
@@ -162,26 +162,35 @@ class SAMSVAE(PerturbationModule):
 
     def model(self, cells: Cells, kl_weight: float = 1.0) -> None:
         """Joint density of a minibatch, its share of the global terms included."""
-        shift = self.shift(self._effects_prior(len(cells), kl_weight), cells.action)
+        shift = self.moves(self._global_prior(len(cells), kl_weight), cells, cells.action)
         prior_loc = shift if self.effect == "svae+" else cells.x.new_zeros(self.n_latent)
         with pyro.plate("cells", len(cells)):
             with pyro.poutine.scale(scale=kl_weight):
                 z = pyro.sample("z", dist.Normal(prior_loc, 1.0).to_event(1))
-            pyro.sample("x", self.expression(self.state(z, shift, cells), cells), obs=cells.x)
+            with pyro.poutine.scale(scale=self.likelihood_weight(cells)):
+                pyro.sample("x", self.expression(self.state(z, shift), cells), obs=cells.x)
 
     def guide(self, cells: Cells, kl_weight: float = 1.0) -> None:
         """q(M) q(E | M) q(z | x, shift)."""
-        shift = self.shift(self._effects_guide(len(cells), kl_weight), cells.action)
+        shift = self.moves(self._global_guide(len(cells), kl_weight), cells, cells.action)
         with pyro.plate("cells", len(cells)), pyro.poutine.scale(scale=kl_weight):
             pyro.sample("z", self.basal(cells, shift).to_event(1))
+
+    def likelihood_weight(self, cells: Cells) -> Tensor | float:
+        """Weight of each cell's expression."""
+        return 1.0
+
+    def moves(self, globals_: dict[str, Tensor], cells: Cells | Basal, action: Action) -> Tensor:
+        """What is done to the basal state of cells, ``(..., n_cells, n_moves)``."""
+        return self.shift(globals_.get("table"), action)
 
     def _weight(self, n_cells: int, kl_weight: float) -> Any:
         """What one minibatch is of the data: global terms count once per pass."""
         return pyro.poutine.scale(scale=kl_weight * n_cells / max(self.n_train, n_cells))
 
-    def _effects_prior(self, n_cells: int, kl_weight: float) -> Tensor | None:
+    def _global_prior(self, n_cells: int, kl_weight: float) -> dict[str, Tensor]:
         if self.effect == "conditional":
-            return None
+            return {}
         mask: Tensor | float = 1.0
         with self._weight(n_cells, kl_weight):
             if self.effect_interaction is not None:
@@ -193,20 +202,20 @@ class SAMSVAE(PerturbationModule):
                 if self.effect in ("sparse", "svae+"):
                     mask = pyro.sample("mask", dist.Bernoulli(logits=self.mask_prior_logits()).to_event(1))
                 if self.effect == "svae+":
-                    return mask * self.effect_loc
+                    return {"table": mask * self.effect_loc}
                 prior = dist.Normal(self.effect_prior_mean(), self.effect_log_prior_sd.exp())
-                return mask * pyro.sample("effect", prior.to_event(1))
+                return {"table": mask * pyro.sample("effect", prior.to_event(1))}
 
-    def _effects_guide(self, n_cells: int, kl_weight: float) -> Tensor | None:
+    def _global_guide(self, n_cells: int, kl_weight: float) -> dict[str, Tensor]:
         if self.effect == "conditional":
-            return None
+            return {}
         mask: Tensor | float = 1.0
         with self._weight(n_cells, kl_weight), pyro.plate("perturbations", self.n_perturbations):
             if self.effect in ("sparse", "svae+"):
                 mask = pyro.sample("mask", self.mask_posterior().to_event(1))
             if self.effect == "svae+":
-                return mask * self.effect_loc
-            return mask * pyro.sample("effect", self.effect_posterior(mask).to_event(1))
+                return {"table": mask * self.effect_loc}
+            return {"table": mask * pyro.sample("effect", self.effect_posterior(mask).to_event(1))}
 
     def mask_prior_logits(self) -> Tensor:
         """Prior log-odds of the mask, ``(n_perturbations, n_shift)``."""
@@ -235,18 +244,19 @@ class SAMSVAE(PerturbationModule):
 
     def basal(self, cells: Cells, shift: Tensor) -> dist.Normal:
         """q(z | x, shift)."""
-        h = self.encoder(self.normalised(cells.x), self._one_hot_batch(cells.batch), *self._seen(cells, shift))
+        return self.basal_given(self.normalised(cells.x), cells, shift)
+
+    def basal_given(self, u: Tensor, cells: Cells, shift: Tensor) -> dist.Normal:
+        """As :meth:`basal`, of the normalised expression `u`."""
+        h = self.encoder(u, self._one_hot_batch(cells.batch), shift)
         return dist.Normal(self.basal_loc(h), (self.basal_log_variance(h).clamp(max=10.0).exp() + 1e-4).sqrt())
 
-    def _seen(self, cells: Cells, shift: Tensor) -> list[Tensor]:
-        return [shift]
-
-    def state(self, z: Tensor, shift: Tensor, cells: Cells | Basal) -> Tensor:
+    def state(self, z: Tensor, shift: Tensor) -> Tensor:
         """What is decoded."""
         if self.effect == "svae+":
             return z
         if self.effect == "conditional":
-            return torch.cat([z, shift.expand(*z.shape[:-1], -1)], dim=-1)
+            return beside(z, shift)
         return z + shift
 
     def expression(self, state: Tensor, cells: Cells) -> dist.TorchDistribution:
@@ -328,23 +338,23 @@ class SAMSVAE(PerturbationModule):
 
     def abduct(self, cells: Cells, n_samples: int, globals_: dict[str, Tensor]) -> Basal:
         """Draw of the basal state and of the noise of the cell's own measurement."""
-        shift = self.shift(globals_.get("table"), cells.action)
+        shift = self.moves(globals_, cells, cells.action)
         posterior = self.basal(cells, shift)
         shape = (n_samples, len(cells), self.n_latent)
         z = torch.distributions.Normal(posterior.loc.expand(shape), posterior.scale.expand(shape)).sample()
-        h = self._decoded(self.state(z, shift, cells), cells.batch)
+        h = self._decoded(self.state(z, shift), cells.batch)
         noise = self.likelihood.abduct(h, cells.library, cells.x, self.offset(cells.action, globals_))
         if self.effect == "svae+":
             z = z - shift
-        return self._basal_of(cells, z, noise)
+        return self._basal_of(cells, z, noise, globals_)
 
-    def _basal_of(self, cells: Cells, z: Tensor, noise: Tensor) -> Basal:
+    def _basal_of(self, cells: Cells, z: Tensor, noise: Tensor, globals_: dict[str, Tensor]) -> Basal:
         return Basal(z, noise, cells.context, cells.batch, cells.library)
 
     def act(self, basal: Basal, action: Action, globals_: dict[str, Tensor]) -> Tensor:
         """State under a perturbation."""
-        shift = self.shift(globals_.get("table"), action)
-        return basal.z + shift if self.effect == "svae+" else self.state(basal.z, shift, basal)
+        shift = self.moves(globals_, basal, action)
+        return basal.z + shift if self.effect == "svae+" else self.state(basal.z, shift)
 
     def decode(self, z: Tensor, basal: Basal) -> Tensor:
         """Expression, the cell's own measurement noise replayed."""
@@ -357,14 +367,14 @@ class SAMSVAE(PerturbationModule):
 
     def log_weight(self, cells: Cells, n_samples: int, globals_: dict[str, Tensor]) -> Tensor:
         """log p(x, z) - log q(z) of draws of the local variables, ``(n_samples, n_cells)``."""
-        shift = self.shift(globals_.get("table"), cells.action)
+        shift = self.moves(globals_, cells, cells.action)
         posterior = self.basal(cells, shift)
         shape = (n_samples, len(cells), self.n_latent)
         posterior = torch.distributions.Normal(posterior.loc.expand(shape), posterior.scale.expand(shape))
         z = posterior.sample()
         prior = torch.distributions.Normal(shift if self.effect == "svae+" else 0.0, 1.0)
-        h = self._decoded(self.state(z, shift, cells), cells.batch)
-        log_p = self.likelihood(h, cells.library, self.offset(cells.action, globals_)).log_prob(cells.x)
+        h = self._decoded(self.state(z, shift), cells.batch)
+        log_p = self.likelihood(h, cells.library).log_prob(cells.x)
         return log_p + (prior.log_prob(z) - posterior.log_prob(z)).sum(-1)
 
     def _decoded(self, state: Tensor, batch: Tensor) -> Tensor:
@@ -381,3 +391,9 @@ class SAMSVAE(PerturbationModule):
     @staticmethod
     def _get_fn_args_from_batch(batch: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         return (Cells.from_tensors(batch),), {}
+
+
+def beside(*parts: Tensor) -> Tensor:
+    """Parts of a state side by side, broadcast over draws and cells."""
+    shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+    return torch.cat([part.expand(*shape, -1) for part in parts], dim=-1)

@@ -94,7 +94,8 @@ class PyroPlan(LowLevelPyroTrainingPlan):
             # distributions refuse parameters that are not finite before there is a loss
             if "invalid values" not in str(error):
                 raise
-            raise FloatingPointError(self._not_finite(str(error).partition("\n")[0])) from error
+            what = str(error).partition("\n")[0].rstrip(":")
+            raise FloatingPointError(self._not_finite(f"{what} (nan or infinite).")) from error
         if not torch.isfinite(loss):
             raise FloatingPointError(self._not_finite(f"The loss became {loss.item()}."))
         return loss, n_cells
