@@ -284,3 +284,26 @@ def test_resources():
     assert used.seconds > 0
     assert used.peak_mb > 40
     del block
+
+
+def test_genes_that_respond_in_training(screen, shift):
+    """``_top_train`` chooses genes without looking at the held-out context."""
+    split = data.leave_context_out(screen, **KEYS)[0]
+    names = ["mse_top_train", "pearson_effect_top_train"]
+    table = bm.run(screen, {"shift": shift(0.3)}, splits=[split], metrics=names, top=10, n_halves=2, **FAST)
+    held = sorted(set(screen.obs["cell_type"].iloc[split.test]))[0]
+    perturbation = table["perturbation"].iloc[0]
+    others = [c for c in screen.obs["cell_type"].unique() if c != held]
+    trained = [
+        np.abs(mean(screen, perturbation, c) - mean(screen, "control", c))
+        for c in others
+        if ((screen.obs["perturbation"] == perturbation) & (screen.obs["cell_type"] == c)).any()
+    ]
+    genes = np.argsort(-np.mean(trained, axis=0))[:10]
+    truth = mean(screen, perturbation, held)[genes]
+    predicted = mean(screen, "control", held)[genes] + 0.3
+    own = table[(table["perturbation"] == perturbation) & (table["context"] == held) & (table["model"] == "shift")]
+    value = own.set_index("metric")["value"]
+    assert value["mse_top_train"] == pytest.approx(((predicted - truth) ** 2).mean(), rel=1e-3)
+    ceiling = table[(table["model"] == "ceiling") & (table["metric"] == "mse_top_train")]["value"]
+    assert ceiling.notna().any() and (ceiling.dropna() < table[table["model"] == "shift"]["value"].max()).all()

@@ -74,7 +74,9 @@ def test_minibatches_add_up_to_the_whole():
     module = _module()
     with torch.no_grad():
         whole = np.array([float(_loss(module, _cells())) for _ in range(150)])
-        parts = np.array([sum(float(_loss(module, _cells(slice(s, s + 15)))) for s in range(0, N, 15)) for _ in range(150)])
+        parts = np.array(
+            [sum(float(_loss(module, _cells(slice(s, s + 15)))) for s in range(0, N, 15)) for _ in range(150)]
+        )
     assert abs(whole.mean() - parts.mean()) < 4 * np.hypot(whole.std(), parts.std()) / 150**0.5
 
 

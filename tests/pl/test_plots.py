@@ -141,3 +141,26 @@ def test_showing_and_saving(effects, tmp_path, monkeypatch, scanpy_settings):
     assert {p.name for p in tmp_path.rglob("*.*")} == {f"effect_scatter.{ending}", "effect_scatter_kang.png", "own.png"}
     scanpy_settings.autoshow = False
     assert pl.effect_scatter(*effects) is not None and shown == [1, 1]
+
+
+def test_gene_importance_shows_the_strongest_on_top():
+    table = pd.DataFrame(
+        {"importance": [0.1, 0.5, 0.3], "direction": [1.0, -0.9, 0.2]}, index=pd.Index(["a", "b", "c"], name="gene")
+    )
+    ax = pl.gene_importance(table, n_genes=2, show=False)
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["c", "b"]
+    assert [bar.get_width() for bar in ax.patches] == [0.3, 0.5]
+    assert ax.patches[0].get_facecolor() != ax.patches[1].get_facecolor()
+    with pytest.raises(ValueError, match="`table` lacks the columns"):
+        pl.gene_importance(table[["importance"]])
+
+
+def test_contexts_are_named_and_coloured():
+    table = pd.DataFrame({"PC1": [1.0, -1.0], "PC2": [0.5, 0.0]}, index=["x", "y"])
+    ax = pl.contexts(table, color={"x": 2.0, "y": 1.0}, label="response", show=False)
+    assert {t.get_text() for t in ax.texts} == {"x", "y"}
+    np.testing.assert_allclose(ax.collections[0].get_offsets(), table.to_numpy())
+    assert list(ax.collections[0].get_array()) == [2.0, 1.0]
+    assert len(pl.contexts(table[["PC1"]], show=False).collections) == 1
+    with pytest.raises(ValueError, match="`table` has no column 'PC1'"):
+        pl.contexts(table[["PC2"]])

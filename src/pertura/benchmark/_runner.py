@@ -19,7 +19,7 @@ from pertura.metrics import Metric
 
 from ._dataset import Dataset, resolve_splits
 from ._resources import Resources
-from ._score import INTERVAL, Task, ask, benchmark_metric, make_tasks, score, score_ceiling
+from ._score import INTERVAL, TRAIN, Task, ask, benchmark_metric, make_tasks, score, score_ceiling
 from ._spec import Factory, ModelSpec, digest, resolve_models
 
 logger = logging.getLogger(__name__)
@@ -174,7 +174,14 @@ def run(
     for split, name, seed, mark in track(plan, description="Benchmark", disable=not progress):
         if split is not current:
             with_reference = any("reference" in m.parameters for m in wanted)
-            tasks = make_tasks(dataset, split, max_controls=max_controls, seed=0, with_reference=with_reference)
+            tasks = make_tasks(
+                dataset,
+                split,
+                max_controls=max_controls,
+                seed=0,
+                with_reference=with_reference,
+                with_train=any(m.name.endswith(TRAIN) for m in wanted),
+            )
             current = split
         about = dict(zip(_RUN, (dataset.name, split.kind, split.name, name, seed), strict=True))
         try:
@@ -204,7 +211,7 @@ def _one(
     """One model (`None`: the ceiling), split and seed."""
     with Resources() as used:
         if factory is None:
-            frames = [score_ceiling(task, metrics, n_halves=n_halves, seed=seed) for task in tasks]
+            frames = [score_ceiling(task, metrics, top=top, n_halves=n_halves, seed=seed) for task in tasks]
         else:
             model = factory(dataset.rows(split.train), setup=dataset.keys, seed=seed)
             asked = {

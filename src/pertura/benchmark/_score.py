@@ -24,11 +24,20 @@ from ._spec import Predictor
 logger = logging.getLogger(__name__)
 
 INTERVAL = ("interval_coverage", "interval_width", "interval_score")
+# genes with the largest effects in the training contexts, as a user would have to choose them
+TRAIN = "_top_train"
 _LABEL, _CONTEXT = "perturbation", "context"
 
 
 def benchmark_metric(name: str | Metric, top: int) -> Metric:
-    """Metric by name; the interval metrics take the suffix ``"_top"`` as well."""
+    """Metric by name.
+
+    The interval metrics take the suffix ``"_top"`` as well, those of means ``"_top_train"``: the genes with the largest effects in
+    the training contexts instead of the held-out one.
+    """
+    base = name.removesuffix(TRAIN) if isinstance(name, str) else ""
+    if base != name and base in METRICS and METRICS[base].needs == "mean":
+        return replace(METRICS[base], name=name)
     if isinstance(name, str) and name not in METRICS and name.rpartition("_top")[0] in INTERVAL:
         return replace(METRICS[name.rpartition("_top")[0]], name=name)
     metric = get_metric(name, top=top)
@@ -52,6 +61,8 @@ class Task:
         As text; empty without doses.
     reference
         Training cells on the scale of the evaluation, for metrics that compare with the mean perturbed profile.
+    train_effect
+        Mean absolute effect over the training contexts, perturbation x genes; for metrics on the genes that respond there.
     """
 
     dataset: Dataset
@@ -59,6 +70,13 @@ class Task:
     controls: AnnData
     dose: str
     reference: pd.DataFrame | None
+    train_effect: pd.DataFrame | None = None
+
+    def top_in_training(self, perturbation: str, top: int) -> NDArray[np.bool_] | None:
+        """Genes with the largest effects in the training contexts; `None` where it was not measured in any."""
+        if self.train_effect is None or perturbation not in self.train_effect.index:
+            return None
+        return top_weights(self.train_effect.loc[perturbation].to_numpy(), top) > 0
 
     @cached_property
     def conditions(self) -> list[tuple[str, str]]:
@@ -84,7 +102,9 @@ class Task:
         return self.truth.obs.groupby([_LABEL, _CONTEXT], observed=True).size().to_dict()
 
 
-def make_tasks(dataset: Dataset, split: Split, *, max_controls: int, seed: int, with_reference: bool) -> list[Task]:
+def make_tasks(
+    dataset: Dataset, split: Split, *, max_controls: int, seed: int, with_reference: bool, with_train: bool = False
+) -> list[Task]:
     """Tasks of a split, one per dose.
 
     Control cells are those held out in the context, or, where the split holds out none, those it trains on.
@@ -100,6 +120,7 @@ def make_tasks(dataset: Dataset, split: Split, *, max_controls: int, seed: int, 
     if with_reference:
         train = _labelled(dataset, split.train)
         reference = perturbed_mean(train, perturbation_key=_LABEL, context_key=_CONTEXT, control=dataset.control)
+    train_effect = _train_effect(_labelled(dataset, split.train), dataset.control) if with_train else None
     controls: dict[str, NDArray[np.intp]] = {}
     for name in np.unique(context[test & ~is_control]):
         own = is_control & (context == name)
@@ -123,11 +144,20 @@ def make_tasks(dataset: Dataset, split: Split, *, max_controls: int, seed: int, 
                 controls=dataset.rows(base),
                 dose=str(value),
                 reference=reference,
+                train_effect=train_effect,
             )
         )
     if not tasks:
         raise ValueError(f"`splits`: no held-out context of {split.name!r} has control cells to start from.")
     return tasks
+
+
+def _train_effect(train: AnnData, control: str) -> pd.DataFrame:
+    codes, groups = pd.MultiIndex.from_frame(train.obs[[_LABEL, _CONTEXT]]).factorize()
+    mean = pd.DataFrame(moments(train.X, codes, groups).mean, groups, train.var_names)
+    treated = mean[mean.index.get_level_values(0) != control]
+    base = mean.xs(control, level=0).reindex(treated.index.get_level_values(1))
+    return (treated - base.to_numpy()).abs().dropna().groupby(level=0).mean()
 
 
 def _labelled(dataset: Dataset, rows: NDArray[np.intp]) -> AnnData:
@@ -198,10 +228,11 @@ def score(prediction: Prediction, task: Task, metrics: Sequence[Metric], *, top:
     keys = {"perturbation_key": _LABEL, "control": task.dataset.control, "context_key": _CONTEXT}
     frames = []
     for needs_cells in (False, True):
-        own = [m for m in metrics if not _is_interval(m) and (m.needs == "cells") == needs_cells]
+        own = [m for m in metrics if not _is_special(m) and (m.needs == "cells") == needs_cells]
         if own:
             predicted = prediction.cells if needs_cells else prediction.mean
             frames.append(evaluate(predicted, task.truth, **keys, metrics=own, top=top, reference=task.reference))
+    frames += _score_train(prediction, task, [m for m in metrics if m.name.endswith(TRAIN)], top, keys)
     own = [m for m in metrics if _is_interval(m)]
     if own:
         frames.append(_score_intervals(prediction, task, own, top, level))
@@ -210,6 +241,37 @@ def score(prediction: Prediction, task: Task, metrics: Sequence[Metric], *, top:
 
 def _is_interval(metric: Metric) -> bool:
     return metric.name in INTERVAL or metric.name.rpartition("_top")[0] in INTERVAL
+
+
+def _is_special(metric: Metric) -> bool:
+    return _is_interval(metric) or metric.name.endswith(TRAIN)
+
+
+def _score_train(
+    prediction: Prediction, task: Task, metrics: Sequence[Metric], top: int, keys: dict[str, str]
+) -> list[pd.DataFrame]:
+    """Scores on the genes that respond in the training contexts."""
+    frames = []
+    for perturbation, context in task.conditions if metrics else []:
+        genes = task.top_in_training(perturbation, top)
+        if genes is None:
+            frames.append(
+                pd.DataFrame(
+                    {
+                        "condition": perturbation,
+                        "context": context,
+                        "metric": [m.name for m in metrics],
+                        "value": np.nan,
+                    }
+                )
+            )
+            continue
+        obs = task.truth.obs
+        rows = (obs[_CONTEXT] == context) & obs[_LABEL].isin([perturbation, task.dataset.control])
+        truth = task.truth[rows.to_numpy(), genes].copy()
+        predicted = prediction.mean.loc[[(perturbation, context)], truth.var_names]
+        frames.append(evaluate(predicted, truth, **keys, metrics=metrics, top=top, reference=None))
+    return frames
 
 
 def _score_intervals(
@@ -237,7 +299,7 @@ def _score_intervals(
     return pd.DataFrame(rows)
 
 
-def score_ceiling(task: Task, metrics: Sequence[Metric], *, n_halves: int, seed: int) -> pd.DataFrame:
+def score_ceiling(task: Task, metrics: Sequence[Metric], *, top: int, n_halves: int, seed: int) -> pd.DataFrame:
     """Split-half scores of the held-out cells; NaN for metrics and conditions that have none."""
     own = [m for m in metrics if m.needs == "mean" and "reference" not in m.required]
     label, context = (task.truth.obs[k].to_numpy(dtype=str) for k in (_LABEL, _CONTEXT))
@@ -245,11 +307,16 @@ def score_ceiling(task: Task, metrics: Sequence[Metric], *, n_halves: int, seed:
     for perturbation, name in task.conditions:
         treated = task.truth.X[np.flatnonzero((label == perturbation) & (context == name))]
         control = task.truth.X[np.flatnonzero((label == task.dataset.control) & (context == name))]
-        values = pd.Series(dtype=float)
-        if own and treated.shape[0] >= 4:
-            values = split_half_ceiling(
-                treated, np.asarray(control.mean(axis=0)).ravel(), own, n_splits=n_halves, seed=seed
-            ).mean()
+        values: dict[str, float] = {}
+        base = np.asarray(control.mean(axis=0)).ravel()
+        genes = task.top_in_training(perturbation, top)
+        for special in (False, True):
+            chosen = [m for m in own if m.name.endswith(TRAIN) == special]
+            if not chosen or treated.shape[0] < 4 or (special and genes is None):
+                continue
+            at = genes if special else np.ones(len(base), dtype=bool)
+            halves = split_half_ceiling(treated[:, at], base[at], chosen, n_splits=n_halves, seed=seed)
+            values |= halves.mean().to_dict()
         rows += [
             {
                 "condition": perturbation,

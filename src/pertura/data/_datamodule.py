@@ -100,6 +100,8 @@ class PerturbationDataModule(LightningDataModule):
         Whether cells outside the pairs take part.
     seed
         Of partners and order.
+    samplers
+        Minibatches of training and validation cells, for models that form them otherwise.
     """
 
     def __init__(
@@ -113,6 +115,7 @@ class PerturbationDataModule(LightningDataModule):
         batch_size: int = 128,
         singletons: bool = True,
         seed: int = 0,
+        samplers: tuple[PairSampler, PairSampler | None] | None = None,
     ) -> None:
         super().__init__()
         self.train_idx, self.val_idx = train_idx, val_idx
@@ -120,6 +123,9 @@ class PerturbationDataModule(LightningDataModule):
         self.n_train, self.n_val = len(train_idx), len(val_idx)
         self.dataset = CellDataset(manager)
         self.batch_size = batch_size
+        if samplers is not None:
+            self._train, self._val = samplers
+            return
         common = {"batch_size": batch_size, "singletons": singletons, "seed": seed}
         self._train = PairSampler(train_idx, train_coupling, shuffle=True, **common)
         self._val = PairSampler(val_idx, val_coupling, shuffle=False, **common) if len(val_idx) else None

@@ -73,7 +73,7 @@ class CRADLEVAE(SAMSVAE):
         **options: Any,
     ) -> None:
         super(SAMSVAE, self).__init__(adata, registry)
-        own = {"counterfactual_weight": counterfactual_weight, "class_balance": class_balance}
+        own: dict[str, Any] = {"counterfactual_weight": counterfactual_weight, "class_balance": class_balance}
         self._build({**own, **options}, preset)
         self._artefact_removed = False
         self.init_params_ = self._get_init_params(locals())
@@ -214,7 +214,7 @@ class CRADLEVAE(SAMSVAE):
         manager, user = self._query(adata)
         rows = np.arange(user.n_obs)
         self._check_known(user, manager, rows)
-        reserve(user, [("layers", key_added)], overwrite)
+        reserve(user, {"layers": [key_added]}, overwrite)
         self._artefact_removed = True
         try:
             engine = self._engine(manager, n_samples=n_samples, scale=self._resolve_scale(scale), seed=self._seed(seed))
@@ -231,7 +231,7 @@ def _check_qc(adata: AnnData, qc_key: str) -> None:
     if qc_key not in adata.obs:
         check_obs_key(adata, "qc_key", qc_key)
     values = pd.unique(adata.obs[qc_key])
-    if not set(values) <= {0, 1, False, True}:
+    if not set(values) <= {0, 1}:
         raise ValueError(
             f"`qc_key`: `adata.obs[{qc_key!r}]` must be true for cells that failed quality control and false for others, "
             f"found {list(values)[:3]}."

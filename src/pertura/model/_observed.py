@@ -1,14 +1,15 @@
 r"""What was measured of an effect beyond what the latent shift of a model says.
 
-With measured effect :math:`y_t` (a vector over genes), predicted effect :math:`m_t` and noise of the measurement,
+With measured effect :math:`y_t` (a vector over genes), predicted effect :math:`m_t` and effect :math:`\delta_t`,
 
 .. math::
 
-    y_t \mid \delta_t \sim N(m_t + \delta_t, C (1 / n_t + 1 / n_0)), \quad \delta_t \sim N(0, \Sigma),
+    y_{tg} \mid \delta_{tg} \sim N(\delta_{tg}, v_g (1 / n_t + 1 / n_0)), \quad
+    \delta_{tg} \sim N(m_{tg} / 2, v_g b_g),
 
-with C the covariance of genes within conditions and :math:`\Sigma` estimated from all perturbations (empirical Bayes), the
-effect is predicted by :math:`m_t + E[\delta_t \mid y_t]`: the measured one where there are many cells, and the model's, together
-with what effects of other perturbations look like, where there are few.
+where :math:`v_g` is the variance of a gene within conditions and :math:`b_g`, by how much it responds to perturbations, is estimated
+from all of them (empirical Bayes). The prediction is the posterior mean: the measured effect where there are many cells, and towards
+the model's where there are few. The latter enters by half, because it was fitted to the same cells.
 """
 
 from __future__ import annotations
@@ -26,31 +27,30 @@ from ._engine import Question
 if TYPE_CHECKING:
     from ._base import PerturbationModel
 
-_MAX_CONTROLS, _STEPS, _PROBE = 300, 6, 0.2
+_MAX_CONTROLS, _STEPS, _PROBE = 600, 6, 0.2
+_FLOOR, _TRUST = 0.5, 0.5
 Matrix = NDArray[np.float64]
 
 
-def shrink(difference: Matrix, factor: Matrix, noise: Matrix) -> tuple[Matrix, Matrix]:
-    r"""Posterior mean and sd of :math:`\delta` given differences between measured and predicted effects.
+def shrink(measured: Matrix, predicted: Matrix, spread: Matrix, noise: Matrix) -> tuple[Matrix, Matrix]:
+    r"""Posterior mean and sd of effects, given what was measured and what the latent shift predicts.
 
     Parameters
     ----------
-    difference
-        :math:`y - m`, ``(n_effects, n_genes)``.
-    factor
+    measured, predicted
+        Effects, ``(n_effects, n_genes)``.
+    spread
         Sd of each gene within conditions, ``(n_genes,)``.
     noise
         :math:`1 / n_t + 1 / n_0`, ``(n_effects,)``.
     """
-    scaled = difference / factor
-    # of each gene how much effects vary, of each effect how strong it is: a prior variance of rank one
-    excess = scaled**2 - noise[:, None]
+    excess = (measured / spread) ** 2 - noise[:, None]
     overall = max(float(excess.mean()), 1e-8)
-    gene = np.maximum(0.5 * excess.mean(0) + 0.5 * overall, 0.05 * overall)
-    strength = np.maximum(excess.mean(1), 0.0) / overall
-    prior = strength[:, None] * gene
+    # how much a gene responds to perturbations at all, itself shrunk: few perturbations say little about it
+    prior = np.maximum(excess.mean(0), _FLOOR * overall)
     weight = prior / (prior + noise[:, None])
-    return weight * difference, np.sqrt(weight * noise[:, None]) * factor
+    mean = weight * measured + (1.0 - weight) * _TRUST * predicted
+    return mean, np.sqrt(weight * noise[:, None]) * spread
 
 
 class ObservedEffectsMixin:
@@ -72,7 +72,11 @@ class ObservedEffectsMixin:
             self._match(measured, chosen, np.array([rows[measured.members[i]] for i in chosen]), slope)
 
     def _match(
-        self: PerturbationModel, measured: _Measured, chosen: list[int], rows: NDArray[np.int64], slope: Callable[[Matrix, Matrix], Matrix]
+        self: PerturbationModel,
+        measured: _Measured,
+        chosen: list[int],
+        rows: NDArray[np.int64],
+        slope: Callable[[Matrix, Matrix], Matrix],
     ) -> None:
         """Choose residuals by which the predicted means become the posterior means of the effects."""
         module = self.module
@@ -84,15 +88,18 @@ class ObservedEffectsMixin:
         share[which, np.arange(len(chosen))] = precision
         noise = 1.0 / share.sum(1)
         share *= noise[:, None]
-        mean, sd = shrink(share @ (measured.effect[chosen] - predicted), measured.spread, noise)
-        target = share @ predicted + mean
+        current = share @ predicted
+        target, sd = shrink(share @ measured.effect[chosen], current, measured.spread, noise)
         dtype, device = module.residual.dtype, module.residual.device
         at = torch.as_tensor(unique, device=device)
-        residual, current = np.zeros_like(mean), share @ predicted
+        residual = np.zeros_like(target)
         level = share @ measured.base[chosen]
-        for _ in range(_STEPS):
+        for step in range(_STEPS):
+            # shorter steps average the noise of the draws out
             here = slope(level, level + current)
-            residual = np.clip(residual + np.clip((target - current) / here, -1.0, 1.0), -6.0, 6.0)
+            residual = np.clip(
+                residual + np.clip((target - current) / here, -1.0, 1.0) * min(1.0, 2 / (1 + step)), -6, 6
+            )
             module.residual[at] = torch.as_tensor(residual, dtype=dtype, device=device)
             current = share @ measured.predicted(chosen)
         sd = np.minimum(sd / slope(level, level + current), 2.0)
@@ -127,7 +134,7 @@ class _Measured:
         self.questions: list[Question] = []
         self.contexts: list[int] = []
         effect, level, noise, squares, freedom = [], [], [], 0.0, 0
-        for mean, square, n in base.values():
+        for _, square, n in base.values():
             squares, freedom = squares + square, freedom + n - 1
         treated = cells[~is_control & cells["context"].isin(list(own))]
         for (_, context), group in treated.groupby(["condition", "context"]):

@@ -37,7 +37,7 @@ _PAPER = {
 
 
 class SAMSVAE(ObservedEffectsMixin, PerturbationModel):
-    """Sparse additive mechanism shift variational autoencoder :cite:p:`Bereket2023`.
+    r"""Sparse additive mechanism shift variational autoencoder :cite:p:`Bereket2023`.
 
     A perturbation shifts the latent basal state of a cell in a few of its dimensions; combinations add up. Its published
     comparators are settings of `effect`: CPA-VAE, SVAE+ and the conditional VAE.
@@ -81,7 +81,7 @@ class SAMSVAE(ObservedEffectsMixin, PerturbationModel):
         Learning rate of shifts and masks in units of that of the networks.
     preset
         ``"paper"``: settings of the paper's combination screen (latent 200, one layer of 400 units, correlated guides,
-        :math:`\\alpha = 0.01`, five particles, raw counts as input, no shrinkage). Arguments given beside it win.
+        :math:`\alpha = 0.01`, five particles, raw counts as input, no shrinkage). Arguments given beside it win.
 
     Examples
     --------

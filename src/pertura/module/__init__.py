@@ -6,5 +6,11 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submod_attrs={"_base": ["Action", "Basal", "Cells", "PerturbationModule"], "_pertvae": ["PertVAE"], "_samsvae": ["SAMSVAE"], "_cradlevae": ["CRADLEVAE"]},
+    submod_attrs={
+        "_base": ["Action", "Basal", "Cells", "PerturbationModule"],
+        "_cradlevae": ["CRADLEVAE"],
+        "_pertvae": ["PertVAE"],
+        "_perturbx": ["PerturbX"],
+        "_samsvae": ["SAMSVAE"],
+    },
 )

@@ -344,9 +344,9 @@ class SAMSVAE(PerturbationModule):
         z = torch.distributions.Normal(posterior.loc.expand(shape), posterior.scale.expand(shape)).sample()
         h = self._decoded(self.state(z, shift), cells.batch)
         noise = self.likelihood.abduct(h, cells.library, cells.x, self.offset(cells.action, globals_))
-        if self.effect == "svae+":
-            z = z - shift
-        return self._basal_of(cells, z, noise, globals_)
+        basal = self._basal_of(cells, z - shift if self.effect == "svae+" else z, noise, globals_)
+        basal.z = self.act(basal, cells.action.control(), globals_)
+        return basal
 
     def _basal_of(self, cells: Cells, z: Tensor, noise: Tensor, globals_: dict[str, Tensor]) -> Basal:
         return Basal(z, noise, cells.context, cells.batch, cells.library)
@@ -354,7 +354,8 @@ class SAMSVAE(PerturbationModule):
     def act(self, basal: Basal, action: Action, globals_: dict[str, Tensor]) -> Tensor:
         """State under a perturbation."""
         shift = self.moves(globals_, basal, action)
-        return basal.z + shift if self.effect == "svae+" else self.state(basal.z, shift)
+        z = basal.z[..., : self.n_latent]
+        return z + shift if self.effect == "svae+" else self.state(z, shift)
 
     def decode(self, z: Tensor, basal: Basal) -> Tensor:
         """Expression, the cell's own measurement noise replayed."""
@@ -366,7 +367,7 @@ class SAMSVAE(PerturbationModule):
         return self.likelihood.predict(h, basal.library, basal.noise, self.offset(action, globals_))
 
     def log_weight(self, cells: Cells, n_samples: int, globals_: dict[str, Tensor]) -> Tensor:
-        """log p(x, z) - log q(z) of draws of the local variables, ``(n_samples, n_cells)``."""
+        """Log p(x, z) - log q(z) of draws of the local variables, ``(n_samples, n_cells)``."""
         shift = self.moves(globals_, cells, cells.action)
         posterior = self.basal(cells, shift)
         shape = (n_samples, len(cells), self.n_latent)

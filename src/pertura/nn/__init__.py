@@ -11,5 +11,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "_likelihoods": ["CountLikelihood", "GaussianLikelihood"],
         "_masks": ["StraightThroughBernoulli"],
         "_mlp": ["MLP", "ResidualMLP"],
+        "_selector": ["BagAggregation", "ConcreteSelector", "MemberLinear"],
     },
 )

@@ -44,9 +44,9 @@ class MLP(nn.Sequential):
 
 
 class ResidualMLP(nn.Module):
-    """Layers of leaky ReLU units with skip connections; several inputs are added up in the first layer.
+    r"""Layers of leaky ReLU units with skip connections; several inputs are added up in the first layer.
 
-    :math:`h_1 = \\sigma(\\sum_i W_i u_i + b_1)`, :math:`h_k = \\sigma(W_k h_{k-1} + b_k) + h_{k-1}`. Giving inputs apart
+    :math:`h_1 = \sigma(\sum_i W_i u_i + b_1)`, :math:`h_k = \sigma(W_k h_{k-1} + b_k) + h_{k-1}`. Giving inputs apart
     spares their concatenation: one that all draws share is multiplied once.
 
     Parameters

@@ -5,7 +5,8 @@ looks for them.
 """
 
 from ._benchmark import benchmark
+from ._biomarkers import contexts, gene_importance
 from ._calibration import calibration
 from ._effect import effect_scatter
 
-__all__ = ["benchmark", "calibration", "effect_scatter"]
+__all__ = ["benchmark", "calibration", "contexts", "effect_scatter", "gene_importance"]

@@ -94,8 +94,8 @@ class PyroPlan(LowLevelPyroTrainingPlan):
             # distributions refuse parameters that are not finite before there is a loss
             if "invalid values" not in str(error):
                 raise
-            what = str(error).partition("\n")[0].rstrip(":")
-            raise FloatingPointError(self._not_finite(f"{what} (nan or infinite).")) from error
+            what = f"A parameter became nan or infinite: {str(error).partition(chr(10))[0]}"
+            raise FloatingPointError(self._not_finite(what)) from error
         if not torch.isfinite(loss):
             raise FloatingPointError(self._not_finite(f"The loss became {loss.item()}."))
         return loss, n_cells
@@ -108,16 +108,13 @@ class PyroPlan(LowLevelPyroTrainingPlan):
         )
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """One step on a minibatch."""
+        """One step on a minibatch; a module may anneal something by the share of all steps that is done."""
+        hook: Callable[[float], None] | None = getattr(self.module, "on_step", None)
+        if hook is not None:
+            hook(self.global_step / max(1, self.trainer.estimated_stepping_batches))
         loss, n_cells = self.loss_per_cell(batch, self.kl_weight)
         self._log("elbo_train", loss.detach(), n_cells)
         return loss
-
-    def on_train_epoch_start(self) -> None:
-        """Let the module see the epoch begin (moment estimates, temperatures)."""
-        hook: Callable[..., None] | None = getattr(self.module, "on_epoch_start", None)
-        if hook is not None:
-            hook(self.trainer.datamodule, self.current_epoch)
 
     def on_train_epoch_end(self) -> None:
         """Nothing: the mean over cells is logged as the epoch runs."""

@@ -1,0 +1,490 @@
+"""PerturbX for users."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from numpy.typing import NDArray
+from scvi.data import AnnDataManager
+
+from pertura.baseline._base import Baseline
+from pertura.baseline._linear import Linear
+from pertura.baseline._pseudobulk import pseudobulk
+from pertura.data._bags import BagSampler
+from pertura.data._datamodule import PerturbationDataModule
+from pertura.data._pairs import embed
+from pertura.module._base import Action
+from pertura.module._perturbx import PerturbX as Module
+
+from ._arguments import check_flag, check_number, check_whole
+from ._base import PerturbationModel
+from ._engine import encode
+from ._training import TrainingMixin
+
+_PAPER = {"residual": False, "rank": None, "n_members": 1, "gene_weights": "dominant", "beta": 1e-2}
+_AGGREGATIONS = ("mean", "attention", "gated")
+_WEIGHTS = ("precision", "dominant", "uniform")
+_MAX_BASIS_CELLS = 20_000
+
+
+class PerturbX(Linear):
+    r"""Mean effects in contexts that were never treated, from bags of their unperturbed cells :cite:p:`Keinan2023`.
+
+    A concrete selector picks few genes, a small network turns each control cell into a few numbers, attention averages
+    them over the cells of a context, and a decoder gives the mean effect. The genes, the numbers of a context and the
+    weights of the cells can be looked at: :meth:`get_selected_genes`, :meth:`get_context_representation`,
+    :meth:`get_gene_importance`, :meth:`get_attention`.
+
+    By default the networks predict the deviation from the mean effect over the training contexts, in a basis of few
+    components; several of them, each without some of the contexts, stand beside a ridge regression on the control
+    profiles (:class:`~pertura.baseline.Linear`). What each says about the contexts it did not see decides its share: where
+    contexts tell nothing about one another, the mean effect is what remains. In a context where a perturbation was
+    measured, its effect is the measured one.
+
+    A prediction for cells is the cell's own expression plus the effect in its context.
+
+    Parameters
+    ----------
+    adata
+        Set up by :meth:`setup_anndata`; `None` to make a model of a `registry` alone.
+    registry
+        Registry of a saved model.
+    n_selected
+        Number of genes that the selector picks, among the 512 most variable of the control cells.
+    n_latent, n_hidden
+        Dimension of the representation of a context, and units of the hidden layers.
+    aggregation
+        How cells are averaged: ``"mean"``, ``"attention"`` or ``"gated"`` attention.
+    n_members
+        Networks in the ensemble.
+    rank
+        Components of the decoder: principal components of the training cells; `None` for all genes.
+    residual
+        Whether the networks add to the mean effect. `False`: the network alone, as in the paper.
+    gene_weights
+        Weights of genes in the loss: ``"precision"`` (inverse squared standard error), ``"dominant"`` (more for genes with
+        large effects in training) or ``"uniform"``.
+    bag_size
+        Cells drawn per bag.
+    beta, duplicate_penalty, dropout_rate
+        See :class:`pertura.module.PerturbX`.
+    n_components, ridge
+        Of the regression, see :class:`~pertura.baseline.Linear`.
+    preset
+        ``"paper"``: one network that decodes into all genes, no mean effect, no regression. Arguments given beside it win.
+
+    Examples
+    --------
+    >>> pertura.model.PerturbX.setup_anndata(
+    ...     adata, perturbation_key="condition", control="ctrl", context_key="cell_type"
+    ... )
+    >>> model = pertura.model.PerturbX(adata)
+    >>> model.train()
+    >>> model.get_perturbation_effect("stim", adata=controls_of_a_patient)
+    >>> model.get_gene_importance("stim")
+    """
+
+    _module_cls = Module
+
+    def __init__(
+        self,
+        adata: AnnData | None = None,
+        registry: dict | None = None,
+        *,
+        n_selected: int | None = None,
+        n_latent: int = 8,
+        n_hidden: int = 32,
+        aggregation: Literal["mean", "attention", "gated"] = "attention",
+        n_members: int | None = None,
+        rank: int | None = None,
+        residual: bool | None = None,
+        gene_weights: Literal["precision", "dominant", "uniform"] | None = None,
+        bag_size: int = 32,
+        beta: float | None = None,
+        duplicate_penalty: float = 1.0,
+        dropout_rate: float = 0.1,
+        n_components: int = 30,
+        ridge: float = 0.1,
+        preset: Literal["paper"] | None = None,
+    ) -> None:
+        if preset not in (None, "paper"):
+            raise ValueError(f"`preset` must be 'paper' or None, got {preset!r}.")
+        given = {"n_members": n_members, "rank": rank, "residual": residual, "gene_weights": gene_weights, "beta": beta}
+        options = {"n_members": 5, "rank": 30, "residual": True, "gene_weights": "precision", "beta": 1e-3}
+        options |= (_PAPER if preset == "paper" else {}) | {k: v for k, v in given.items() if v is not None}
+        options |= {"n_latent": n_latent, "n_hidden": n_hidden, "bag_size": bag_size, "aggregation": aggregation}
+        options |= {"duplicate_penalty": duplicate_penalty, "dropout_rate": dropout_rate}
+        options |= {"n_components": n_components, "ridge": ridge}
+        _check_options(options | {"n_selected": 64 if n_selected is None else n_selected})
+        self.gene_weights = options.pop("gene_weights")
+        PerturbationModel.__init__(self, adata, registry)
+        n_contexts, n_genes = len(self.contexts), len(self.gene_names)
+        options["n_folds"] = min(n_contexts, 5) if n_contexts > 2 and options["residual"] else 1
+        options["n_candidates"] = min(n_genes, 512) if options["residual"] else n_genes
+        options["n_selected"] = min(64 if n_selected is None else n_selected, options["n_candidates"])
+        Baseline.__init__(self, adata, registry, **options)
+        self.init_params_ = self._get_init_params(locals())
+
+    # -- training ---------------------------------------------------------------------------------------------------
+
+    train = TrainingMixin.train
+
+    def _data_module(
+        self, train_idx: NDArray[np.int64], val_idx: NDArray[np.int64], batch_size: int, seed: int
+    ) -> PerturbationDataModule:
+        size = self.module.bag_size
+        bags = max(1, batch_size // (2 * size))
+        options = {"bag_size": size, "bags_per_batch": bags, "seed": seed}
+        train = self._sampler(train_idx, shuffle=True, **options)
+        if not train.n_bags:
+            raise ValueError(
+                "`adata`: no perturbed training cell has a control to compare with. "
+                "Every context needs control cells; check `context_key` and `control`."
+            )
+        val = self._sampler(val_idx, shuffle=False, **options) if len(val_idx) else None
+        return PerturbationDataModule(
+            self.adata_manager, train_idx, val_idx, batch_size=batch_size, seed=seed, samplers=(train, val)
+        )
+
+    def _sampler(self, rows: NDArray[np.int64], **options: Any) -> BagSampler:
+        codes, dose = self._actions(self.adata_manager, rows)
+        present = (codes >= 0) & (dose > 0)
+        context = self._contexts_of(self.adata_manager, rows)
+        keys = np.concatenate([np.where(present, codes, -1), np.where(present, dose, 0.0), context[:, None]], axis=1)
+        condition = np.unique(keys, axis=0, return_inverse=True)[1].ravel()
+        return BagSampler(rows, np.where(present.any(1), condition, -1), context, **options)
+
+    def _initialise(self, data: PerturbationDataModule) -> None:
+        module, train_idx = self.module, data.train_idx
+        if not self.is_trained_:
+            self._standardise(train_idx)
+        bulk = pseudobulk(
+            self.adata_manager,
+            train_idx,
+            max_dose=np.asarray(self.vocabulary.max_dose, dtype=np.float64),
+            n_contexts=len(self.contexts),
+        )
+        module.fit(bulk)
+        module.effect_sd.copy_(torch.as_tensor(self._effect_sd(bulk)))
+        treated = np.unique(bulk.context)
+        module.fold.fill_(-1)
+        if module.n_folds > 1 and len(treated) > 2:
+            module.fold[treated] = torch.arange(len(treated)) % module.n_folds
+
+    @torch.no_grad()
+    def _standardise(self, train_idx: NDArray[np.int64]) -> None:
+        """Mean and spread of control cells, and principal components of training cells."""
+        module, layer = self.module, self._argument("layer")
+        control = train_idx[self._is_control(self.adata_manager, train_idx)]
+        total = square = 0.0
+        for cells in self._cells(self.adata_manager, control, 1024):
+            x = module.normalised(cells).cpu().double()
+            total, square = total + x.sum(0), square + (x**2).sum(0)
+        mean = total / len(control)
+        sd = (square / len(control) - mean**2).clamp(min=0).sqrt()
+        module.input_mean.copy_(mean)
+        # a gene that hardly varies must not enter blown up
+        module.input_scale.copy_(sd.clamp(min=0.2 * float(sd.square().mean().sqrt()) + 1e-6))
+        # spread of genes that vary more than their mean suggests, as for highly variable genes
+        score = sd if self.data_kind != "counts" else sd.square() / (mean + 0.1)
+        module.candidates.copy_(score.argsort(descending=True)[: len(module.candidates)].sort().values)
+        if module.rank is not None:
+            rows = np.sort(np.random.default_rng(0).permutation(train_idx)[:_MAX_BASIS_CELLS])
+            values = (self.adata.X if layer is None else self.adata.layers[layer])[rows]
+            _, basis = embed(values, self.data_kind == "counts", module.rank, return_basis=True)
+            padded = np.zeros((module.rank, basis.shape[1]), dtype=np.float32)
+            padded[: len(basis)] = basis
+            module._set("basis", padded.T.copy())
+
+    def _effect_sd(self, bulk: Any) -> NDArray[np.float32]:
+        """Residual standard deviations of the effect of a bag: what the loss weighs genes by."""
+        n = len(bulk.context)
+        variance = (bulk.variance[:n] + bulk.variance[n:][bulk.context]).mean(0)
+        effect = np.abs(bulk.mean[:n] - bulk.mean[n:][bulk.context]).max(0)
+        if self.gene_weights == "uniform":
+            return np.full(len(variance), np.sqrt(variance.mean() * 2) + 1e-6, dtype=np.float32)
+        sd = np.sqrt(variance + variance.mean() + 1e-12)
+        if self.gene_weights == "dominant":
+            weight = np.minimum(effect / sd, np.quantile(effect / sd, 0.99) + 1e-12)
+            sd = np.sqrt(2 * variance.mean() + 1e-12) / np.sqrt(0.1 + 0.9 * weight / weight.mean().clip(1e-12))
+        return sd.astype(np.float32)
+
+    def _plan_defaults(self) -> dict[str, Any]:
+        return {"lr": 3e-3, "weight_decay": 1e-2, "lr_schedule": "cosine"}
+
+    def _trainer_defaults(self) -> dict[str, Any]:
+        return {"gradient_clip_val": 100.0}
+
+    def _default_batch_size(self, n_cells: int) -> int:
+        return 16 * self.module.bag_size
+
+    def _default_max_epochs(self, n_batches: int) -> int:
+        return int(np.clip(round(600 / n_batches), 10, 600))
+
+    def _after_training(self, train_idx: NDArray[np.int64]) -> None:
+        module = self.module
+        module.eval()
+        module.on_step(1.0)
+        control = train_idx[self._is_control(self.adata_manager, train_idx)]
+        bag, has_bag = self._bags(self.adata_manager, control, len(self.contexts))
+        module._set("bag", bag)
+        module._set("has_bag", has_bag)
+        module.stack()
+        super()._after_training(train_idx)
+
+    def _bags(
+        self, manager: AnnDataManager, rows: NDArray[np.int64], n_contexts: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Chosen genes of some control cells of each context, drawn with replacement."""
+        module = self.module
+        _, n_members, n_selected = module.bag.shape[1:]
+        bag = torch.zeros(n_contexts, module.n_stored, n_members, n_selected)
+        has_bag = torch.zeros(n_contexts, dtype=torch.bool)
+        rng = np.random.default_rng(0)
+        context = self._contexts_of(manager, rows)
+        for code in np.unique(context):
+            own = rows[context == code]
+            drawn = rng.permutation(np.resize(rng.permutation(own), module.n_stored))
+            parts = [
+                module.describe(module.standardised(module.normalised(c))) for c in self._cells(manager, drawn, 512)
+            ]
+            bag[code], has_bag[code] = torch.cat(parts).cpu(), True
+        return bag, has_bag
+
+    # -- prediction -------------------------------------------------------------------------------------------------
+
+    def _globals(self, manager: AnnDataManager, n_samples: int, seed: int) -> dict[str, torch.Tensor]:
+        """Control cells of the query describe contexts that training did not have."""
+        globals_ = super()._globals(manager, n_samples, seed)
+        module = self.module
+        n_contexts, n_known = len(self._context_names(manager)), len(module.has_bag)
+        bag, has_bag = module.bag, module.has_bag
+        if n_contexts > n_known:
+            more = n_contexts - n_known
+            bag = torch.cat([bag, bag.new_zeros(more, *bag.shape[1:])])
+            has_bag = torch.cat([has_bag, has_bag.new_zeros(more)])
+        if manager is not self.adata_manager or not has_bag.all():
+            rows = np.arange(manager.adata.n_obs)
+            rows = rows[self._is_control(manager, rows)]
+            rows = rows[~has_bag.cpu().numpy()[self._contexts_of(manager, rows)]]
+            if len(rows):
+                new, found = self._bags(manager, rows, n_contexts)
+                bag, has_bag = bag.clone(), has_bag.clone()
+                bag[found], has_bag[found] = new[found].to(bag), True
+        return {**globals_, "bag": bag, "has_bag": has_bag}
+
+    # -- biomarkers -------------------------------------------------------------------------------------------------
+
+    def get_selected_genes(self) -> pd.DataFrame:
+        """Genes that the selectors of the ensemble picked.
+
+        Returns
+        -------
+        DataFrame indexed by gene, most stable first: ``stability``, the share of members that picked it, ``n_rows``, how
+        many rows of all selectors did, and ``probability``, their mean probability.
+        """
+        self._check_if_trained(warn=False, message="The model is not trained. Call `train()` first.")
+        selector = self.module.selector
+        chosen = self.module.chosen_genes().cpu().numpy()
+        probability = selector.logits.detach().softmax(-1).amax(-1).cpu().numpy()
+        member = np.broadcast_to(np.arange(len(chosen))[:, None], chosen.shape)
+        table = pd.DataFrame(
+            {"gene": self.gene_names[chosen.ravel()], "member": member.ravel(), "probability": probability.ravel()}
+        )
+        grouped = table.groupby("gene")
+        result = pd.DataFrame(
+            {
+                "stability": grouped["member"].nunique() / len(chosen),
+                "n_rows": grouped.size(),
+                "probability": grouped["probability"].mean(),
+            }
+        )
+        return result.sort_values(["stability", "n_rows"], ascending=False, kind="stable")
+
+    def get_context_representation(
+        self, perturbation: str | None = None, *, adata: AnnData | None = None
+    ) -> pd.DataFrame:
+        """What the networks see in the control cells of each context.
+
+        Parameters
+        ----------
+        perturbation
+            The representation depends on it; `None`: the only one there is.
+        adata
+            Cells with controls of the contexts; by default the training contexts.
+
+        Returns
+        -------
+        DataFrame, contexts x ``PC1, PC2, ...``: principal components of the members' representations (``uns`` of no
+        AnnData is touched). Axes are those of the training contexts, so that contexts of a query can be placed among them.
+        """
+        names, z, _ = self._representation(perturbation, adata)
+        centre, axes = self._axes(perturbation)
+        scores = (z - centre) @ axes.T
+        return pd.DataFrame(scores, index=names, columns=[f"PC{i + 1}" for i in range(scores.shape[1])])
+
+    def _question_action(self, perturbation: str | None, n: int) -> Action:
+        question = self._questions(perturbation, None)[0]
+        action = encode(self.vocabulary, question)
+        return Action(action.codes.expand(n, -1), action.dose.expand(n, -1))
+
+    def _representation(
+        self, perturbation: str | None, adata: AnnData | None
+    ) -> tuple[list[str], NDArray[np.float64], torch.Tensor]:
+        self._check_if_trained(warn=False, message="The model is not trained. Call `train()` first.")
+        if adata is None:
+            names, bag, has_bag = self.contexts, self.module.bag, self.module.has_bag
+        else:
+            manager, _ = self._query(adata, None)
+            names = self._context_names(manager)
+            globals_ = self._globals(manager, 1, 0)
+            present = np.unique(self._contexts_of(manager, np.arange(manager.adata.n_obs)))
+            bag, has_bag = globals_["bag"], globals_["has_bag"].clone()
+            has_bag[np.setdiff1d(np.arange(len(names)), present)] = False
+        kept = np.flatnonzero(has_bag.cpu().numpy())
+        z = self.module.network(self._question_action(perturbation, len(kept)), bag[kept])[1]
+        return [names[i] for i in kept], z.flatten(1).double().cpu().numpy(), bag[kept]
+
+    def _axes(self, perturbation: str | None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Centre and principal axes of the training contexts' representations."""
+        _, z, _ = self._representation(perturbation, None)
+        centre = z.mean(0)
+        _, _, axes = np.linalg.svd(z - centre, full_matrices=False)
+        n = max(1, min(len(z) - 1, self.module.n_latent))
+        # the sign of an axis is free: the context furthest from the centre is positive
+        score = (z - centre) @ axes[:n].T
+        sign = np.sign(score[np.abs(score).argmax(0), np.arange(n)])
+        return centre, axes[:n] * np.where(sign == 0, 1.0, sign)[:, None]
+
+    def get_gene_importance(
+        self,
+        perturbation: str | None = None,
+        *,
+        component: int = 0,
+        n_cells: int = 64,
+        n_samples: int = 10,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """Shapley values of the selected genes for a component of the contexts' representation.
+
+        The function explained is a control cell's coordinate on the component; background is the mean control cell.
+
+        Parameters
+        ----------
+        perturbation
+            Perturbation; `None`: the only one there is.
+        component
+            Component of :meth:`get_context_representation`, from 0. The first separates responders from others where there
+            are both.
+        n_cells
+            Control cells, of all contexts, to explain.
+        n_samples
+            Permutations of the genes (:class:`captum.attr.ShapleyValueSampling`).
+        seed
+            Of cells and permutations.
+
+        Returns
+        -------
+        DataFrame indexed by gene: ``importance`` (mean absolute Shapley value), ``direction`` (correlation of expression
+        with the Shapley value: positive where more expression raises the coordinate), ``stability`` of the selection.
+        """
+        from captum.attr import ShapleyValueSampling
+
+        check_whole("n_cells", n_cells)
+        check_whole("n_samples", n_samples)
+        selected = self.get_selected_genes()
+        _, axes = self._axes(perturbation)
+        if (
+            isinstance(component, bool)
+            or not isinstance(component, (int, np.integer))
+            or not 0 <= component < len(axes)
+        ):
+            raise ValueError(f"`component` must be between 0 and {len(axes) - 1}, got {component!r}.")
+        module, rng = self.module, np.random.default_rng(seed)
+        chosen = module.chosen_genes().cpu()
+        genes = np.unique(chosen.numpy())
+        place = torch.as_tensor(np.searchsorted(genes, chosen.numpy()))
+        axis = torch.as_tensor(axes[component], dtype=torch.float32)
+        bag = module.bag[module.has_bag].flatten(0, 1).cpu()
+        rows = torch.as_tensor(rng.permutation(len(bag))[:n_cells])
+        # from the members' own choices back to one value per gene
+        x = torch.zeros(len(rows), len(genes))
+        x.scatter_(1, place.flatten().expand(len(rows), -1), bag[rows].flatten(1))
+        action = self._question_action(perturbation, 1)
+
+        def coordinate(values: torch.Tensor) -> torch.Tensor:
+            e = module.indicator(action).expand(len(values), -1)
+            z = module.encode(values[:, place][:, None], e)
+            return z.flatten(1) @ axis
+
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            attribution = ShapleyValueSampling(coordinate).attribute(
+                x, baselines=torch.zeros_like(x), n_samples=n_samples
+            )
+        value, x = attribution.numpy(), x.numpy()
+        centred = (x - x.mean(0)) * (value - value.mean(0))
+        scale = x.std(0) * value.std(0)
+        table = pd.DataFrame(
+            {
+                "importance": np.abs(value).mean(0),
+                "direction": np.divide(centred.mean(0), scale, out=np.zeros(len(genes)), where=scale > 1e-12),
+            },
+            index=pd.Index(self.gene_names[genes], name="gene"),
+        )
+        table["stability"] = selected["stability"].reindex(table.index)
+        return table.sort_values("importance", ascending=False, kind="stable")
+
+    def get_attention(self, perturbation: str | None = None, *, adata: AnnData | None = None) -> pd.Series:
+        """Weight of each control cell in the representation of its context, times the number of its control cells.
+
+        Parameters
+        ----------
+        perturbation
+            Perturbation; `None`: the only one there is.
+        adata
+            Cells; by default the model's own.
+
+        Returns
+        -------
+        Series by cell, mean over the ensemble, 1 for a cell of average weight and NaN for treated cells: put it into
+        ``adata.obs`` to plot it.
+        """
+        self._check_if_trained(warn=False, message="The model is not trained. Call `train()` first.")
+        manager, user = self._query(adata, None)
+        rows = np.arange(manager.adata.n_obs)
+        control = rows[self._is_control(manager, rows)]
+        context = self._contexts_of(manager, control)
+        result = np.full(len(rows), np.nan)
+        module = self.module
+        e = module.indicator(self._question_action(perturbation, 1))
+        for code in np.unique(context):
+            own = control[context == code]
+            with torch.no_grad():
+                z = [
+                    module.encode(module.describe(module.standardised(module.normalised(c)))[None], e)
+                    for c in self._cells(manager, own, 512)
+                ]
+                weight = module.aggregation.weights(torch.cat(z, 1))[0, ..., 0].mean(-1)
+            result[own] = weight.cpu().numpy() * len(own)
+        return pd.Series(result, index=user.obs_names, name="attention")
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    for name in ("n_selected", "n_latent", "n_hidden", "n_members", "bag_size"):
+        check_whole(name, options[name])
+    if options["rank"] is not None:
+        check_whole("rank", options["rank"])
+    for name, allowed in (("aggregation", _AGGREGATIONS), ("gene_weights", _WEIGHTS)):
+        if options[name] not in allowed:
+            raise ValueError(f"`{name}` must be one of {allowed}, got {options[name]!r}.")
+    check_flag("residual", options["residual"])
+    for name in ("beta", "duplicate_penalty"):
+        check_number(name, options[name], least=0)
+    check_number("dropout_rate", options["dropout_rate"], least=0, below=1)
+    check_whole("n_components", options["n_components"])
+    check_number("ridge", options["ridge"], above=0)
