@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class CRADLEVAE(SAMSVAE):
-    """SAMS-VAE with a latent for technical artefacts and counterfactual reasoning :cite:p:`Baek2025cradle`.
+    """SAMS-VAE with a latent for technical artefacts and counterfactual reasoning :cite:p:`Baek2024`.
 
     Cells that failed quality control stay in the training data: what they have in common goes into an artefact embedding, and
     effects are those between cells that passed.
@@ -38,7 +38,8 @@ class CRADLEVAE(SAMSVAE):
         As in :class:`SAMSVAE`. Which cells failed is registered with ``qc_key``; without it all cells passed.
     counterfactual_weight
         Weight per cell of the counterfactual loss: the basal state of a cell, had its label been the other, is that of the mean
-        profile of training cells of the same perturbation with the other label.
+        profile of training cells of the same perturbation with the other label. The basal states of simulated failed and passed
+        cells come closer with it but can still be told apart (``docs/trust.md``).
     class_balance
         Weigh the expression of cells that passed by the fraction of failed ones in the minibatch, and vice versa.
     preset
@@ -59,7 +60,7 @@ class CRADLEVAE(SAMSVAE):
     """
 
     _module_cls = Module
-    _paper: ClassVar[dict[str, Any]] = {**_PAPER, "n_layers": 2, "class_balance": True}
+    _paper: ClassVar[dict[str, Any]] = {**_PAPER, "n_layers": 2, "class_balance": True, "counterfactual_weight": 0.1}
     _query_columns = (*QueryMixin._query_columns, "qc_key")
 
     def __init__(

@@ -65,7 +65,7 @@ class CRADLEVAE(SAMSVAE):
         n_perturbations: int,
         n_batch: int = 1,
         *,
-        counterfactual_weight: float = 0.1,
+        counterfactual_weight: float = 1.0,
         class_balance: bool = False,
         **options: Any,
     ) -> None:
