@@ -76,6 +76,8 @@ class PerturbX(Linear):
         Of the regression, see :class:`~pertura.baseline.Linear`.
     preset
         ``"paper"``: one network that decodes into all genes, no mean effect, no regression. Arguments given beside it win.
+        With a cell type of Kang et al. 2018 left out it reaches R² .739 and MSE .051 where the default reaches .804 and .042
+        (and the mean effect .509 and .092).
 
     Examples
     --------
