@@ -349,6 +349,7 @@ class DescriptionMixin:
         # a gene with many neighbours collects much of everything: in units of what it would collect of a constant
         return (total / spread[:, None]).mT.cpu().numpy().astype(np.float32)
 
+    @torch.no_grad()
     def _linear_effects(self, questions: list[Question]) -> NDArray[np.float32]:
         """Mean predicted effect of each question over some control cells, of the model or of an average context."""
         from ._engine import encode

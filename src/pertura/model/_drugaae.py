@@ -66,6 +66,8 @@ class DrugAAE(DescriptionMixin, PerturbationModel):
         See :class:`pertura.module.DrugAAE`.
     preset
         ``"paper"``: no closed form and no training on predicted effects. Arguments given beside it win.
+        Where defaults differ: on TG-GATEs the closed form reaches a correlation of .70 with the effects of held-out compounds
+        (ridge on the same signatures .60); on simulated drugs the paper's setting stays at .07, the default at .82 (``trust.md``).
 
     Notes
     -----
