@@ -45,6 +45,10 @@ class PerturbX(Linear):
     contexts tell nothing about one another, the mean effect is what remains. In a context where a perturbation was
     measured, its effect is the measured one.
 
+    On the cell types of Kang et al. 2018 the default reaches r .936, R2 .806, MSE .042 (100 genes, mean over held-out cell types),
+    ``preset="paper"`` .925, .739, .051. The regression does this alone: the networks' share, ``module.share[1]``, is 0 there, and
+    where it is 0 the selected genes and their importance describe the networks, not the prediction.
+
     A prediction for cells is the cell's own expression plus the effect in its context.
 
     Parameters
