@@ -102,6 +102,24 @@ _WRONG_PERTVAE = {
     "heteroscedastic": "yes",
     "preset": "best",
 }
+_WRONG_SAMSVAE = {
+    "n_latent": 0,
+    "n_layers": -1,
+    "n_hidden": 1.5,
+    "effect": "loud",
+    "effect_guide": "blind",
+    "basal_guide": "blind",
+    "mask_prior": 1.0,
+    "prior_sd_E": 0.0,
+    "interactions": "yes",
+    "shrinkage": "yes",
+    "likelihood": "poisson",
+    "link_sharpness": 0.0,
+    "normalise_input": "yes",
+    "n_particles": 0,
+    "effect_lr_factor": 0.0,
+    "preset": "best",
+}
 _SMALL = {"n_latent": 4, "encoder_hidden": (16,), "n_flow_hidden": 8, "n_flow_context": 8}
 _CLOSED_FORM = {"learns_by_gradient": False, "samples": False}
 # adding a model is adding a line
@@ -112,6 +130,19 @@ MODELS = [
         train={"max_epochs": 3, "batch_size": 64},
         wrong_init=_WRONG_PERTVAE,
         own_setup=("pair_key",),
+    ),
+    Spec(
+        "model.SAMSVAE",
+        init={"n_latent": 4, "n_hidden": 16},
+        train={"max_epochs": 3, "batch_size": 64},
+        wrong_init=_WRONG_SAMSVAE,
+    ),
+    Spec(
+        "model.CRADLEVAE",
+        init={"n_latent": 4, "n_hidden": 16},
+        train={"max_epochs": 3, "batch_size": 64},
+        wrong_init={"counterfactual_weight": -1.0, "class_balance": "yes", "preset": "best"},
+        own_setup=("qc_key",),
     ),
     Spec(
         "model.PerturbX",

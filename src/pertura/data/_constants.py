@@ -15,6 +15,7 @@ class _Keys(NamedTuple):
     SIZE_FACTOR: str = REGISTRY_KEYS.SIZE_FACTOR_KEY
     PERTURBATION: str = "perturbation"
     CONTEXT: str = "context"
+    QC: str = "qc"
     LIBRARY: str = "library"  # computed per minibatch, not registered
 
 

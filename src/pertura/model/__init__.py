@@ -5,5 +5,12 @@ from __future__ import annotations
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__, submod_attrs={"_base": ["PerturbationModel"], "_pertvae": ["PertVAE"], "_perturbx": ["PerturbX"]}
+    __name__,
+    submod_attrs={
+        "_base": ["PerturbationModel"],
+        "_cradlevae": ["CRADLEVAE"],
+        "_pertvae": ["PertVAE"],
+        "_perturbx": ["PerturbX"],
+        "_samsvae": ["SAMSVAE"],
+    },
 )

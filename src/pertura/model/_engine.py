@@ -126,9 +126,10 @@ class Block:
             ``(n_samples, n_cells, n_genes)`` and ``(n_samples, n_cells, n_latent)``.
         """
         engine = self._engine
-        z = self.latent(self.cells.action if question is None else engine.action(question, len(self)))
+        action = self.cells.action if question is None else engine.action(question, len(self))
+        z = self.latent(action)
         with torch.no_grad(), seeded([engine.seed, self._index, 2], engine.device):
-            x = engine.module.decode(z, self.basal)
+            x = engine.module.express(z, self.basal, action, engine.globals)
         return engine.rescale(x, self.cells.library), z
 
     def replicate(self) -> Tensor:
@@ -137,7 +138,7 @@ class Block:
         z = self.latent(self.cells.action)
         with torch.no_grad(), seeded([engine.seed, self._index, 3], engine.device):
             self.basal.noise = engine.module.fresh_noise(z, self.basal)
-            return engine.module.decode(z, self.basal)
+            return engine.module.express(z, self.basal, self.cells.action, engine.globals)
 
 
 class Engine:

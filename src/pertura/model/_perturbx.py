@@ -45,9 +45,8 @@ class PerturbX(Linear):
     training contexts tell nothing about one another, the mean effect is what remains. In a context where a perturbation was
     measured, its effect is the measured one.
 
-    On the cell types of Kang et al. 2018 the default reaches r .936, R2 .806, MSE .042 (100 genes, mean over held-out cell types),
-    ``preset="paper"`` .925, .739, .051. The regression does this alone: the networks' share, ``module.share[1]``, is 0 there, and
-    where it is 0 the selected genes and their importance describe the networks, not the prediction.
+    Where the networks' share, ``module.share[1]``, is 0, as on the cell types of Kang et al. 2018, the selected genes and their
+    importance describe the networks, not the prediction.
 
     A prediction for cells is the cell's own expression plus the effect in its context.
 
@@ -80,6 +79,8 @@ class PerturbX(Linear):
         Of the regression, see :class:`~pertura.baseline.Linear`.
     preset
         ``"paper"``: one network that decodes into all genes, no mean effect, no regression. Arguments given beside it win.
+        With a cell type of Kang et al. 2018 left out it reaches R² .739 and MSE .051 where the default reaches .806 and .042
+        (and the mean effect .509 and .092).
 
     Examples
     --------

@@ -8,7 +8,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "_base": ["Action", "Basal", "Cells", "PerturbationModule"],
+        "_cradlevae": ["CRADLEVAE"],
         "_pertvae": ["PertVAE"],
         "_perturbx": ["PerturbX"],
+        "_samsvae": ["SAMSVAE"],
     },
 )

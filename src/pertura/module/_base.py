@@ -71,6 +71,8 @@ class Cells:
     library
         Total counts, or registered size factors in units of total counts, ``(n_cells, 1)``; 1 for data that are not
         counts.
+    qc
+        1 for cells that failed quality control, ``(n_cells, 1)``, where that was registered.
     """
 
     x: Tensor
@@ -78,6 +80,7 @@ class Cells:
     context: Tensor
     batch: Tensor
     library: Tensor
+    qc: Tensor | None = None
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Cells:
@@ -91,6 +94,7 @@ class Cells:
             context=tensors[KEYS.CONTEXT].long().flatten(),
             batch=tensors[KEYS.BATCH].long().flatten(),
             library=x.sum(1, keepdim=True).clamp(min=1.0) if library is None else library,
+            qc=tensors.get(KEYS.QC),
         )
 
     def __len__(self) -> int:
@@ -161,6 +165,13 @@ class PerturbationModule(PyroBaseModuleClass):
     @abstractmethod
     def decode(self, z: Tensor, basal: Basal) -> Tensor:
         """Draws of expression on :attr:`native_scale`, replaying noise, ``(n_samples, n_cells, n_genes)``."""
+
+    def express(self, z: Tensor, basal: Basal, action: Action, globals_: dict[str, Tensor]) -> Tensor:
+        """As :meth:`decode`, of a state that `action` led to.
+
+        Modules in which a perturbation also changes genes directly, beside the latent state, override this.
+        """
+        return self.decode(z, basal)
 
     def fresh_noise(self, z: Tensor, basal: Basal) -> Tensor:
         """Measurement noise of cells that were never measured, as :meth:`decode` takes it.

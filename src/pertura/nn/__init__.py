@@ -9,7 +9,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "_flows": ["InverseAutoregressiveFlow"],
         "_likelihoods": ["CountLikelihood", "GaussianLikelihood"],
-        "_mlp": ["MLP"],
+        "_masks": ["StraightThroughBernoulli"],
+        "_mlp": ["MLP", "ResidualMLP"],
         "_selector": ["BagAggregation", "ConcreteSelector", "MemberLinear"],
     },
 )

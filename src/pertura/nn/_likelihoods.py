@@ -79,9 +79,9 @@ class CountLikelihood(nn.Module):
         with torch.no_grad():
             self.activation.bias.copy_(torch.expm1(beta * torch.log1p(rate).double()).log() / beta)
 
-    def rate(self, h: Tensor, library: Tensor) -> Tensor:
-        """Expected counts, ``(..., n_genes)``."""
-        activation = self.activation(h)
+    def rate(self, h: Tensor, library: Tensor, offset: Tensor | float = 0.0) -> Tensor:
+        """Expected counts, ``(..., n_genes)``; `offset` is added to the activation of each gene."""
+        activation = self.activation(h) + offset
         if self.link_sharpness == 1.0:
             return library * F.softmax(activation, dim=-1)
         per_10k = torch.expm1(F.softplus(activation, beta=self.link_sharpness).clamp(max=15.0)) + 1e-4
@@ -92,18 +92,18 @@ class CountLikelihood(nn.Module):
         """Inverse dispersion, ``(n_genes,)``."""
         return self.log_theta.clamp(-5.0, 8.0).exp()
 
-    def forward(self, h: Tensor, library: Tensor) -> TorchDistribution:
+    def forward(self, h: Tensor, library: Tensor, offset: Tensor | float = 0.0) -> TorchDistribution:
         """Distribution of a cell's counts; one event dimension."""
-        rate = self.rate(h, library).clamp(min=1e-8)
+        rate = self.rate(h, library, offset).clamp(min=1e-8)
         return NegativeBinomial(rate, self.theta).to_event(1)
 
-    def abduct(self, h: Tensor, library: Tensor, x: Tensor) -> Tensor:
+    def abduct(self, h: Tensor, library: Tensor, x: Tensor, offset: Tensor | float = 0.0) -> Tensor:
         """Draw of epsilon given the cell's own counts: Gamma(theta + x, theta + rate)."""
-        return torch.distributions.Gamma(self.theta + x, self.theta + self.rate(h, library)).sample()
+        return torch.distributions.Gamma(self.theta + x, self.theta + self.rate(h, library, offset)).sample()
 
-    def predict(self, h: Tensor, library: Tensor, noise: Tensor) -> Tensor:
+    def predict(self, h: Tensor, library: Tensor, noise: Tensor, offset: Tensor | float = 0.0) -> Tensor:
         """Counts under another latent state, the cell's epsilon kept."""
-        return torch.poisson(self.rate(h, library) * noise)
+        return torch.poisson(self.rate(h, library, offset) * noise)
 
     def fresh_noise(self, h: Tensor, library: Tensor) -> Tensor:
         """Draw of epsilon of a cell that was never measured."""
@@ -146,19 +146,20 @@ class GaussianLikelihood(nn.Module):
         log_scale = self.log_scale if self.log_scale_slope is None else self.log_scale + self.log_scale_slope(h)
         return self.loc(h) * self.unit, log_scale.clamp(-5.0, 3.0).exp() * self.unit
 
-    def forward(self, h: Tensor, library: Tensor) -> TorchDistribution:
-        """Distribution of a profile; one event dimension."""
-        return dist.Normal(*self._parameters_of(h)).to_event(1)
+    def forward(self, h: Tensor, library: Tensor, offset: Tensor | float = 0.0) -> TorchDistribution:
+        """Distribution of a profile; one event dimension. `offset` is added to its mean."""
+        loc, scale = self._parameters_of(h)
+        return dist.Normal(loc + offset, scale).to_event(1)
 
-    def abduct(self, h: Tensor, library: Tensor, x: Tensor) -> Tensor:
+    def abduct(self, h: Tensor, library: Tensor, x: Tensor, offset: Tensor | float = 0.0) -> Tensor:
         """Standardised residual of the cell's own measurement."""
         loc, scale = self._parameters_of(h)
-        return (x - loc) / scale
+        return (x - loc - offset) / scale
 
-    def predict(self, h: Tensor, library: Tensor, noise: Tensor) -> Tensor:
+    def predict(self, h: Tensor, library: Tensor, noise: Tensor, offset: Tensor | float = 0.0) -> Tensor:
         """Expression under another latent state, the cell's residual kept."""
         loc, scale = self._parameters_of(h)
-        return loc + scale * noise
+        return loc + offset + scale * noise
 
     def fresh_noise(self, h: Tensor, library: Tensor) -> Tensor:
         """Draw of the residual of a cell that was never measured."""

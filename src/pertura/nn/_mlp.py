@@ -41,3 +41,39 @@ class MLP(nn.Sequential):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Hidden representation of `x`."""
         return super().forward(x)
+
+
+class ResidualMLP(nn.Module):
+    r"""Layers of leaky ReLU units with skip connections; several inputs are added up in the first layer.
+
+    :math:`h_1 = \sigma(\sum_i W_i u_i + b_1)`, :math:`h_k = \sigma(W_k h_{k-1} + b_k) + h_{k-1}`. Giving inputs apart
+    spares their concatenation: one that all draws share is multiplied once.
+
+    Parameters
+    ----------
+    n_in
+        Widths of the inputs; those of width 0 are left out.
+    n_hidden
+        Width of all layers.
+    n_layers
+        Number of layers, at least 1.
+    """
+
+    def __init__(self, n_in: Sequence[int], n_hidden: int, n_layers: int) -> None:
+        super().__init__()
+        self.first = nn.ModuleList(
+            nn.Linear(n, n_hidden, bias=i == 0) if n else nn.Identity() for i, n in enumerate(n_in)
+        )
+        self.rest = nn.ModuleList(nn.Linear(n_hidden, n_hidden) for _ in range(n_layers - 1))
+        self.n_out = n_hidden
+
+    def forward(self, *inputs: torch.Tensor | None) -> torch.Tensor:
+        """Hidden representation; inputs broadcast against each other, ``(..., n_in[i]) -> (..., n_hidden)``."""
+        total: torch.Tensor | float = 0.0
+        for layer, u in zip(self.first, inputs, strict=True):
+            if u is not None and isinstance(layer, nn.Linear):
+                total = total + layer(u)
+        h = nn.functional.leaky_relu(total)
+        for layer in self.rest:
+            h = nn.functional.leaky_relu(layer(h)) + h
+        return h
