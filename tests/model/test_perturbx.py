@@ -10,6 +10,7 @@ from anndata import AnnData
 
 from pertura.baseline import MeanEffect
 from pertura.model import PerturbX
+from pertura.module._perturbx import _STRENGTHS
 
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
 SETUP = {"perturbation_key": "perturbation", "control": "control", "context_key": "cell_type"}
@@ -126,6 +127,39 @@ def test_without_signal_the_mean_effect_remains():
     error = ((effects(model, adata) - measured) ** 2).mean(axis=None)
     mean = ((effects(fit(train, MeanEffect), adata) - measured) ** 2).mean(axis=None)
     assert error < 1.25 * mean
+
+
+def test_training_contexts_choose_the_strength_of_the_regression():
+    """The same choice by ridge regressions written out, each without the context it is judged on."""
+    train = without(responders()[0], HELD)
+    PerturbX.setup_anndata(train, **SETUP)
+    model = PerturbX(train, n_selected=6, bag_size=16)
+    model.train(max_epochs=1, **QUIET)  # the networks have no part in it
+    module = model.module
+    basis = module.basis.double().numpy()
+    obs = model.adata.obs
+    means = model.adata.to_df().groupby([obs["cell_type"].astype(str), obs["perturbation"].astype(str)]).mean()
+    wide = means.unstack().swaplevel(axis=1)
+    treated = wide["drug"].dropna().index
+    control = wide["control"].loc[treated].to_numpy() @ basis
+    effect = (wide["drug"] - wide["control"]).loc[treated].to_numpy() @ basis
+    errors = []
+    for strength in _STRENGTHS:
+        target, told = [], []
+        for i in range(len(treated)):
+            others = np.delete(np.arange(len(treated)), i)
+            centre, mean = control[others].mean(0), effect[others].mean(0)
+            a = control[others] - centre
+            penalty = strength * np.square(a).sum() / (len(others) - 1)
+            told.append(
+                (control[i] - centre)
+                @ np.linalg.solve(a.T @ a + penalty * np.eye(a.shape[1]), a.T @ (effect[others] - mean))
+            )
+            target.append(effect[i] - mean)
+        target, told = np.ravel(target), np.ravel(told)
+        share = np.clip(target @ told / (told @ told), 0, 1)
+        errors.append(((target - share * told) ** 2).sum())
+    assert float(module.regression_strength) == pytest.approx(_STRENGTHS[int(np.argmin(errors))])
 
 
 def test_cells_get_their_own_expression_plus_the_effect(trained):

@@ -97,3 +97,22 @@ def test_members_do_not_see_their_fold():
     loss.backward()
     moved = module.decoder_out.weight.grad.flatten(1).abs().sum(1) > 0
     assert moved.tolist() == [True, False, True]
+
+
+def test_the_penalty_undoes_rows_that_agree():
+    """Rows start on one gene; where the effects say nothing, only the penalty moves them."""
+    left = []
+    for penalty in (0.0, 1.0):
+        module = _module(n_members=1, duplicate_penalty=penalty, entropy_penalty=0.0, beta=0.0)
+        with torch.no_grad():
+            module.effect_sd.fill_(1e3)
+            module.selector.logits.normal_(0, 0.01)
+            module.selector.logits[..., 0] = 4.0
+        optimiser = torch.optim.SGD([module.selector.logits], lr=0.5)
+        for _ in range(100):
+            optimiser.zero_grad()
+            Trace_ELBO().differentiable_loss(module.model, module.guide, *_bags()).backward()
+            optimiser.step()
+        left.append(float(module.selector.duplicates().detach()))
+    assert left[0] > 1.0
+    assert left[1] < 0.5 * left[0]

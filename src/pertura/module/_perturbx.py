@@ -39,7 +39,8 @@ from pertura.nn._selector import BagAggregation, ConcreteSelector, MemberLinear
 from ._base import Action, Cells
 
 _BAGS = 32  # that are encoded at a time
-_RIDGE = 0.03  # of the regression on control profiles, in units of the mean variance of a component
+# of the regression on control profiles, in units of the mean variance of a component; training contexts choose
+_STRENGTHS = (3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
 
 
 class PerturbX(LinearModule):
@@ -125,6 +126,7 @@ class PerturbX(LinearModule):
         self.register_buffer("fold", torch.full((self.n_contexts,), -1, dtype=torch.long))
         self.register_buffer("bag", torch.zeros(self.n_contexts, 0, n_members, n_selected))
         self.register_buffer("has_bag", torch.zeros(self.n_contexts, dtype=torch.bool))
+        self.register_buffer("regression_strength", torch.tensor(0.1))
         # what is added to the mean effect: of the regression, of the networks; and of what B does not span
         self.register_buffer("share", torch.tensor([0.0, 1.0, 0.0]))
 
@@ -215,9 +217,16 @@ class PerturbX(LinearModule):
         return ((control.cpu().double() - centre) @ basis) @ ((own - centre) @ basis).mT
 
     def _from_others(
-        self, asked: Asked, context: int, row: NDArray[np.float64] | None = None
+        self,
+        asked: Asked,
+        context: int,
+        row: NDArray[np.float64] | None = None,
+        strength: float | None = None,
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Weights of measured effects in the mean over other contexts, and in the regression on their profiles."""
+        """Weights of measured effects in the mean over other contexts, and in the regression on their profiles.
+
+        `strength` of the regression's penalty; `None`: the one that training contexts chose.
+        """
         nothing = np.zeros(len(self.conditions))
         if asked.label < 0:
             return nothing, nothing
@@ -228,10 +237,10 @@ class PerturbX(LinearModule):
             available[context] = False
         at = np.flatnonzero(available)
         result = []
-        # the strength is fixed and small: how much the regression tells is what its share says
-        for strength in (np.inf, _RIDGE) if row is not None else (np.inf,):
+        own = float(self.regression_strength) if strength is None else strength
+        for penalty in (np.inf, own) if row is not None else (np.inf,):
             weights = np.zeros(self.n_contexts)
-            weights[at] = self._transfer(at, np.zeros(len(at)) if row is None else row[at], strength)
+            weights[at] = self._transfer(at, np.zeros(len(at)) if row is None else row[at], penalty)
             result.append(self.conditions.average(asked.at_dose, mask, weights))
         return result[0], result[-1]
 
@@ -331,9 +340,9 @@ class PerturbX(LinearModule):
     def stack(self) -> None:
         """Shares of regression and networks by which they predict the contexts that they did not see.
 
-        Each training condition is predicted from the other contexts: by the regression without it, and by the members
-        that did not see its context. Non-negative least squares on the deviations from the mean effect, in the basis;
-        at most 1 together.
+        Each training condition is predicted from the other contexts: by the regression without it, at the strength that
+        predicts best, and by the members that did not see its context. Non-negative least squares on the deviations from
+        the mean effect, in the basis; at most 1 together.
         """
         if not self.residual or self.n_folds < 2:
             return
@@ -347,14 +356,24 @@ class PerturbX(LinearModule):
             self.share.copy_(torch.tensor([0.0, 0.0, 1.0]))
             return
         asked = [conditions.ask(conditions.codes[i], conditions.dose[i]) for i in rows]
-        weights = [
-            self._from_others(a, int(conditions.context[i]), table[conditions.context[i]])
-            for a, i in zip(asked, rows, strict=True)
-        ]
-        average, linear = (self._sums(np.stack(w))[0] for w in zip(*weights, strict=True))
         measured = self._sums(np.eye(len(conditions))[rows])[0]
         network = self._held_out(rows)
-        span = self.basis if self.basis.shape[1] else torch.eye(self.n_genes)
+        span = self.basis if self.basis.shape[1] else torch.eye(self.n_genes, device=self.basis.device)
+
+        def from_others(strength: float) -> tuple[Tensor, Tensor, float]:
+            """Mean and regression of the other contexts, and the squared error of the regression at its best share."""
+            weights = [
+                self._from_others(a, int(conditions.context[i]), table[conditions.context[i]], strength)
+                for a, i in zip(asked, rows, strict=True)
+            ]
+            mean, fitted = (self._sums(np.stack(w))[0] for w in zip(*weights, strict=True))
+            target, told = (measured - mean) @ span, (fitted - mean) @ span
+            share = ((target * told).sum() / told.square().sum().clamp(min=1e-12)).clamp(0.0, 1.0)
+            return mean, fitted, float((target - share * told).square().sum())
+
+        errors = [from_others(strength)[2] for strength in _STRENGTHS]
+        self.regression_strength.fill_(_STRENGTHS[int(np.argmin(errors))])
+        average, linear, _ = from_others(float(self.regression_strength))
         target, *inputs = (
             ((v) @ span).double().cpu().numpy().ravel() for v in (measured - average, linear - average, network)
         )
