@@ -28,7 +28,7 @@ class Module(PerturbationModule):
         self.frozen = nn.Parameter(torch.ones(2, 2), requires_grad=False)
         self.lr_factors = {"effect_": 5.0}
         self.weights: list[float] = []
-        self.epochs: list[int] = []
+        self.progress: list[float] = []
 
     def model(self, x, kl_weight=1.0):
         self.weights.append(kl_weight)
@@ -41,8 +41,8 @@ class Module(PerturbationModule):
     def _get_fn_args_from_batch(batch):
         return (batch[KEYS.X],), {}
 
-    def on_epoch_start(self, data, epoch):
-        self.epochs.append(epoch)
+    def on_step(self, progress):
+        self.progress.append(progress)
 
     def draw_globals(self, n_samples): ...
 
@@ -57,7 +57,9 @@ class Module(PerturbationModule):
 def plan():
     def make(max_epochs=10, epoch=0, **arguments):
         made = PyroPlan(Module(), loss_fn=FreeBitsELBO(), **arguments)
-        made._trainer = SimpleNamespace(max_epochs=max_epochs, current_epoch=epoch, global_step=0, datamodule="data")
+        made._trainer = SimpleNamespace(
+            max_epochs=max_epochs, current_epoch=epoch, global_step=30, estimated_stepping_batches=120
+        )
         made.setup("fit")
         return made
 
@@ -121,13 +123,14 @@ def test_validation_has_no_warm_up(plan, monkeypatch):
         assert options["batch_size"] == 2 and options["on_epoch"]
 
 
-def test_module_sees_epochs_and_the_size_of_the_data(plan):
+def test_module_sees_progress_and_the_size_of_the_data(plan, monkeypatch):
     made = plan()
     made.n_obs_training = 123
     made.setup("fit")
-    made.on_train_epoch_start()
+    monkeypatch.setattr(made, "log", lambda *args, **options: None)
+    made.training_step({KEYS.X: torch.zeros(2, 1)}, 0)
     assert made.module.n_train == 123
-    assert made.module.epochs == [0]
+    assert made.module.progress == [0.25]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
