@@ -342,7 +342,8 @@ class PerturbX(LinearModule):
 
         Each training condition is predicted from the other contexts: by the regression without it, at the strength that
         predicts best, and by the members that did not see its context. Non-negative least squares on the deviations from
-        the mean effect, in the basis; at most 1 together.
+        the mean effect, in the basis; at most 1 together, and 0 where the gain over the conditions is not above its
+        standard error.
         """
         if not self.residual or self.n_folds < 2:
             return
@@ -379,6 +380,10 @@ class PerturbX(LinearModule):
         )
         share, _ = nnls(np.stack(inputs, axis=1), target)
         share = share / max(1.0, share.sum())
+        left = target - np.stack(inputs, axis=1) @ share
+        gain = (target**2 - left**2).reshape(len(rows), -1).sum(1)
+        if gain.mean() <= gain.std(ddof=1) / len(gain) ** 0.5:
+            share[:] = 0.0  # no more than chance would give: the mean effect
         closed = average + share[0] * (linear - average)
         off = closed - closed @ span @ span.mT
         rest = float(((measured - measured @ span @ span.mT) * off).sum() / off.square().sum().clamp(min=1e-12))
