@@ -43,6 +43,9 @@ class Spec:
         Whether it has a distribution of cells, to draw replicates from.
     reconstructs
         Whether a cell under its own perturbation is close to what was measured of it.
+    moves_neighbours
+        Whether the random draws of a cell depend on the cells beside it: its rates are drawn from one stream with theirs, and
+        an answer then agrees up to the error of drawing.
     wrong_init
         One wrong value for each argument of its own.
     own_setup
@@ -58,6 +61,7 @@ class Spec:
     refuses_unseen: bool = True
     knows_genes: bool = False
     samples: bool = True
+    moves_neighbours: bool = False
     wrong_init: dict[str, Any] = field(default_factory=dict)
     own_setup: tuple[str, ...] = ()
 
@@ -192,6 +196,7 @@ MODELS = [
             "preset": "best",
         },
         own_setup=("ppi_key",),
+        moves_neighbours=True,
     ),
     Spec("baseline.Additive", wrong_init={"use_own_context": "yes"}, refuses_unseen=False, **_CLOSED_FORM),
     Spec("baseline.Linear", wrong_init={"n_components": 0, "ridge": -1.0}, knows_genes=True, **_CLOSED_FORM),
