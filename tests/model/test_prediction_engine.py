@@ -79,7 +79,8 @@ def test_encoded_questions():
     known = vocabulary(doses=doses, features=table)
     action = encode(known, Question("A+new", (2.5, 3.0)))
     assert action.codes.tolist() == [[0, -2]]
-    assert action.dose.tolist() == [[0.5, 3.0]]
+    # the new one in units of what is usual: the median of the highest doses
+    np.testing.assert_allclose(action.dose, [[0.5, 3.0 / 5.0]], rtol=1e-6)
     assert action.features.tolist() == [[[1.0], [2.0]]]
     control = encode(known, Question("ctrl"))
     assert control.codes.tolist() == [[-1]] and not control.present.any()
