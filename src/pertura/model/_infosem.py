@@ -158,6 +158,9 @@ class InfoSEM(NetworkMixin, PerturbationModel):
             {**given, "prior": prior, "preset": preset, "n_ensemble": n_ensemble, "n_components": n_components}
         )
         check_flag("controls_only", controls_only)
+        for name, value in (("embedding_key", embedding_key), ("edges_key", edges_key)):
+            if not isinstance(value, (str, pd.DataFrame)):
+                raise ValueError(f"`{name}` must be a key or a DataFrame, got {type(value).__name__}.")
         super().__init__(adata, registry)
         genes = self.gene_names
         # names and tables are saved with the model, which can then be loaded with data that lack them

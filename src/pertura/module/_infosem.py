@@ -229,11 +229,11 @@ class InfoSEM(PerturbationModule):
         mean = self.prior_mean()
         shape = self.network_weight.shape
         with pyro.poutine.scale(scale=share):
-            prior = dist.Laplace(mean + torch.zeros(shape, device=self.no_loops.device), sd)
+            prior = dist.Laplace(mean + torch.zeros_like(self.network_weight), sd, validate_args=False)
             weight = pyro.sample("A_e", prior.to_event(3))
             logit = None
             if hasattr(self, "edge_logit"):
-                prior = dist.Normal(self.known_logit.expand(shape), self.edge_logit_sd)
+                prior = dist.Normal(self.known_logit.expand(shape), self.edge_logit_sd, validate_args=False)
                 logit = pyro.sample("A_l", prior.to_event(3))
             if isinstance(mean, Tensor):
                 # without this the deviation of A from M is dear, and M free: A then collapses onto M
@@ -250,7 +250,7 @@ class InfoSEM(PerturbationModule):
         logit = None
         with pyro.poutine.scale(scale=share):
             if self.network_log_sd is None:
-                weight = pyro.sample("A_e", dist.Delta(weight).to_event(3))
+                weight = pyro.sample("A_e", dist.Delta(weight, validate_args=False).to_event(3))
             else:
                 weight = pyro.sample("A_e", dist.Normal(weight, self.network_log_sd.exp()).to_event(3))
             if hasattr(self, "edge_logit"):
