@@ -88,22 +88,21 @@ def test_planted_network():
         n_genes=60,
         n_regulators=8,
         n_perturbations=8,
-        n_contexts=1,
-        n_unresponsive_contexts=0,
-        n_biomarkers=0,
-        n_cells_per_condition=40,
-        n_control_cells=200,
+        n_cells_per_condition=20,
+        n_control_cells=60,
         n_truth_cells=20,
         seed=0,
     )
     InfoSEM.setup_anndata(adata, perturbation_key="perturbation", control="control", layer="counts")
     truth = datasets.true_network(adata)
     regulators = list(truth["source"].unique())
-    model = fitted(adata, {"max_epochs": 25, "lr": 2e-3}, n_ensemble=3, regulators=regulators)
+    model = fitted(
+        adata, {"max_epochs": 20, "lr": 2e-3}, n_ensemble=2, regulators=regulators, augmentation=0.0, alpha=1.0
+    )
     dense = adata.copy()
     dense.X = np.asarray(adata.X.todense())
     found, baseline = model.evaluate_grn(truth), score_network(correlation(dense).loc[regulators], truth)
-    assert found["auprc"] > baseline["auprc"]
+    assert found["auprc"] > 1.3 * baseline["auprc"]
 
 
 # -- knock-outs -----------------------------------------------------------------------------------------------------

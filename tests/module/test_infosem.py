@@ -89,7 +89,9 @@ def test_sparsity_waits(inputs):
     assert negative != before
 
 
-@pytest.mark.parametrize("options", [{}, {"z_prior": "learned"}, {"likelihood": "normal"}, {"posterior": "variational"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"z_prior": "learned"}, {"likelihood": "normal"}, {"posterior": "variational"}]
+)
 @pytest.mark.parametrize("prior", ["none", "embedding", "edges"])
 def test_every_parameter_gets_a_gradient(inputs, options, prior):
     if prior != "none":
@@ -159,7 +161,9 @@ def test_prior_mean_is_additive_and_pairwise():
     found = module.prior_mean()[0]
     for row, i in enumerate(REGULATORS):
         for j in range(G):
-            expected = h[i] @ module.prior_source[0] + h[j] @ module.prior_target[0] + module.prior_kernel[0] * k[row, j]
+            expected = (
+                h[i] @ module.prior_source[0] + h[j] @ module.prior_target[0] + module.prior_kernel[0] * k[row, j]
+            )
             expected = 0.0 if i == j else float(expected) / (G - 1)
             assert float(found[row, j]) == pytest.approx(expected, abs=1e-6)
 

@@ -37,7 +37,9 @@ def regulator_names(adata: AnnData | None, given: str | Sequence[str] | None, ge
             raise ValueError(f"`regulators`: `adata.var[{given!r}]` must be boolean, got {column.dtype}.")
         named = set(adata.var_names[column.to_numpy()].astype(str))
     else:
-        if not isinstance(given, (list, tuple, set, pd.Index, np.ndarray)) or not all(isinstance(g, str) for g in given):
+        if not isinstance(given, (list, tuple, set, pd.Index, np.ndarray)) or not all(
+            isinstance(g, str) for g in given
+        ):
             raise ValueError(f"`regulators` must be a column of `adata.var`, names of genes or None, got {given!r}.")
         named = set(given)
     found = [gene for gene in genes if gene in named]
