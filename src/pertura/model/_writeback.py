@@ -80,7 +80,7 @@ def reserve(adata: AnnData, wanted: Mapping[str, list[str]], overwrite: bool) ->
         )
 
 
-def _clear(adata: AnnData, key: str) -> None:
+def clear(adata: AnnData, key: str) -> None:
     """Remove what an earlier call wrote under the same key, such as intervals that are not asked this time."""
     written = _written(adata)
     others = {w for name, own in written.items() if name != key for w in own}
@@ -100,7 +100,7 @@ def write(
     asked: dict[str, Any],
 ) -> None:
     """Put one prediction into the user's AnnData; rows that were not asked are NaN."""
-    _clear(user, key)
+    clear(user, key)
     genes = pd.Index(user.var_names.astype(str)).get_indexer(model.gene_names)
     everything = len(rows) == user.n_obs and np.array_equal(rows, np.arange(user.n_obs))
     in_order = len(genes) == user.n_vars and np.array_equal(genes, np.arange(user.n_vars))

@@ -334,6 +334,32 @@ class PerturbX(LinearModule):
         effect = mean + sd * globals_["deviate"][:, None, :]
         return effect, globals_["control"][contexts], torch.as_tensor(which, device=mean.device)
 
+    # -- what a prediction is made of -------------------------------------------------------------------------------
+
+    def measured_effects(self, action: Action) -> Tensor:
+        """Measured effects of an action in the training contexts where it was measured, ``(n, n_genes)``, on CPU."""
+        asked, _, _ = self._distinct(action, torch.zeros(1, dtype=torch.long, device=action.codes.device))
+        conditions, mask = self.conditions, self.conditions.label == asked[0].label
+        at = np.flatnonzero(conditions.curves_per_context(mask) > 0) if asked[0].label >= 0 else []
+        one = np.eye(self.n_contexts)
+        weights = [conditions.average(asked[0].at_dose, mask, one[c]) for c in at]
+        return self._sums(np.stack(weights))[0].double().cpu() if weights else torch.zeros(0, self.n_genes)
+
+    def regression_slope(self, action: Action, axis: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Slope, in the control profile of a new context, of the regression's effect along an axis, ``(n_genes,)``."""
+        asked, _, _ = self._distinct(action, torch.zeros(1, dtype=torch.long, device=action.codes.device))
+        # weights are linear in the inner products with the training profiles: one product at a time
+        rows = np.concatenate([np.zeros((1, self.n_contexts)), np.eye(self.n_contexts)])
+        weights = [self._from_others(asked[0], self.n_contexts, row)[1] for row in rows]
+        along = self._sums(np.stack(weights))[0].double().cpu().numpy() @ axis
+        own = self.control.cpu().double()
+        if self.basis.shape[1]:
+            basis = self.basis.cpu().double()
+            profiles = (own - own[self.has_control.cpu()].mean(0)) @ basis @ basis.mT
+        else:
+            profiles = own - own.mean(0)
+        return (along[1:] - along[0]) @ profiles.numpy()
+
     # -- how much of what is believed -------------------------------------------------------------------------------
 
     @torch.no_grad()
