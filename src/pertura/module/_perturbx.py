@@ -23,12 +23,14 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy.optimize import nnls
+from scipy.stats import ttest_1samp
 from torch import Tensor, nn
 
 from pertura.baseline._conditions import Asked
@@ -41,6 +43,7 @@ from ._base import Action, Cells
 _BAGS = 32  # that are encoded at a time
 # of the regression on control profiles, in units of the mean variance of a component; training contexts choose
 _STRENGTHS = (3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
+_CHANCE = 0.1  # p value of a gain in training contexts, above which it is none
 
 
 class PerturbX(LinearModule):
@@ -368,8 +371,7 @@ class PerturbX(LinearModule):
 
         Each training condition is predicted from the other contexts: by the regression without it, at the strength that
         predicts best, and by the members that did not see its context. Non-negative least squares on the deviations from
-        the mean effect, in the basis; at most 1 together, and 0 where the gain over the conditions is not above its
-        standard error.
+        the mean effect, in the basis; at most 1 together, and 0 where a t test over the contexts does not find a gain.
         """
         if not self.residual or self.n_folds < 2:
             return
@@ -407,8 +409,9 @@ class PerturbX(LinearModule):
         share, _ = nnls(np.stack(inputs, axis=1), target)
         share = share / max(1.0, share.sum())
         left = target - np.stack(inputs, axis=1) @ share
-        gain = (target**2 - left**2).reshape(len(rows), -1).sum(1)
-        if gain.mean() <= gain.std(ddof=1) / len(gain) ** 0.5:
+        gain = pd.Series((target**2 - left**2).reshape(len(rows), -1).sum(1)).groupby(conditions.context[rows]).mean()
+        # contexts are what is new, and the perturbations of one go up and down together
+        if not ttest_1samp(gain, 0.0, alternative="greater").pvalue < _CHANCE:
             share[:] = 0.0  # no more than chance would give: the mean effect
         closed = average + share[0] * (linear - average)
         off = closed - closed @ span @ span.mT
