@@ -163,12 +163,12 @@ def test_a_file_of_something_else_is_refused(data, tmp_path):
 
 
 def test_command_line(data, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(__main__, "beeline_data", lambda: data)
+    monkeypatch.setattr(__main__, "beeline_data", lambda embedding: data)
     out = tmp_path / "grn.csv"
-    command = ["grn", "--models", "correlation", "one-hot LR", "GO cosine", "--seeds", "2", "--out", str(out)]
+    command = ["grn", "--models", "correlation", "one-hot LR", "embedding cosine", "--seeds", "2", "--out", str(out)]
     assert __main__.main(command) == 0
     printed = capsys.readouterr().out
-    assert "unseen_both" in printed and "GO cosine" in printed and "gain" in printed
+    assert "unseen_both" in printed and "embedding cosine" in printed and "gain" in printed
     assert len(pd.read_csv(out)) == 2 * (2 * (1 + 8) + 8)
     with pytest.raises(SystemExit):
         __main__.main(["grn", "--models", "nothing"])
@@ -179,6 +179,9 @@ def test_the_data_of_the_command_line(load_dataset):
     load_dataset("beeline_mdc"), load_dataset("gene_sets", collection="go_bp"), load_dataset("biobert_mesc500")
     adata, truths = _grn.beeline_data()
     assert {name: len(t) for name, t in truths.items()} == {"STRING": 4815, "Specific": 756, "Non-specific": 3067}
-    assert {"gene_embedding", "biobert"} <= set(adata.varm)
+    assert adata.varm["gene_embedding"].shape == (821, 64)
     regulators = set(adata.var_names[adata.var["is_regulator"]])
     assert all(set(t["source"]) <= regulators for t in truths.values())
+    small, fewer = _grn.beeline_data("biobert")
+    assert small.n_vars == 216 and small.uns["gene_embedding"]["unmatched"].size == 0
+    assert {name: len(t) for name, t in fewer.items()} == {"STRING": 1335, "Specific": 126, "Non-specific": 756}

@@ -20,6 +20,7 @@ from ._spec import parse_model
 from ._summary import summarise
 
 _COMPOUNDS = {"compounds-tggates": (tggates_screen, tuple(DESCRIPTIONS)), "compounds-ht115": (ht115_screen, ("text",))}
+_NETWORKS = {"grn": "go_bp", "grn-biobert": "biobert"}
 _EPILOG = """\
 examples:
   python -m pertura.benchmark kang --seeds 3 --models PertVAE --out kang.csv
@@ -28,7 +29,7 @@ examples:
   python -m pertura.benchmark l1000 --seeds 3 --out l1000.csv
   python -m pertura.benchmark compounds-tggates --seeds 5 --out tggates.csv
   python -m pertura.benchmark grn --seeds 10 --out grn.csv
-  python -m pertura.benchmark grn --models correlation "one-hot LR" "GO cosine" --out grn.csv
+  python -m pertura.benchmark grn --models correlation "one-hot LR" "embedding cosine" --out grn.csv
 
 A model is a class of pertura.model or pertura.baseline with arguments after a colon:
 PertVAE:n_latent=10,train.max_epochs=50. Results in --out are kept: what is in it is not run again.
@@ -45,7 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "data",
         help=f"{', '.join(sorted(ALIASES))}, any loader of pertura.datasets, or l1000 (the paper's Table 1), "
-        "compounds-tggates or compounds-ht115 (DrugAAE on compounds that are held out), grn (networks of mouse dendritic cells)",
+        "compounds-tggates or compounds-ht115 (DrugAAE on compounds that are held out), grn or grn-biobert "
+        "(networks of mouse dendritic cells, embeddings from GO or BioBERT)",
     )
     parser.add_argument("--models", nargs="+", metavar="MODEL", help="default: PertVAE; grn: all")
     parser.add_argument("--split", default="unseen_context", choices=KINDS, help="question (default: %(default)s)")
@@ -71,13 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     options = parser.parse_args(argv)
-    if options.plot and (options.data in ("l1000", "grn", *_COMPOUNDS)):
+    if options.plot and (options.data in ("l1000", *_NETWORKS, *_COMPOUNDS)):
         parser.error(f"--plot draws summaries of held-out conditions; {options.data} has none.")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        models = {} if options.data == "grn" else dict(parse_model(text) for text in options.models or ["PertVAE"])
-        if options.data == "grn":
-            table = _grn(options.models, options.seeds, options.out)
+        by_name = options.data in _NETWORKS
+        models = {} if by_name else dict(parse_model(text) for text in options.models or ["PertVAE"])
+        if by_name:
+            table = _grn(options.data, options.models, options.seeds, options.out)
         elif options.data == "l1000":
             table = summarise_l1000(run_l1000(models=models, seeds=options.seeds, out=options.out))
         elif options.data in _COMPOUNDS:
@@ -117,15 +120,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _grn(names: Sequence[str] | None, seeds: int, out: str | None) -> pd.DataFrame:
+def _grn(data: str, names: Sequence[str] | None, seeds: int, out: str | None) -> pd.DataFrame:
     """Summary of the benchmark of networks."""
     known = grn_models()
     unknown = [n for n in names or () if n not in known]
     if unknown:
         raise ValueError(f"`models`: {unknown} are none of {list(known)}.")
-    adata, truths = beeline_data()
+    adata, truths = beeline_data(_NETWORKS[data])
     chosen = {n: known[n] for n in names or known}
-    return summarise_grn(run_grn(adata, truths, chosen, seeds=seeds, dataset="beeline_mdc", out=out))
+    return summarise_grn(run_grn(adata, truths, chosen, seeds=seeds, dataset=data, out=out))
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ class NetworkModel:
 
 
 def grn_models() -> dict[str, Scorer]:
-    """Scorers of the command line by name; ``gene_embedding`` and ``is_regulator`` are in the data of :func:`beeline_data`."""
+    """Scorers of the command line by name, for the data of :func:`beeline_data`."""
     from pertura import baseline
 
     return {
@@ -107,24 +107,38 @@ def grn_models() -> dict[str, Scorer]:
         "trees": baseline.TreeEnsemble(regulators="is_regulator", n_estimators=50),
         "regulator rate": baseline.RegulatorRate(),
         "one-hot LR": baseline.OneHotLogistic(),
-        "GO LR": baseline.EmbeddingLogistic(),
-        "GO LR products": baseline.EmbeddingLogistic(products=True),
-        "GO cosine": baseline.EmbeddingCosine(),
-        "BioBERT cosine": baseline.EmbeddingCosine(embedding_key="biobert"),
+        "embedding LR": baseline.EmbeddingLogistic(),
+        "embedding LR products": baseline.EmbeddingLogistic(products=True),
+        "embedding cosine": baseline.EmbeddingCosine(),
     }
 
 
-def beeline_data() -> tuple[AnnData, dict[str, pd.DataFrame]]:
-    """Mouse dendritic cells with gene embeddings in ``varm`` (``gene_embedding``: GO, ``biobert``), and three known networks."""
+def beeline_data(embedding: str = "go_bp") -> tuple[AnnData, dict[str, pd.DataFrame]]:
+    """Mouse dendritic cells with gene embeddings, and three known networks.
+
+    Parameters
+    ----------
+    embedding
+        Source of :func:`pertura.priors.gene_embeddings`. With ``"biobert"``, which has vectors for a quarter of the genes, the
+        others are left out of the data and of the known networks.
+
+    Returns
+    -------
+    AnnData with ``varm["gene_embedding"]`` and ``var["is_regulator"]``; known networks by name.
+    """
     from pertura import datasets, priors
 
     found = {name: datasets.beeline_mdc(name) for name in _TRUTHS}
     adata = found[_TRUTHS[0]]
     # each network comes with a list of its own; two regulators are not in that of the first
     adata.var["is_regulator"] = np.logical_or.reduce([a.var["is_regulator"].to_numpy() for a in found.values()])
-    priors.gene_embeddings(adata, "go_bp")
-    priors.gene_embeddings(adata, "biobert", key_added="biobert")
-    return adata, {name: a.uns["ground_truth"] for name, a in found.items()}
+    if embedding == "biobert":
+        vectors = datasets.biobert_mesc500()
+        adata = adata[:, priors.match_genes(adata.var_names, vectors.index) >= 0].copy()
+    priors.gene_embeddings(adata, embedding)
+    truths = {name: a.uns["ground_truth"] for name, a in found.items()}
+    genes = set(adata.var_names)
+    return adata, {n: t[t["source"].isin(genes) & t["target"].isin(genes)] for n, t in truths.items()}
 
 
 def run_grn(
