@@ -61,6 +61,13 @@ def test_what_uses_labels_is_fitted_per_split_and_the_rest_once(data, tmp_path):
         run_grn(adata, truths, {"once": baseline.EmbeddingCosine()}, splits=("edge",), seeds=1, dataset="d", out=out)
 
 
+def test_a_model_may_ask_for_some_splits_alone(data):
+    model = Counting(True)
+    model.splits = ("unseen_both",)
+    found = run_grn(*data, {"often": model}, splits=("edge", "unseen_both"), seeds=1)
+    assert len(model.trains_) == 2 and set(found["split"]) == {"unseen_both"}
+
+
 def test_scores_are_those_of_the_test_pairs(data):
     from pertura.data import make_grn_splits
 

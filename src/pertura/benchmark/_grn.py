@@ -53,6 +53,8 @@ class NetworkModel:
         Arguments of its ``train``.
     edges
         Whether training pairs are given to the model as known edges (``edges_key``): it is then fitted anew for every split.
+    splits
+        Kinds of splits that it is scored on; `None`: all. A model that is fitted for each split takes its time.
     seed
         Of the model and its training.
     **options
@@ -60,10 +62,17 @@ class NetworkModel:
     """
 
     def __init__(
-        self, name: str, *, train: Mapping[str, Any] | None = None, edges: bool = False, seed: int = 0, **options: Any
+        self,
+        name: str,
+        *,
+        train: Mapping[str, Any] | None = None,
+        edges: bool = False,
+        splits: Sequence[str] | None = None,
+        seed: int = 0,
+        **options: Any,
     ) -> None:
         self.name, self.train, self.seed, self.options = name, dict(train or {}), seed, options
-        self.uses_labels = edges
+        self.uses_labels, self.splits = edges, splits
 
     def __repr__(self) -> str:
         """Name and settings."""
@@ -99,8 +108,16 @@ class NetworkModel:
 
 
 def grn_models() -> dict[str, Scorer]:
-    """Scorers of the command line by name, for the data of :func:`beeline_data`."""
+    """Scorers of the command line by name, for the data of :func:`beeline_data`.
+
+    InfoSEM with known edges (BC) is fitted for each split, one network and not an ensemble, and for ``"unseen_both"`` alone; the same
+    without known edges ("one") is what to compare it with.
+    """
     from pertura import baseline
+
+    def infosem(edges: bool = False, **options: Any) -> NetworkModel:
+        splits = ("unseen_both",) if edges else None
+        return NetworkModel("InfoSEM", edges=edges, splits=splits, regulators="is_regulator", **options)
 
     return {
         "correlation": baseline.Correlation(),
@@ -110,6 +127,13 @@ def grn_models() -> dict[str, Scorer]:
         "embedding LR": baseline.EmbeddingLogistic(),
         "embedding LR products": baseline.EmbeddingLogistic(products=True),
         "embedding cosine": baseline.EmbeddingCosine(),
+        "InfoSEM none": infosem(prior="none", n_ensemble=4),
+        "InfoSEM B": infosem(prior="embedding", n_ensemble=4),
+        "InfoSEM B additive": infosem(prior="embedding", prior_mean="additive", n_ensemble=4),
+        "InfoSEM B, one": infosem(prior="embedding"),
+        "InfoSEM B additive, one": infosem(prior="embedding", prior_mean="additive"),
+        "InfoSEM BC, one": infosem(edges=True, prior="embedding+edges"),
+        "InfoSEM BC additive, one": infosem(edges=True, prior="embedding+edges", prior_mean="additive"),
     }
 
 
@@ -185,7 +209,12 @@ def run_grn(
         mark, fitted = digest(repr(model)), False
         for truth, edges in truths.items():
             for kind, seed, train, test in _parts(edges, splits, seeds):
-                if (model.uses_labels and train is None) or results.has((truth, kind, seed, name), mark):
+                asked = getattr(model, "splits", None) or splits
+                if (
+                    kind not in asked
+                    or (model.uses_labels and train is None)
+                    or results.has((truth, kind, seed, name), mark)
+                ):
                     continue
                 if model.uses_labels or not fitted:
                     with Resources() as used:
