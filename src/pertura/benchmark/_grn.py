@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -205,25 +205,25 @@ def run_grn(
     _check(truths, models, splits)
     seeds = range(seeds) if isinstance(seeds, int) else seeds
     results = _Results(out, dataset)
-    for name, model in models.items():
-        mark, fitted = digest(repr(model)), False
-        for truth, edges in truths.items():
-            for kind, seed, train, test in _parts(edges, splits, seeds):
-                asked = getattr(model, "splits", None) or splits
-                if (
-                    kind not in asked
-                    or (model.uses_labels and train is None)
-                    or results.has((truth, kind, seed, name), mark)
-                ):
-                    continue
-                if model.uses_labels or not fitted:
+    marks = {name: digest(repr(model)) for name, model in models.items()}
+    took: dict[str, float] = {}
+    for truth, edges in truths.items():
+        for kind, seed in [(k, s) for k in splits for s in ((0,) if k == EVERYTHING else seeds)]:
+            left = [
+                n for n, m in models.items() if _applies(m, kind) and not results.has((truth, kind, seed, n), marks[n])
+            ]
+            if not left:
+                continue
+            train, test = _pairs(edges, kind, seed)
+            for name in left:
+                model = models[name]
+                if model.uses_labels or name not in took:
                     with Resources() as used:
                         model.fit(adata, train if model.uses_labels else None)
-                    fitted = True
+                    took[name] = round(used.seconds, 2)
                 row = dict(zip(_RUN, (dataset, truth, kind, seed, name), strict=True))
-                seconds = round(used.seconds, 2)
-                results.add({**row, **_scores(model, test), "seconds": seconds, "settings": mark})
-            logger.info("%s: %s", name, truth)
+                results.add({**row, **_scores(model, test), "seconds": took[name], "settings": marks[name]})
+            logger.info("%s, %s, seed %d: %s", truth, kind, seed, ", ".join(left))
     return results.of(truths, models, splits, seeds)
 
 
@@ -235,17 +235,17 @@ def _check(truths: Mapping[str, pd.DataFrame], models: Mapping[str, Scorer], spl
         raise ValueError("`truths` and `models` must name at least one network and one model.")
 
 
-def _parts(
-    edges: pd.DataFrame, splits: Sequence[str], seeds: Sequence[int]
-) -> Iterator[tuple[str, int, pd.DataFrame | None, pd.DataFrame]]:
-    """Kind, seed, training pairs (`None`: there are none) and test pairs."""
-    for kind in splits:
-        if kind == EVERYTHING:
-            yield kind, 0, None, candidate_pairs(edges)
-            continue
-        for seed in seeds:
-            split = make_grn_splits(edges, kind=kind, seed=seed)[0]
-            yield kind, seed, split.train, split.test
+def _applies(model: Scorer, kind: str) -> bool:
+    asked = getattr(model, "splits", None)
+    return (asked is None or kind in asked) and not (model.uses_labels and kind == EVERYTHING)
+
+
+def _pairs(edges: pd.DataFrame, kind: str, seed: int) -> tuple[pd.DataFrame | None, pd.DataFrame]:
+    """Training pairs (`None`: there are none) and test pairs."""
+    if kind == EVERYTHING:
+        return None, candidate_pairs(edges)
+    split = make_grn_splits(edges, kind=kind, seed=seed)[0]
+    return split.train, split.test
 
 
 def _scores(model: Scorer, test: pd.DataFrame) -> dict[str, float]:
