@@ -10,7 +10,7 @@ import pytest
 from anndata import AnnData
 
 from pertura import baseline
-from pertura.benchmark import NetworkModel, __main__, _grn, run_grn, summarise_grn
+from pertura.benchmark import GivenNetwork, NetworkModel, __main__, _grn, run_grn, summarise_grn
 from pertura.metrics import EdgeCandidates, auprc
 
 
@@ -148,6 +148,22 @@ def test_a_model_gets_training_pairs_as_known_edges_and_nothing_else(data, monke
     assert model.score(asked).tolist() == [2, 1, 0]
     with pytest.raises(ValueError, match="`train` is missing"):
         model.fit(adata)
+
+
+def test_a_given_network_is_scored_like_the_table(data):
+    from pertura.metrics import score_network
+
+    adata, truths = data
+    correlation = baseline.Correlation().fit(adata)
+    matrix = pd.DataFrame(correlation.weight_, adata.var_names, adata.var_names)
+    edges = matrix.rename_axis("source").reset_index().melt("source", var_name="target", value_name="weight")
+    edges["weight"] *= np.where(np.arange(len(edges)) % 2, -1, 1)  # signs do not matter
+    found = run_grn(adata, truths, {"mine": GivenNetwork(edges)}, splits=("all",)).set_index("truth")
+    assert found.loc["first", "auprc"] == pytest.approx(score_network(edges, truths["first"])["auprc"])
+    with pytest.raises(ValueError, match="lacks the columns"):
+        GivenNetwork(edges.drop(columns="weight"))
+    with pytest.raises(ValueError, match="twice"):
+        GivenNetwork(pd.concat([edges, edges]))
 
 
 @pytest.mark.parametrize(

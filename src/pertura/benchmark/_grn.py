@@ -42,6 +42,40 @@ class Scorer(Protocol):
         """Scores of pairs, ``(n_pairs,)``."""
 
 
+class GivenNetwork:
+    r"""A network that is there already, from any tool, as a scorer of pairs by \|weight\|.
+
+    Parameters
+    ----------
+    edges
+        ``source, target, weight``; pairs that are not listed have weight 0.
+    """
+
+    uses_labels = False
+
+    def __init__(self, edges: pd.DataFrame) -> None:
+        lacking = [c for c in ("source", "target", "weight") if c not in edges]
+        if lacking:
+            raise ValueError(f"`edges` lacks the columns {lacking}; it has {list(edges.columns)[:10]}.")
+        if edges.duplicated(["source", "target"]).any():
+            raise ValueError("`edges` lists some edges twice; aggregate them first, e.g. by their largest weight.")
+        names = pd.MultiIndex.from_frame(edges[["source", "target"]].astype(str))
+        self.weight = pd.Series(edges["weight"].abs().to_numpy(np.float64), index=names)
+
+    def __repr__(self) -> str:
+        """Number of edges and a fingerprint of their weights."""
+        return f"GivenNetwork({len(self.weight)} edges, {digest(self.weight.to_numpy().tobytes())})"
+
+    def fit(self, adata: AnnData | None, train: pd.DataFrame | None = None) -> GivenNetwork:
+        """There is nothing to learn."""
+        return self
+
+    def score(self, pairs: pd.DataFrame) -> NDArray[np.float64]:
+        """See :class:`Scorer`."""
+        asked = pd.MultiIndex.from_frame(pairs[["source", "target"]].astype(str))
+        return self.weight.reindex(asked).fillna(0.0).to_numpy()
+
+
 class NetworkModel:
     """A model with ``get_grn`` as a scorer of pairs.
 
@@ -97,14 +131,12 @@ class NetworkModel:
             cls.setup_anndata(adata)
             fitted = cls(adata, **options)
             fitted.train(**{"seed": self.seed, "accelerator": "cpu", "enable_progress_bar": False, **self.train})
-        edges = fitted.get_grn(key_added=None)
-        self.weight_ = edges.set_index(["source", "target"])["weight"].abs()
+        self.network_ = GivenNetwork(fitted.get_grn(key_added=None))
         return self
 
     def score(self, pairs: pd.DataFrame) -> NDArray[np.float64]:
         r"""\|weight\|, 0 for pairs that the network does not have."""
-        asked = pd.MultiIndex.from_frame(pairs[["source", "target"]].astype(str))
-        return self.weight_.reindex(asked).fillna(0.0).to_numpy(np.float64)
+        return self.network_.score(pairs)
 
 
 def grn_models() -> dict[str, Scorer]:
