@@ -8,7 +8,7 @@ pertura.benchmark kang``.
 from ._compounds import Screen, ht115_screen, run_compounds, summarise_compounds, tggates_screen
 from ._dataset import Dataset, make_splits
 from ._effects import effect_calibration, measured_effect
-from ._grn import GivenNetwork, NetworkModel, Scorer, beeline_data, grn_models, run_grn, summarise_grn
+from ._grn import GRN_SPLITS, GivenNetwork, NetworkModel, Scorer, beeline_data, grn_models, run_grn, summarise_grn
 from ._l1000 import run_l1000, summarise_l1000
 from ._runner import DEFAULT_METRICS, run
 from ._spec import ModelSpec, baselines, parse_model
@@ -16,6 +16,7 @@ from ._summary import summarise
 
 __all__ = [
     "DEFAULT_METRICS",
+    "GRN_SPLITS",
     "Dataset",
     "Screen",
     "GivenNetwork",
