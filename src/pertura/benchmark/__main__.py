@@ -13,6 +13,7 @@ from pertura.datasets import DataNotAvailable
 
 from ._compounds import DESCRIPTIONS, ht115_screen, run_compounds, summarise_compounds, tggates_screen
 from ._dataset import ALIASES, KINDS
+from ._grn import beeline_data, grn_models, run_grn, summarise_grn
 from ._l1000 import run_l1000, summarise_l1000
 from ._runner import DEFAULT_METRICS, run
 from ._spec import parse_model
@@ -26,6 +27,8 @@ examples:
   python -m pertura.benchmark norman --split unseen_combination --models Additive PertVAE --out norman.csv
   python -m pertura.benchmark l1000 --seeds 3 --out l1000.csv
   python -m pertura.benchmark compounds-tggates --seeds 5 --out tggates.csv
+  python -m pertura.benchmark grn --seeds 10 --out grn.csv
+  python -m pertura.benchmark grn --models correlation "one-hot LR" "GO cosine" --out grn.csv
 
 A model is a class of pertura.model or pertura.baseline with arguments after a colon:
 PertVAE:n_latent=10,train.max_epochs=50. Results in --out are kept: what is in it is not run again.
@@ -42,9 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "data",
         help=f"{', '.join(sorted(ALIASES))}, any loader of pertura.datasets, or l1000 (the paper's Table 1), "
-        "compounds-tggates or compounds-ht115 (DrugAAE on compounds that are held out)",
+        "compounds-tggates or compounds-ht115 (DrugAAE on compounds that are held out), grn (networks of mouse dendritic cells)",
     )
-    parser.add_argument("--models", nargs="+", default=["PertVAE"], metavar="MODEL", help="default: PertVAE")
+    parser.add_argument("--models", nargs="+", metavar="MODEL", help="default: PertVAE; grn: all")
     parser.add_argument("--split", default="unseen_context", choices=KINDS, help="question (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: %(default)s)")
     parser.add_argument("--metrics", nargs="+", default=list(DEFAULT_METRICS), metavar="METRIC")
@@ -68,12 +71,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     options = parser.parse_args(argv)
-    if options.plot and (options.data == "l1000" or options.data in _COMPOUNDS):
+    if options.plot and (options.data in ("l1000", "grn", *_COMPOUNDS)):
         parser.error(f"--plot draws summaries of held-out conditions; {options.data} has none.")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        models = dict(parse_model(text) for text in options.models)
-        if options.data == "l1000":
+        models = {} if options.data == "grn" else dict(parse_model(text) for text in options.models or ["PertVAE"])
+        if options.data == "grn":
+            table = _grn(options.models, options.seeds, options.out)
+        elif options.data == "l1000":
             table = summarise_l1000(run_l1000(models=models, seeds=options.seeds, out=options.out))
         elif options.data in _COMPOUNDS:
             screen, descriptions = _COMPOUNDS[options.data]
@@ -96,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, DataNotAvailable) as error:
         parser.error(str(error))
     with pd.option_context("display.width", 220, "display.max_columns", None, "display.max_rows", None):
-        drop = [c for c in ("dataset", "split") if c in table]
+        drop = [c for c in ("dataset", "split") if c in table and table[c].nunique() == 1]
         sys.stdout.write(table.drop(columns=drop).to_string(index=False, float_format="%.3f") + "\n")
     if options.plot:
         import matplotlib.pyplot as plt
@@ -110,6 +115,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         figure.savefig(options.plot, dpi=150)
         plt.close(figure)
     return 0
+
+
+def _grn(names: Sequence[str] | None, seeds: int, out: str | None) -> pd.DataFrame:
+    """Summary of the benchmark of networks."""
+    known = grn_models()
+    unknown = [n for n in names or () if n not in known]
+    if unknown:
+        raise ValueError(f"`models`: {unknown} are none of {list(known)}.")
+    adata, truths = beeline_data()
+    chosen = {n: known[n] for n in names or known}
+    return summarise_grn(run_grn(adata, truths, chosen, seeds=seeds, dataset="beeline_mdc", out=out))
 
 
 if __name__ == "__main__":
