@@ -367,7 +367,7 @@ class InfoSEM(PerturbationModule):
         return {"member": member, "weight": weight, "total": total_effect(weight, self.regulators)}
 
     def abduct(self, cells: Cells, n_samples: int, globals_: dict[str, Tensor]) -> Basal:
-        """z of a cell from q(z | x), that of a gene which was knocked out at its prior mean, and what f leaves over."""
+        """Noise z of a cell from q(z | x), that of a gene which was knocked out at its prior mean, and what f leaves over."""
         x = self.standardised(cells)
         z = torch.randn(n_samples, *x.shape, device=x.device)
         noise = torch.empty_like(z)
@@ -385,7 +385,7 @@ class InfoSEM(PerturbationModule):
         return Basal(z, noise, cells.context, cells.batch, cells.library)
 
     def act(self, basal: Basal, action: Action, globals_: dict[str, Tensor]) -> Tensor:
-        """z under do(g): that of the knocked-out genes moves until their state is that of no expression."""
+        """Noise under do(g): that of the knocked-out genes moves until their state is that of no expression."""
         position, present = self.targets(action)
         if not bool(present.any()):
             return basal.z
