@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "_base": ["Action", "Basal", "Cells", "PerturbationModule"],
         "_cradlevae": ["CRADLEVAE"],
         "_drugaae": ["DrugAAE"],
+        "_gpovae": ["GPOVAE"],
         "_pertvae": ["PertVAE"],
         "_perturbx": ["PerturbX"],
         "_samsvae": ["SAMSVAE"],
