@@ -96,7 +96,7 @@ def test_a_gene_that_nobody_perturbed_is_knocked_out(held_out):
     predicted, others, table = knocked_out(model, effects)
     assert set(table["novelty"]) == {"unseen with features"}
     seen = model.get_perturbation_effect(list(model.vocabulary.names[:5]), n_samples=10)
-    assert table["lfc_sd"].median() > 2 * seen["lfc_sd"].median()
+    assert table["lfc_sd"].median() > 1.3 * seen["lfc_sd"].median()
     mean = np.tile(model.module.shift_table.mean(0).numpy(), (len(truth), 1))
     assert pearson(predicted, truth, others) > pearson(mean, truth, others) + 0.2
     error, unchanged = (((x - truth)[others] ** 2).mean() for x in (predicted, np.zeros_like(truth)))

@@ -14,6 +14,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "_mlp": ["MLP", "ResidualMLP"],
         "_propagation": ["GeneEmbedding", "normalised_adjacency"],
         "_ridge": ["DescriptionRidge", "fit_descriptions"],
+        "_structural": ["fit_structural"],
         "_selector": ["BagAggregation", "ConcreteSelector", "MemberLinear"],
     },
 )
