@@ -8,6 +8,7 @@ pertura.benchmark kang``.
 from ._compounds import Screen, ht115_screen, run_compounds, summarise_compounds, tggates_screen
 from ._dataset import Dataset, make_splits
 from ._effects import effect_calibration, measured_effect
+from ._grn import GRN_SPLITS, GivenNetwork, NetworkModel, Scorer, beeline_data, grn_models, run_grn, summarise_grn
 from ._l1000 import run_l1000, summarise_l1000
 from ._runner import DEFAULT_METRICS, run
 from ._spec import ModelSpec, baselines, parse_model
@@ -15,20 +16,28 @@ from ._summary import summarise
 
 __all__ = [
     "DEFAULT_METRICS",
+    "GRN_SPLITS",
     "Dataset",
     "Screen",
+    "GivenNetwork",
     "ModelSpec",
+    "NetworkModel",
+    "Scorer",
     "baselines",
+    "beeline_data",
     "effect_calibration",
+    "grn_models",
     "ht115_screen",
     "make_splits",
     "measured_effect",
     "parse_model",
     "run",
     "run_compounds",
+    "run_grn",
     "run_l1000",
     "summarise",
     "summarise_compounds",
+    "summarise_grn",
     "summarise_l1000",
     "tggates_screen",
 ]

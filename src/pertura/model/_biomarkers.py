@@ -30,6 +30,16 @@ class BiomarkerMixin:
     gene_names: Any
     contexts: list[str]
 
+    @property
+    def shares(self) -> pd.Series:
+        """Shares of the regression and of the networks in what a prediction for a new context adds to the mean effect.
+
+        As training contexts that they did not see bore them out; two zeros: a prediction is the mean effect.
+        """
+        self._check_if_trained(warn=False, message="The model is not trained. Call `train()` first.")
+        share = self.module.share.tolist() if self.module.residual else (0.0, 1.0)
+        return pd.Series(share[:2], index=["regression", "networks"], name="share")
+
     def get_selected_genes(self) -> pd.DataFrame:
         """Genes that the selectors of the ensemble picked.
 
@@ -162,7 +172,7 @@ class BiomarkerMixin:
         else:
             axis = _component(component, self._axes(perturbation)[1])
             value, x, genes = self._representation_values(perturbation, axis, n_cells, n_samples, seed)
-            if self.module.residual and not self.module.share[1] > 0:
+            if not self.shares["networks"] > 0:
                 logger.warning(
                     "The networks have no share in the prediction: their representation is not what it is made of. "
                     "Ask for `of='prediction'`."
@@ -200,7 +210,7 @@ class BiomarkerMixin:
         """Shapley values and expression of all genes in the mean control cells of contexts."""
         module, action = self.module, self._question_action(perturbation, 1)
         along = torch.as_tensor(axis, dtype=torch.float32)
-        regression, network, _ = module.share.tolist() if module.residual else (0.0, 1.0, 0.0)
+        regression, network = self.shares
         kept = torch.nonzero(module.has_bag.cpu()).ravel()
         x = module.control.cpu().double().numpy()[kept]
         value = regression * module.regression_slope(action, axis) * (x - x.mean(0))

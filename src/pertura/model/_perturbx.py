@@ -43,7 +43,7 @@ class PerturbX(BiomarkerMixin, Linear):
     training contexts tell nothing about one another, the mean effect is what remains. In a context where a perturbation was
     measured, its effect is the measured one.
 
-    Where the networks' share, ``module.share[1]``, is 0, as on the cell types of Kang et al. 2018, the selected genes and their
+    Where the networks' share in :attr:`shares` is 0, as on the cell types of Kang et al. 2018, the selected genes and their
     importance describe the networks, not the prediction: ``get_gene_importance(of="prediction")`` describes that.
 
     A prediction for cells is the cell's own expression plus the effect in its context.

@@ -181,6 +181,45 @@ def as_anndata(
     return out
 
 
+def contexts_as_anndata(
+    model: Any, user: AnnData, table: pd.DataFrame, n_cells: pd.Series, asked: dict[str, Any]
+) -> AnnData:
+    """New AnnData with one row per perturbation and context.
+
+    Parameters
+    ----------
+    table
+        Effects, all genes of a row one after the other.
+    n_cells
+        Cells asked, by context.
+    """
+    shape = (-1, len(model.gene_names))
+    first = table.iloc[:: shape[1]].reset_index(drop=True)
+    keys = {"perturbation": "perturbation_key", "context": "context_key", "dose": "dose_key"}
+    obs = pd.DataFrame(index=pd.RangeIndex(len(first)))
+    for name in (name for name in keys if name in first):
+        # under its plain name, and under the user's own
+        for column in dict.fromkeys((name, model._argument(keys[name]) or name)):
+            if not str(column).startswith("_pertura"):
+                obs[column] = pd.Categorical(first[name].astype(str))
+    obs["novelty"] = pd.Categorical(first["novelty"])
+    obs["n_cells"] = first["context"].map(n_cells).to_numpy()
+    label = first["perturbation"].astype(str) + ("@" + first["dose"].astype(str) if "dose" in first else "")
+    obs.index = pd.Index(first["context"].astype(str) + "-" + label, dtype=object, name=None)
+
+    def values(column: str) -> np.ndarray:
+        return table[column].to_numpy(np.float32).reshape(shape)
+
+    genes = pd.Index(user.var_names.astype(str)).get_indexer(model.gene_names)
+    out = AnnData(X=values("mean_perturbed"), obs=obs, var=user.var.iloc[genes].copy())
+    out.layers["control"], out.layers["effect"] = values("mean_control"), values("lfc_mean")
+    if asked["ci"] is not None:
+        for end in ("low", "high"):
+            out.layers[end] = out.layers["control"] + values(f"ci_{end}")
+    out.uns[PREDICTION] = provenance(model, wrote=[], **asked)
+    return out
+
+
 def ranked_effects(table: pd.DataFrame, group: str, params: dict[str, Any]) -> dict[str, Any]:
     """Effect table in the structure of :func:`scanpy.tl.rank_genes_groups`.
 
