@@ -10,9 +10,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "_base": ["Action", "Basal", "Cells", "PerturbationModule"],
         "_cradlevae": ["CRADLEVAE"],
         "_drugaae": ["DrugAAE"],
+        "_gpovae": ["GPOVAE"],
         "_infosem": ["InfoSEM"],
-        "_pertvae": ["PertVAE"],
         "_perturbx": ["PerturbX"],
+        "_pertvae": ["PertVAE"],
         "_samsvae": ["SAMSVAE"],
     },
 )
