@@ -9,6 +9,7 @@ from ._compounds import Screen, ht115_screen, run_compounds, summarise_compounds
 from ._dataset import Dataset, make_splits
 from ._effects import effect_calibration, measured_effect
 from ._grn import GRN_SPLITS, GivenNetwork, NetworkModel, Scorer, beeline_data, grn_models, run_grn, summarise_grn
+from ._grn_model import grn_knockouts, grn_speed, summarise_knockouts
 from ._l1000 import run_l1000, summarise_l1000
 from ._runner import DEFAULT_METRICS, run
 from ._spec import ModelSpec, baselines, parse_model
@@ -26,7 +27,9 @@ __all__ = [
     "baselines",
     "beeline_data",
     "effect_calibration",
+    "grn_knockouts",
     "grn_models",
+    "grn_speed",
     "ht115_screen",
     "make_splits",
     "measured_effect",
@@ -38,6 +41,7 @@ __all__ = [
     "summarise",
     "summarise_compounds",
     "summarise_grn",
+    "summarise_knockouts",
     "summarise_l1000",
     "tggates_screen",
 ]

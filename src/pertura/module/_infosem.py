@@ -208,6 +208,14 @@ class InfoSEM(PerturbationModule):
             return None
         return torch.sigmoid(self.edge_logit if logit is None else logit)
 
+    def regulated(self, z: Tensor, weight: Tensor) -> Tensor:
+        """State of the genes, z (I - A)^-1."""
+        return propagate(z, weight, self.regulators)
+
+    def unregulated(self, x: Tensor, weight: Tensor) -> Tensor:
+        """What regulators do not explain, x (I - A)."""
+        return remove_regulation(x, weight, self.regulators)
+
     # -- generative model and guide ---------------------------------------------------------------------------------
 
     def model(self, inputs: Inputs, kl_weight: float = 1.0) -> None:
@@ -216,7 +224,7 @@ class InfoSEM(PerturbationModule):
         weight = self._sample_network(n_cells)
         with pyro.poutine.scale(scale=self.beta * kl_weight / self.n_ensemble):
             z = pyro.sample("z", dist.Normal(*self.noise_prior(weight, inputs)).to_event(3))
-        state = propagate(z, weight, self.regulators)
+        state = self.regulated(z, weight)
         with pyro.poutine.scale(scale=1.0 / self.n_ensemble):
             pyro.sample("x", dist.Normal(*self.expression(state)).to_event(3), obs=inputs.x)
 
@@ -264,8 +272,8 @@ class InfoSEM(PerturbationModule):
         mean, sd = torch.zeros_like(inputs.x), torch.ones_like(inputs.x)
         if self.noise_mean is not None:
             # the learned prior is one of the state's own scale, as the guide is
-            loc = remove_regulation(self.noise_mean[:, None], weight, self.regulators)
-            log_var = remove_regulation(self.noise_log_var[:, None], weight, self.regulators)
+            loc = self.unregulated(self.noise_mean[:, None], weight)
+            log_var = self.unregulated(self.noise_log_var[:, None], weight)
             mean, sd = loc.expand_as(mean), _sd(log_var).expand_as(sd)
         if inputs.intervened is not None:
             sd = torch.where(inputs.intervened, torch.full_like(sd, _FLAT_SD), sd)
@@ -274,8 +282,7 @@ class InfoSEM(PerturbationModule):
     def noise_posterior(self, x: Tensor, weight: Tensor, members: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Mean and sd of q(z | x, A)."""
         mean, log_var = self.encoder(x, members)
-        loc = remove_regulation(mean, weight, self.regulators)
-        return loc, _sd(remove_regulation(log_var, weight, self.regulators))
+        return self.unregulated(mean, weight), _sd(self.unregulated(log_var, weight))
 
     def expression(self, state: Tensor, members: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Mean and sd of standardised expression."""
@@ -350,7 +357,7 @@ class InfoSEM(PerturbationModule):
         x = self.standardised(cells)
         weight = self.network()
         loc, _ = self.noise_posterior(x.expand(self.n_ensemble, *x.shape).clamp(-self.clip, self.clip), weight)
-        found, _ = self.expression(propagate(loc, weight, self.regulators))
+        found, _ = self.expression(self.regulated(loc, weight))
         return (x - found).square().sum(1)
 
     # -- counterfactuals --------------------------------------------------------------------------------------------
@@ -446,8 +453,8 @@ class InfoSEM(PerturbationModule):
         for draws, network, member in self._networks(n_cells, globals_):
             weight = globals_["weight"][network][None]
             if self.noise_mean is not None:
-                loc = remove_regulation(self.noise_mean[member][:, None], weight, self.regulators)
-                log_var = remove_regulation(self.noise_log_var[member][:, None], weight, self.regulators)
+                loc = self.unregulated(self.noise_mean[member][:, None], weight)
+                log_var = self.unregulated(self.noise_log_var[member][:, None], weight)
                 x[draws] = loc + _sd(log_var) * x[draws]
             loc, scale = self._measured(self._state(x[draws], globals_["total"][network]), member)
             x[draws] = loc + scale * torch.randn_like(loc)
