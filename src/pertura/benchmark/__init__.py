@@ -5,19 +5,21 @@ ceiling each model closes; :func:`pertura.pl.benchmark` draws it. On the command
 pertura.benchmark kang``.
 """
 
-from ._compounds import Screen, ht115_screen, run_compounds, summarise_compounds, tggates_screen
+from ._compounds import run_compounds, summarise_compounds
 from ._dataset import Dataset, make_splits
+from ._doses import run_doses
 from ._effects import effect_calibration, measured_effect
 from ._l1000 import run_l1000, summarise_l1000
 from ._runner import DEFAULT_METRICS, run
+from ._screens import Screen, ht115_screen, tggates_conditions, tggates_screen
 from ._spec import ModelSpec, baselines, parse_model
 from ._summary import summarise
 
 __all__ = [
     "DEFAULT_METRICS",
     "Dataset",
-    "Screen",
     "ModelSpec",
+    "Screen",
     "baselines",
     "effect_calibration",
     "ht115_screen",
@@ -26,9 +28,11 @@ __all__ = [
     "parse_model",
     "run",
     "run_compounds",
+    "run_doses",
     "run_l1000",
     "summarise",
     "summarise_compounds",
     "summarise_l1000",
+    "tggates_conditions",
     "tggates_screen",
 ]

@@ -11,14 +11,22 @@ import pandas as pd
 
 from pertura.datasets import DataNotAvailable
 
-from ._compounds import DESCRIPTIONS, ht115_screen, run_compounds, summarise_compounds, tggates_screen
+from ._compounds import run_compounds, summarise_compounds
 from ._dataset import ALIASES, KINDS
+from ._doses import run_doses
 from ._l1000 import run_l1000, summarise_l1000
 from ._runner import DEFAULT_METRICS, run
+from ._screens import ht115_screen, tggates_conditions, tggates_screen
 from ._spec import parse_model
 from ._summary import summarise
 
-_COMPOUNDS = {"compounds-tggates": (tggates_screen, tuple(DESCRIPTIONS)), "compounds-ht115": (ht115_screen, ("text",))}
+#: Screen, protocol, and correlation of replicates above which compounds are also reported by themselves.
+_COMPOUNDS = {
+    "compounds-tggates": (tggates_screen, run_compounds, None),
+    "compounds-tggates-all": (tggates_conditions, run_compounds, None),
+    "compounds-tggates-dose": (tggates_conditions, run_doses, None),
+    "compounds-ht115": (ht115_screen, run_compounds, 0.3),
+}
 _EPILOG = """\
 examples:
   python -m pertura.benchmark kang --seeds 3 --models PertVAE --out kang.csv
@@ -42,7 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "data",
         help=f"{', '.join(sorted(ALIASES))}, any loader of pertura.datasets, or l1000 (the paper's Table 1), "
-        "compounds-tggates or compounds-ht115 (DrugAAE on compounds that are held out)",
+        "compounds-tggates, compounds-tggates-all or compounds-ht115 (DrugAAE on compounds that are held out), "
+        "compounds-tggates-dose (on a dose that is)",
     )
     parser.add_argument("--models", nargs="+", default=["PertVAE"], metavar="MODEL", help="default: PertVAE")
     parser.add_argument("--split", default="unseen_context", choices=KINDS, help="question (default: %(default)s)")
@@ -76,12 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.data == "l1000":
             table = summarise_l1000(run_l1000(models=models, seeds=options.seeds, out=options.out))
         elif options.data in _COMPOUNDS:
-            screen, descriptions = _COMPOUNDS[options.data]
-            train = {"max_epochs": 15}
-            found = run_compounds(
-                screen(), descriptions=descriptions, seeds=options.seeds, model={}, train=train, out=options.out
-            )
-            table = summarise_compounds(found)
+            screen, protocol, agreeing = _COMPOUNDS[options.data]
+            found = protocol(screen(), seeds=options.seeds, model={}, train={"max_epochs": 15}, out=options.out)
+            table = summarise_compounds(found, agreeing=agreeing)
         else:
             results = run(
                 options.data,
