@@ -9,6 +9,7 @@ from ._compounds import run_compounds, summarise_compounds
 from ._dataset import Dataset, make_splits
 from ._doses import run_doses
 from ._effects import effect_calibration, measured_effect
+from ._grn import GRN_SPLITS, GivenNetwork, NetworkModel, Scorer, beeline_data, grn_models, run_grn, summarise_grn
 from ._l1000 import run_l1000, summarise_l1000
 from ._runner import DEFAULT_METRICS, run
 from ._screens import Screen, ht115_screen, tggates_conditions, tggates_screen
@@ -17,11 +18,17 @@ from ._summary import summarise
 
 __all__ = [
     "DEFAULT_METRICS",
+    "GRN_SPLITS",
     "Dataset",
+    "GivenNetwork",
     "ModelSpec",
+    "NetworkModel",
+    "Scorer",
     "Screen",
     "baselines",
+    "beeline_data",
     "effect_calibration",
+    "grn_models",
     "ht115_screen",
     "make_splits",
     "measured_effect",
@@ -29,9 +36,11 @@ __all__ = [
     "run",
     "run_compounds",
     "run_doses",
+    "run_grn",
     "run_l1000",
     "summarise",
     "summarise_compounds",
+    "summarise_grn",
     "summarise_l1000",
     "tggates_conditions",
     "tggates_screen",

@@ -14,6 +14,7 @@ from pertura.datasets import DataNotAvailable
 from ._compounds import run_compounds, summarise_compounds
 from ._dataset import ALIASES, KINDS
 from ._doses import run_doses
+from ._grn import beeline_data, grn_models, run_grn, summarise_grn
 from ._l1000 import run_l1000, summarise_l1000
 from ._runner import DEFAULT_METRICS, run
 from ._screens import ht115_screen, tggates_conditions, tggates_screen
@@ -27,6 +28,7 @@ _COMPOUNDS = {
     "compounds-tggates-dose": (tggates_conditions, run_doses, None),
     "compounds-ht115": (ht115_screen, run_compounds, 0.3),
 }
+_NETWORKS = {"grn": "go_bp", "grn-biobert": "biobert"}
 _EPILOG = """\
 examples:
   python -m pertura.benchmark kang --seeds 3 --models PertVAE --out kang.csv
@@ -34,6 +36,8 @@ examples:
   python -m pertura.benchmark norman --split unseen_combination --models Additive PertVAE --out norman.csv
   python -m pertura.benchmark l1000 --seeds 3 --out l1000.csv
   python -m pertura.benchmark compounds-tggates --seeds 5 --out tggates.csv
+  python -m pertura.benchmark grn --seeds 10 --out grn.csv
+  python -m pertura.benchmark grn --models correlation "one-hot LR" "embedding cosine" --out grn.csv
 
 A model is a class of pertura.model or pertura.baseline with arguments after a colon:
 PertVAE:n_latent=10,train.max_epochs=50. Results in --out are kept: what is in it is not run again.
@@ -51,9 +55,10 @@ def _parser() -> argparse.ArgumentParser:
         "data",
         help=f"{', '.join(sorted(ALIASES))}, any loader of pertura.datasets, or l1000 (the paper's Table 1), "
         "compounds-tggates, compounds-tggates-all or compounds-ht115 (DrugAAE on compounds that are held out), "
-        "compounds-tggates-dose (on a dose that is)",
+        "compounds-tggates-dose (on a dose that is), grn or grn-biobert "
+        "(networks of mouse dendritic cells, embeddings from GO or BioBERT)",
     )
-    parser.add_argument("--models", nargs="+", default=["PertVAE"], metavar="MODEL", help="default: PertVAE")
+    parser.add_argument("--models", nargs="+", metavar="MODEL", help="default: PertVAE; grn: all")
     parser.add_argument("--split", default="unseen_context", choices=KINDS, help="question (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: %(default)s)")
     parser.add_argument("--metrics", nargs="+", default=list(DEFAULT_METRICS), metavar="METRIC")
@@ -77,12 +82,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     options = parser.parse_args(argv)
-    if options.plot and (options.data == "l1000" or options.data in _COMPOUNDS):
+    if options.plot and (options.data in ("l1000", *_NETWORKS, *_COMPOUNDS)):
         parser.error(f"--plot draws summaries of held-out conditions; {options.data} has none.")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        models = dict(parse_model(text) for text in options.models)
-        if options.data == "l1000":
+        by_name = options.data in _NETWORKS
+        models = {} if by_name else dict(parse_model(text) for text in options.models or ["PertVAE"])
+        if by_name:
+            table = _grn(options.data, options.models, options.seeds, options.out)
+        elif options.data == "l1000":
             table = summarise_l1000(run_l1000(models=models, seeds=options.seeds, out=options.out))
         elif options.data in _COMPOUNDS:
             screen, protocol, agreeing = _COMPOUNDS[options.data]
@@ -102,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, DataNotAvailable) as error:
         parser.error(str(error))
     with pd.option_context("display.width", 220, "display.max_columns", None, "display.max_rows", None):
-        drop = [c for c in ("dataset", "split") if c in table]
+        drop = [c for c in ("dataset", "split") if c in table and table[c].nunique() == 1]
         sys.stdout.write(table.drop(columns=drop).to_string(index=False, float_format="%.3f") + "\n")
     if options.plot:
         import matplotlib.pyplot as plt
@@ -116,6 +124,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         figure.savefig(options.plot, dpi=150)
         plt.close(figure)
     return 0
+
+
+def _grn(data: str, names: Sequence[str] | None, seeds: int, out: str | None) -> pd.DataFrame:
+    """Summary of the benchmark of networks."""
+    known = grn_models()
+    unknown = [n for n in names or () if n not in known]
+    if unknown:
+        raise ValueError(f"`models`: {unknown} are none of {list(known)}.")
+    adata, truths = beeline_data(_NETWORKS[data])
+    chosen = {n: known[n] for n in names or known}
+    return summarise_grn(run_grn(adata, truths, chosen, seeds=seeds, dataset=data, out=out))
 
 
 if __name__ == "__main__":
