@@ -11,15 +11,23 @@ import pandas as pd
 
 from pertura.datasets import DataNotAvailable
 
-from ._compounds import DESCRIPTIONS, ht115_screen, run_compounds, summarise_compounds, tggates_screen
+from ._compounds import run_compounds, summarise_compounds
 from ._dataset import ALIASES, KINDS
+from ._doses import run_doses
 from ._grn import beeline_data, grn_models, run_grn, summarise_grn
 from ._l1000 import run_l1000, summarise_l1000
 from ._runner import DEFAULT_METRICS, run
+from ._screens import ht115_screen, tggates_conditions, tggates_screen
 from ._spec import parse_model
 from ._summary import summarise
 
-_COMPOUNDS = {"compounds-tggates": (tggates_screen, tuple(DESCRIPTIONS)), "compounds-ht115": (ht115_screen, ("text",))}
+#: Screen, protocol, and correlation of replicates above which compounds are also reported by themselves.
+_COMPOUNDS = {
+    "compounds-tggates": (tggates_screen, run_compounds, None),
+    "compounds-tggates-all": (tggates_conditions, run_compounds, None),
+    "compounds-tggates-dose": (tggates_conditions, run_doses, None),
+    "compounds-ht115": (ht115_screen, run_compounds, 0.3),
+}
 _NETWORKS = {"grn": "go_bp", "grn-biobert": "biobert"}
 _EPILOG = """\
 examples:
@@ -46,7 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "data",
         help=f"{', '.join(sorted(ALIASES))}, any loader of pertura.datasets, or l1000 (the paper's Table 1), "
-        "compounds-tggates or compounds-ht115 (DrugAAE on compounds that are held out), grn or grn-biobert "
+        "compounds-tggates, compounds-tggates-all or compounds-ht115 (DrugAAE on compounds that are held out), "
+        "compounds-tggates-dose (on a dose that is), grn or grn-biobert "
         "(networks of mouse dendritic cells, embeddings from GO or BioBERT)",
     )
     parser.add_argument("--models", nargs="+", metavar="MODEL", help="default: PertVAE; grn: all")
@@ -84,12 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif options.data == "l1000":
             table = summarise_l1000(run_l1000(models=models, seeds=options.seeds, out=options.out))
         elif options.data in _COMPOUNDS:
-            screen, descriptions = _COMPOUNDS[options.data]
-            train = {"max_epochs": 15}
-            found = run_compounds(
-                screen(), descriptions=descriptions, seeds=options.seeds, model={}, train=train, out=options.out
-            )
-            table = summarise_compounds(found)
+            screen, protocol, agreeing = _COMPOUNDS[options.data]
+            found = protocol(screen(), seeds=options.seeds, model={}, train={"max_epochs": 15}, out=options.out)
+            table = summarise_compounds(found, agreeing=agreeing)
         else:
             results = run(
                 options.data,

@@ -119,7 +119,7 @@ def write(
         user.obsm[name] = matrix
     context_key = model._argument("context_key")
     params = {
-        "groupby": context_key or model._argument("perturbation_key"),
+        "groupby": context_key or model._argument("perturbation_key") or "perturbation",
         "reference": model.vocabulary.control,
         "method": f"pertura.{type(model).__name__}",
         "use_raw": False,
@@ -154,7 +154,7 @@ def as_anndata(
     obs = own.iloc[np.tile(np.arange(n_cells), n)].copy()
     labels = np.repeat(np.array([q.label for q in questions], dtype=object), n_cells)
     doses = np.repeat(np.array([q.dose_text for q in questions], dtype=object), n_cells)
-    columns = {"perturbation": (model._argument("perturbation_key"), pd.Categorical(labels))}
+    columns = {"perturbation": (model._argument("perturbation_key") or "perturbation", pd.Categorical(labels))}
     if has_dose:
         columns["dose"] = (model._argument("dose_key"), doses)
     names = obs.index.to_numpy()

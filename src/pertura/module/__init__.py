@@ -11,8 +11,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "_cradlevae": ["CRADLEVAE"],
         "_drugaae": ["DrugAAE"],
         "_gpovae": ["GPOVAE"],
-        "_pertvae": ["PertVAE"],
+        "_infosem": ["InfoSEM"],
         "_perturbx": ["PerturbX"],
+        "_pertvae": ["PertVAE"],
         "_samsvae": ["SAMSVAE"],
     },
 )
