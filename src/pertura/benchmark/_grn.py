@@ -114,7 +114,7 @@ class NetworkModel:
 
     def fit(self, adata: AnnData, train: pd.DataFrame | None = None) -> NetworkModel:
         """Train on all cells; of the labels, only those of the training pairs are known."""
-        from scvi import settings
+        import torch
 
         from pertura import model, priors
 
@@ -126,8 +126,8 @@ class NetworkModel:
             priors.known_edges(adata, train, key_added="_training_edges")
             options["edges_key"] = "_training_edges"
         cls = getattr(model, self.name)
-        settings.seed = self.seed
-        with quiet():
+        with quiet(), torch.random.fork_rng():
+            torch.manual_seed(self.seed)
             cls.setup_anndata(adata)
             fitted = cls(adata, **options)
             fitted.train(**{"seed": self.seed, "accelerator": "cpu", "enable_progress_bar": False, **self.train})

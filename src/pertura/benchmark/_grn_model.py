@@ -149,8 +149,6 @@ def grn_knockouts(
     root mean squares of the effects; ``ceiling``: Pearson of the measured effects of two halves of the cells, Spearman-Brown
     corrected.
     """
-    from scvi import settings
-
     from pertura import datasets, model
 
     from ._runner import quiet
@@ -166,8 +164,8 @@ def grn_knockouts(
     base = x[labels == control]
     rows = []
     for seed in range(seeds):
-        settings.seed = seed
-        with quiet():
+        with quiet(), torch.random.fork_rng():
+            torch.manual_seed(seed)
             model.InfoSEM.setup_anndata(adata, perturbation_key=perturbation_key, control=control, layer=layer)
             fitted = model.InfoSEM(adata, controls_only=True, **options)
             fitted.train(**{"seed": seed, "accelerator": "cpu", "enable_progress_bar": False, **(train or {})})
