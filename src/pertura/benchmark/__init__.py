@@ -12,6 +12,7 @@ from ._effects import effect_calibration, measured_effect
 from ._grn import GRN_SPLITS, GivenNetwork, NetworkModel, Scorer, beeline_data, grn_models, run_grn, summarise_grn
 from ._grn_model import grn_knockouts, grn_speed, summarise_knockouts
 from ._l1000 import run_l1000, summarise_l1000
+from ._planted import run_planted, summarise_planted
 from ._runner import DEFAULT_METRICS, run
 from ._screens import Screen, ht115_screen, tggates_conditions, tggates_screen
 from ._spec import ModelSpec, baselines, parse_model
@@ -41,11 +42,13 @@ __all__ = [
     "run_doses",
     "run_grn",
     "run_l1000",
+    "run_planted",
     "summarise",
     "summarise_compounds",
     "summarise_grn",
     "summarise_knockouts",
     "summarise_l1000",
+    "summarise_planted",
     "tggates_conditions",
     "tggates_screen",
 ]

@@ -17,6 +17,7 @@ from ._doses import run_doses
 from ._grn import beeline_data, grn_models, run_grn, summarise_grn
 from ._grn_model import grn_knockouts, grn_speed, summarise_knockouts
 from ._l1000 import run_l1000, summarise_l1000
+from ._planted import run_planted, summarise_planted
 from ._runner import DEFAULT_METRICS, run
 from ._screens import ht115_screen, tggates_conditions, tggates_screen
 from ._spec import parse_model
@@ -33,6 +34,7 @@ _NETWORKS = {"grn": "go_bp", "grn-biobert": "biobert"}
 # results that are tables of their own
 _TABLES = {
     "grn-speed": lambda seeds: grn_speed(),
+    "grn-planted": lambda seeds: summarise_planted(run_planted(seeds=seeds)),
     "grn-knockouts": lambda seeds: summarise_knockouts(grn_knockouts(seeds=seeds)),
 }
 _EPILOG = """\
@@ -45,6 +47,7 @@ examples:
   python -m pertura.benchmark grn --seeds 10 --out grn.csv
   python -m pertura.benchmark grn-speed
   python -m pertura.benchmark grn-knockouts --seeds 3
+  python -m pertura.benchmark grn-planted --seeds 3
   python -m pertura.benchmark grn --models correlation "one-hot LR" "embedding cosine" --out grn.csv
 
 A model is a class of pertura.model or pertura.baseline with arguments after a colon:
@@ -65,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         "compounds-tggates, compounds-tggates-all or compounds-ht115 (DrugAAE on compounds that are held out), "
         "compounds-tggates-dose (on a dose that is), grn or grn-biobert "
         "(networks of mouse dendritic cells, embeddings from GO or BioBERT), grn-speed (time of an epoch of InfoSEM), "
-        "grn-knockouts (knock-outs it predicts from control cells)",
+        "grn-knockouts (knock-outs it predicts from control cells), grn-planted (GPOVAE on simulated networks)",
     )
     parser.add_argument("--models", nargs="+", metavar="MODEL", help="default: PertVAE; grn: all")
     parser.add_argument("--split", default="unseen_context", choices=KINDS, help="question (default: %(default)s)")
