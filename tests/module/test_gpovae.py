@@ -5,6 +5,7 @@ import pytest
 import torch
 from pyro.infer import Trace_ELBO
 
+from pertura.model._shifts import own_shifts
 from pertura.module import GPOVAE, Action, Cells
 from pertura.module._gpovae import spectral_radius
 from pertura.nn._structural import fit_structural
@@ -46,7 +47,7 @@ def test_shifts_spread_through_the_network_as_the_inverse_says():
     full[genes[own]] = (weights * module.possible)[own]
     spread = torch.linalg.inv(torch.eye(GENES, dtype=torch.float64) - full)
     start = torch.eye(GENES, dtype=torch.float64)[genes.clamp(min=0)] * module.effect_strength.double()[:, None]
-    start[3] = weights[3]
+    start[3] = module.effect_strength[3] * weights[3]
     total = module.double().total(weights)
     torch.testing.assert_close(total, start @ spread)
     # several networks at once
@@ -196,3 +197,12 @@ def test_a_prior_network_counts_for_what_it_is_worth():
     right = rates(edge.double())
     wrong = rates(edge[:, torch.randperm(30, generator=torch.Generator().manual_seed(3))].double())
     assert right[0] > 5 * right[1] and wrong[0] < 2 * wrong[1]
+
+
+def test_genes_that_are_not_measured_have_the_usual_sign():
+    table = np.zeros((3, 4))
+    table[0, 1], table[1, 2] = -1.5, -0.5
+    variance = np.full((3, 4), 0.01)
+    np.testing.assert_allclose(own_shifts(table, variance, np.array([1, 2, -1, 3])), [-1.5, -0.5, -1.0, -1.0])
+    np.testing.assert_allclose(own_shifts(-table, variance, np.array([1, 2, -1, 3])), [1.5, 0.5, 1.0, 1.0])
+    np.testing.assert_allclose(own_shifts(table, variance, np.array([-1, -1, -1])), [1.0, 1.0, 1.0])

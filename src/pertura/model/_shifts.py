@@ -147,7 +147,9 @@ def matched_differences(model: GPOVAE, rows: NDArray[np.int64], seed: int = 0) -
 def own_shifts(table: Matrix, variance: Matrix, genes: NDArray[np.int64]) -> Matrix:
     """What each row's perturbation does to its own gene, ``(n_rows,)``.
 
-    A knock-out need not show in the messenger RNA: where its gene did not clearly change, what is usual is assumed.
+    A knock-out need not show in the messenger RNA: where its gene did not clearly change, what is usual is assumed. Genes that
+    are not measured have the usual sign (-1 for knock-outs), so that weights are positive where the gene activates, as those of the
+    others; where no perturbation is of a measured gene, weights are effects (1).
 
     Parameters
     ----------
@@ -160,7 +162,7 @@ def own_shifts(table: Matrix, variance: Matrix, genes: NDArray[np.int64]) -> Mat
     own, error = table[rows, genes[rows]], np.sqrt(variance[rows, genes[rows]])
     clear = np.abs(own) > _CLEAR * error
     usual = float(np.median(own[clear])) if clear.any() else -1.0
-    result = np.full(len(genes), usual)
+    result = np.where(genes >= 0, usual, np.sign(usual) if len(rows) else 1.0)
     kept = clear & (np.abs(own) > _WEAK * abs(usual))
     result[rows[kept]] = own[kept]
     return result
@@ -182,7 +184,8 @@ def start_network(module: Module, listed: torch.Tensor | None, rate: float) -> N
     other = torch.where(~rows)[0]
     if len(other):
         # a perturbation that is of no gene acts on its targets in its own condition alone
-        design = torch.cat([design, torch.eye(n, device=genes.device)[:, other].to(design)], 1)
+        alone = torch.eye(n, device=genes.device)[:, other] * module.effect_strength[other]
+        design = torch.cat([design, alone.to(design)], 1)
     order = torch.cat([torch.where(rows)[0], other])
     if module.covariation_precision.any():
         design, shift, precision = _with_covariation(module, rows, design, shift, precision)

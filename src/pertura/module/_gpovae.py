@@ -146,8 +146,8 @@ class GPOVAE(CRADLEVAE):
         result = strength * (one_hot + unit)
         if len(own) == self.n_rows:
             return result
-        # a perturbation that is of no gene acts on its targets, and these on theirs
-        outer = weights + weights[..., genes] @ unit
+        # a gene that is not measured acts on its targets, and these on theirs: its weights hold how strongly, `s_r` the sign
+        outer = self.effect_strength.detach()[:, None] * (weights + weights[..., genes] @ unit)
         return outer.index_copy(-2, own, result)
 
     def accumulated(self) -> Tensor:
