@@ -21,12 +21,12 @@ from ._screens import ht115_screen, tggates_conditions, tggates_screen
 from ._spec import parse_model
 from ._summary import summarise
 
-#: Screen, protocol, and correlation of replicates above which compounds are also reported by themselves.
+#: Screen, protocol, epochs, and correlation of replicates above which compounds are also reported by themselves.
 _COMPOUNDS = {
-    "compounds-tggates": (tggates_screen, run_compounds, None),
-    "compounds-tggates-all": (tggates_conditions, run_compounds, None),
-    "compounds-tggates-dose": (tggates_conditions, run_doses, None),
-    "compounds-ht115": (ht115_screen, run_compounds, 0.3),
+    "compounds-tggates": (tggates_screen, run_compounds, 15, None),
+    "compounds-tggates-all": (tggates_conditions, run_compounds, 4, None),  # as many steps, of four times the profiles
+    "compounds-tggates-dose": (tggates_conditions, run_doses, 15, None),
+    "compounds-ht115": (ht115_screen, run_compounds, 15, 0.3),
 }
 _NETWORKS = {"grn": "go_bp", "grn-biobert": "biobert"}
 _EPILOG = """\
@@ -93,8 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif options.data == "l1000":
             table = summarise_l1000(run_l1000(models=models, seeds=options.seeds, out=options.out))
         elif options.data in _COMPOUNDS:
-            screen, protocol, agreeing = _COMPOUNDS[options.data]
-            found = protocol(screen(), seeds=options.seeds, model={}, train={"max_epochs": 15}, out=options.out)
+            screen, protocol, epochs, agreeing = _COMPOUNDS[options.data]
+            found = protocol(screen(), seeds=options.seeds, model={}, train={"max_epochs": epochs}, out=options.out)
             table = summarise_compounds(found, agreeing=agreeing)
         else:
             results = run(
