@@ -10,6 +10,7 @@ from ._dataset import Dataset, make_splits
 from ._doses import run_doses
 from ._effects import effect_calibration, measured_effect
 from ._grn import GRN_SPLITS, GivenNetwork, NetworkModel, Scorer, beeline_data, grn_models, run_grn, summarise_grn
+from ._grn_model import grn_knockouts, grn_speed, summarise_knockouts
 from ._l1000 import run_l1000, summarise_l1000
 from ._runner import DEFAULT_METRICS, run
 from ._screens import Screen, ht115_screen, tggates_conditions, tggates_screen
@@ -28,7 +29,9 @@ __all__ = [
     "baselines",
     "beeline_data",
     "effect_calibration",
+    "grn_knockouts",
     "grn_models",
+    "grn_speed",
     "ht115_screen",
     "make_splits",
     "measured_effect",
@@ -41,6 +44,7 @@ __all__ = [
     "summarise",
     "summarise_compounds",
     "summarise_grn",
+    "summarise_knockouts",
     "summarise_l1000",
     "tggates_conditions",
     "tggates_screen",

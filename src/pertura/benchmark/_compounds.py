@@ -227,7 +227,7 @@ def fit_drugaae(
     train: Mapping[str, Any],
 ) -> Any:
     """DrugAAE trained on some of the profiles."""
-    from scvi import settings
+    import torch
 
     from pertura.model import DrugAAE
 
@@ -236,11 +236,12 @@ def fit_drugaae(
     if table is not None:
         adata.uns["features"] = table
         arguments["perturbation_features_key"] = "features"
-    settings.seed = seed
-    DrugAAE.setup_anndata(adata, **arguments)
-    fitted = DrugAAE(adata, **model)
     options = {"accelerator": "cpu", "enable_progress_bar": False, **train}
-    fitted.train(datasplitter_kwargs={"external_indexing": [np.flatnonzero(use)]}, seed=seed, **options)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        DrugAAE.setup_anndata(adata, **arguments)
+        fitted = DrugAAE(adata, **model)
+        fitted.train(datasplitter_kwargs={"external_indexing": [np.flatnonzero(use)]}, seed=seed, **options)
     return fitted
 
 
