@@ -235,7 +235,7 @@ def test_adversary_takes_the_perturbation_out_of_the_basal_state():
             probe(model.get_latent_representation(kind=k, n_samples=30)) for k in ("basal", "perturbed")
         )
     assert basal[0.0] > 0.7, (basal, perturbed)
-    assert basal[1000.0] < 0.42, (basal, perturbed)  # chance is 0.25
+    assert basal[1000.0] < 0.4, (basal, perturbed)  # chance is 0.25
     assert perturbed[1000.0] > 0.85, (basal, perturbed)
 
 
