@@ -8,6 +8,7 @@ pertura.benchmark kang``.
 from ._compounds import run_compounds, summarise_compounds
 from ._dataset import Dataset, make_splits
 from ._doses import run_doses
+from ._drug_targets import drug_targets
 from ._effects import effect_calibration, measured_effect
 from ._grn import GRN_SPLITS, GivenNetwork, NetworkModel, Scorer, beeline_data, grn_models, run_grn, summarise_grn
 from ._grn_model import grn_knockouts, grn_speed, summarise_knockouts
@@ -28,6 +29,7 @@ __all__ = [
     "Screen",
     "baselines",
     "beeline_data",
+    "drug_targets",
     "effect_calibration",
     "grn_knockouts",
     "grn_models",

@@ -14,6 +14,7 @@ from pertura.datasets import DataNotAvailable
 from ._compounds import run_compounds, summarise_compounds
 from ._dataset import ALIASES, KINDS
 from ._doses import run_doses
+from ._drug_targets import drug_targets
 from ._grn import beeline_data, grn_models, run_grn, summarise_grn
 from ._grn_model import grn_knockouts, grn_speed, summarise_knockouts
 from ._l1000 import run_l1000, summarise_l1000
@@ -22,16 +23,17 @@ from ._screens import ht115_screen, tggates_conditions, tggates_screen
 from ._spec import parse_model
 from ._summary import summarise
 
-#: Screen, protocol, and correlation of replicates above which compounds are also reported by themselves.
+#: Screen, protocol, epochs, and correlation of replicates above which compounds are also reported by themselves.
 _COMPOUNDS = {
-    "compounds-tggates": (tggates_screen, run_compounds, None),
-    "compounds-tggates-all": (tggates_conditions, run_compounds, None),
-    "compounds-tggates-dose": (tggates_conditions, run_doses, None),
-    "compounds-ht115": (ht115_screen, run_compounds, 0.3),
+    "compounds-tggates": (tggates_screen, run_compounds, 15, None),
+    "compounds-tggates-all": (tggates_conditions, run_compounds, 4, None),  # as many steps, of four times the profiles
+    "compounds-tggates-dose": (tggates_conditions, run_doses, 15, None),
+    "compounds-ht115": (ht115_screen, run_compounds, 15, 0.3),
 }
 _NETWORKS = {"grn": "go_bp", "grn-biobert": "biobert"}
 # results that are tables of their own
 _TABLES = {
+    "drug-targets": lambda seeds: drug_targets(seeds=seeds),
     "grn-speed": lambda seeds: grn_speed(),
     "grn-knockouts": lambda seeds: summarise_knockouts(grn_knockouts(seeds=seeds)),
 }
@@ -42,6 +44,7 @@ examples:
   python -m pertura.benchmark norman --split unseen_combination --models Additive PertVAE --out norman.csv
   python -m pertura.benchmark l1000 --seeds 3 --out l1000.csv
   python -m pertura.benchmark compounds-tggates --seeds 5 --out tggates.csv
+  python -m pertura.benchmark drug-targets --seeds 1
   python -m pertura.benchmark grn --seeds 10 --out grn.csv
   python -m pertura.benchmark grn-speed
   python -m pertura.benchmark grn-knockouts --seeds 3
@@ -63,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         "data",
         help=f"{', '.join(sorted(ALIASES))}, any loader of pertura.datasets, or l1000 (the paper's Table 1), "
         "compounds-tggates, compounds-tggates-all or compounds-ht115 (DrugAAE on compounds that are held out), "
-        "compounds-tggates-dose (on a dose that is), grn or grn-biobert "
+        "compounds-tggates-dose (on a dose that is), drug-targets (those that DrugAAE finds), grn or grn-biobert "
         "(networks of mouse dendritic cells, embeddings from GO or BioBERT), grn-speed (time of an epoch of InfoSEM), "
         "grn-knockouts (knock-outs it predicts from control cells)",
     )
@@ -108,8 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif options.data == "l1000":
             table = summarise_l1000(run_l1000(models=models, seeds=options.seeds, out=options.out))
         elif options.data in _COMPOUNDS:
-            screen, protocol, agreeing = _COMPOUNDS[options.data]
-            found = protocol(screen(), seeds=options.seeds, model={}, train={"max_epochs": 15}, out=options.out)
+            screen, protocol, epochs, agreeing = _COMPOUNDS[options.data]
+            found = protocol(screen(), seeds=options.seeds, model={}, train={"max_epochs": epochs}, out=options.out)
             table = summarise_compounds(found, agreeing=agreeing)
         else:
             results = run(
