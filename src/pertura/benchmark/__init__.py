@@ -8,6 +8,7 @@ pertura.benchmark kang``.
 from ._compounds import Screen, ht115_screen, run_compounds, summarise_compounds, tggates_screen
 from ._dataset import Dataset, make_splits
 from ._effects import effect_calibration, measured_effect
+from ._few_cells import few_cells_splits, papalexi_screen, run_few_cells, summarise_few_cells
 from ._l1000 import run_l1000, summarise_l1000
 from ._runner import DEFAULT_METRICS, run
 from ._spec import ModelSpec, baselines, parse_model
@@ -20,15 +21,19 @@ __all__ = [
     "ModelSpec",
     "baselines",
     "effect_calibration",
+    "few_cells_splits",
     "ht115_screen",
     "make_splits",
     "measured_effect",
+    "papalexi_screen",
     "parse_model",
     "run",
     "run_compounds",
+    "run_few_cells",
     "run_l1000",
     "summarise",
     "summarise_compounds",
+    "summarise_few_cells",
     "summarise_l1000",
     "tggates_screen",
 ]

@@ -13,6 +13,7 @@ from pertura.datasets import DataNotAvailable
 
 from ._compounds import DESCRIPTIONS, ht115_screen, run_compounds, summarise_compounds, tggates_screen
 from ._dataset import ALIASES, KINDS
+from ._few_cells import FEW_CELLS, FEW_CELLS_METRICS, default_models, run_few_cells, summarise_few_cells
 from ._l1000 import run_l1000, summarise_l1000
 from ._runner import DEFAULT_METRICS, run
 from ._spec import parse_model
@@ -24,6 +25,7 @@ examples:
   python -m pertura.benchmark kang --seeds 3 --models PertVAE --out kang.csv
   python -m pertura.benchmark kang --models PertVAE PertVAE:preset=paper Linear --seeds 1
   python -m pertura.benchmark norman --split unseen_combination --models Additive PertVAE --out norman.csv
+  python -m pertura.benchmark papalexi --seeds 3 --cells 10 20 50 all --out papalexi.csv
   python -m pertura.benchmark l1000 --seeds 3 --out l1000.csv
   python -m pertura.benchmark compounds-tggates --seeds 5 --out tggates.csv
 
@@ -44,10 +46,21 @@ def _parser() -> argparse.ArgumentParser:
         help=f"{', '.join(sorted(ALIASES))}, any loader of pertura.datasets, or l1000 (the paper's Table 1), "
         "compounds-tggates or compounds-ht115 (DrugAAE on compounds that are held out)",
     )
-    parser.add_argument("--models", nargs="+", default=["PertVAE"], metavar="MODEL", help="default: PertVAE")
-    parser.add_argument("--split", default="unseen_context", choices=KINDS, help="question (default: %(default)s)")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        metavar="MODEL",
+        help="default: PertVAE; for few_cells SAMSVAE beside a conditional VAE",
+    )
+    parser.add_argument(
+        "--split",
+        choices=(*KINDS, FEW_CELLS),
+        help="question (default: unseen_context; few_cells for papalexi: half of the cells, thinned to --cells of each "
+        "perturbation, against the other half)",
+    )
+    parser.add_argument("--cells", nargs="+", default=["10", "20", "50", "all"], metavar="N", help="of few_cells")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: %(default)s)")
-    parser.add_argument("--metrics", nargs="+", default=list(DEFAULT_METRICS), metavar="METRIC")
+    parser.add_argument("--metrics", nargs="+", metavar="METRIC", help="default: those of the question")
     parser.add_argument("--out", metavar="CSV", help="file of results, continued if it exists")
     parser.add_argument("--plot", metavar="PNG", help="figure of the summary")
     parser.add_argument("--skip-errors", action="store_true", help="leave models out of splits they refuse")
@@ -68,11 +81,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     options = parser.parse_args(argv)
-    if options.plot and (options.data == "l1000" or options.data in _COMPOUNDS):
+    split = options.split or (FEW_CELLS if options.data == "papalexi" else "unseen_context")
+    if options.plot and (options.data == "l1000" or options.data in _COMPOUNDS or split == FEW_CELLS):
         parser.error(f"--plot draws summaries of held-out conditions; {options.data} has none.")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        models = dict(parse_model(text) for text in options.models)
+        models = dict(parse_model(text) for text in options.models or ["PertVAE"])
         if options.data == "l1000":
             table = summarise_l1000(run_l1000(models=models, seeds=options.seeds, out=options.out))
         elif options.data in _COMPOUNDS:
@@ -82,13 +96,24 @@ def main(argv: Sequence[str] | None = None) -> int:
                 screen(), descriptions=descriptions, seeds=options.seeds, model={}, train=train, out=options.out
             )
             table = summarise_compounds(found)
+        elif split == FEW_CELLS:
+            results = run_few_cells(
+                options.data,
+                models if options.models else default_models(),
+                sizes=[None if text == "all" else _whole(text) for text in options.cells],
+                seeds=options.seeds,
+                metrics=options.metrics or FEW_CELLS_METRICS,
+                out=options.out,
+                on_error="skip" if options.skip_errors else "raise",
+            )
+            table = summarise_few_cells(results)
         else:
             results = run(
                 options.data,
                 models,
-                splits=options.split,
+                splits=split,
                 seeds=options.seeds,
-                metrics=options.metrics,
+                metrics=options.metrics or DEFAULT_METRICS,
                 out=options.out,
                 on_error="skip" if options.skip_errors else "raise",
             )
@@ -96,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, DataNotAvailable) as error:
         parser.error(str(error))
     with pd.option_context("display.width", 220, "display.max_columns", None, "display.max_rows", None):
-        drop = [c for c in ("dataset", "split") if c in table]
+        drop = [c for c in ("dataset", "split") if c in table and (c == "dataset" or split != FEW_CELLS)]
         sys.stdout.write(table.drop(columns=drop).to_string(index=False, float_format="%.3f") + "\n")
     if options.plot:
         import matplotlib.pyplot as plt
@@ -110,6 +135,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         figure.savefig(options.plot, dpi=150)
         plt.close(figure)
     return 0
+
+
+def _whole(text: str) -> int:
+    if not text.isdigit():
+        raise ValueError(f"`--cells` takes whole numbers or 'all', got {text!r}.")
+    return int(text)
 
 
 if __name__ == "__main__":
