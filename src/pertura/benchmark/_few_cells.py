@@ -116,7 +116,7 @@ def run_few_cells(
     metrics
         Names. ``"log_likelihood"`` is the importance-weighted bound (IWELBO) of models that have ``get_marginal_ll``.
     max_asked
-        Predictions start from so many of the held-out controls; the truth is against all of them.
+        Effects are asked of so many of the held-out controls; the truth is against all of them.
     out
         CSV file, as of :func:`~pertura.benchmark.run`.
     **options
@@ -225,19 +225,22 @@ class EffectTable:
     sd: pd.DataFrame
     dataset: Dataset
 
-    def predict_perturbation(self, perturbation: str, *, adata: AnnData, **asked: Any) -> AnnData:
-        """Control cells with the effect added."""
-        about = Dataset(
-            adata, "", self.dataset.perturbation_key, self.dataset.control, layer=self.dataset.layer
-        ).expression(np.arange(adata.n_obs))
-        x = about.toarray() if hasattr(about, "toarray") else np.asarray(about)
-        return AnnData(x + self.mean.loc[perturbation].to_numpy(), obs=adata.obs.copy(), var=adata.var.copy())
+    def predict_perturbation(self, perturbation: Sequence[str], *, adata: AnnData, **asked: Any) -> AnnData:
+        """Control cells with the effects added, perturbation after perturbation."""
+        keys = self.dataset.perturbation_key, self.dataset.control
+        x = Dataset(adata, "", *keys, layer=self.dataset.layer).expression(np.arange(adata.n_obs))
+        x = x.toarray() if hasattr(x, "toarray") else np.asarray(x)
+        shifted = (self.mean.loc[list(perturbation)].to_numpy()[:, None] + x).reshape(-1, x.shape[1])
+        names = [f"{cell}-{p}" for p in perturbation for cell in adata.obs_names]
+        obs = pd.DataFrame({"perturbation": np.repeat(list(perturbation), len(x))}, index=names)
+        return AnnData(shifted, obs=obs, var=adata.var.copy())
 
-    def get_perturbation_effect(self, perturbation: str, *, ci: float, **asked: Any) -> pd.DataFrame:
+    def get_perturbation_effect(self, perturbation: Sequence[str], *, ci: float, **asked: Any) -> pd.DataFrame:
         """Normal intervals."""
-        mean, half = self.mean.loc[perturbation], norm.ppf((1 + ci) / 2) * self.sd.loc[perturbation]
-        table = pd.DataFrame({"gene": mean.index, "lfc_mean": mean.to_numpy()})
-        return table.assign(ci_low=(mean - half).to_numpy(), ci_high=(mean + half).to_numpy())
+        wide = self.mean.loc[list(perturbation)].rename_axis(index="perturbation", columns="gene")
+        table = wide.stack().rename("lfc_mean").reset_index()
+        half = norm.ppf((1 + ci) / 2) * self.sd.loc[list(perturbation)].to_numpy().ravel()
+        return table.assign(ci_low=table["lfc_mean"] - half, ci_high=table["lfc_mean"] + half)
 
 
 def _measured(adata: AnnData, setup: Mapping[str, Any]) -> tuple[Dataset, pd.DataFrame, pd.DataFrame]:

@@ -115,7 +115,8 @@ def run(
     max_controls
         Start from a random subset of the control cells of a context that has more.
     max_asked
-        Of these, ask models about so many only (much faster where draws are many); effects are still against the others as well.
+        Ask models for their effects (``get_perturbation_effect``) on so many of these, all perturbations at once, instead of for the
+        means of predicted cells. An effect shares no noise of the held-out control cells with the measured one, and asking is faster.
     out
         CSV file to write after every run; runs that are in it already are not repeated.
     on_error

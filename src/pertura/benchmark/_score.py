@@ -78,7 +78,7 @@ class Task:
     rows
         Positions of the cells of `truth` in the data set.
     asked
-        Which control cells predictions start from, of those in `controls`; `None`: all.
+        Ask for effects on these of the control cells; `None`: for the means of predictions from all of them.
     """
 
     dataset: Dataset
@@ -226,6 +226,9 @@ def ask(
     """Predict each condition from the control cells of its context."""
     dose = _one_dose(task.dose)
     asked = {"seed": seed, **options} | ({} if dose is None else {"dose": dose})
+    known = _log_likelihood(model, task, seed) if likelihood and hasattr(model, "get_marginal_ll") else None
+    if task.asked is not None:
+        return replace(_ask_effects(model, task, level, asked, cells), log_likelihood=known)
     intervals = intervals and hasattr(model, "get_perturbation_effect")
     genes = task.truth.var_names
     context = task.truth.obs[_CONTEXT].reindex(task.controls.obs_names).to_numpy(dtype=str)
@@ -233,12 +236,9 @@ def ask(
     for perturbation, name in task.conditions:
         key = (perturbation, name)
         here = context == name
-        query = task.controls[here if task.asked is None else here & task.asked].copy()
+        query = task.controls[here].copy()
         predicted = model.predict_perturbation(perturbation, adata=query, return_anndata=True, ci=None, **asked)
         mean[key] = np.asarray(predicted.to_df()[genes].mean(axis=0), dtype=np.float64)
-        if task.asked is not None:  # by how much all controls differ from those that were asked
-            own = task.truth[task.controls.obs_names].X
-            mean[key] += np.asarray(own[here].mean(axis=0) - own[here & task.asked].mean(axis=0)).ravel()
         if intervals:
             table = model.get_perturbation_effect(perturbation, adata=query, ci=level, **asked)
             table = table.set_index("gene").loc[genes]
@@ -254,8 +254,32 @@ def ask(
         pd.DataFrame(list(t.values()), pd.MultiIndex.from_tuples(t, names=[_LABEL, _CONTEXT]), genes) if t else None
         for t in (mean, low, high)
     ]
-    known = _log_likelihood(model, task, seed) if likelihood and hasattr(model, "get_marginal_ll") else None
     return Prediction(*frame, concat(drawn) if drawn else None, known)
+
+
+def _ask_effects(model: Any, task: Task, level: float, asked: dict[str, Any], cells: bool) -> Prediction:
+    """Effects of all perturbations at once, from some control cells of each context."""
+    genes = task.truth.var_names
+    context = task.truth.obs[_CONTEXT].reindex(task.controls.obs_names).to_numpy(dtype=str)
+    control = task.truth[task.controls.obs_names].X
+    frames, drawn = {"lfc_mean": [], "ci_low": [], "ci_high": []}, []
+    for name in dict.fromkeys(c for _, c in task.conditions):
+        here = context == name
+        query = task.controls[here & task.asked].copy()
+        names = [p for p, c in task.conditions if c == name]
+        table = model.get_perturbation_effect(names, adata=query, ci=level, **asked)
+        keys = pd.MultiIndex.from_product([names, [name]], names=[_LABEL, _CONTEXT])
+        for column, found in frames.items():
+            wide = table.pivot(index=_LABEL, columns="gene", values=column).loc[names, genes]
+            found.append(pd.DataFrame(wide.to_numpy(), keys, genes))
+        frames["lfc_mean"][-1] += np.asarray(control[here].mean(axis=0)).ravel()
+        if cells:
+            draw = model.predict_perturbation(
+                names, adata=query, return_anndata=True, ci=None, **{**asked, "n_samples": 1}
+            )
+            obs = pd.DataFrame({_LABEL: draw.obs[_LABEL].astype(str).to_numpy(), _CONTEXT: name}, draw.obs_names)
+            drawn.append(AnnData(draw[:, genes].X.copy(), obs, pd.DataFrame(index=genes)))
+    return Prediction(*(pd.concat(f) for f in frames.values()), concat(drawn, index_unique="-") if cells else None)
 
 
 def _log_likelihood(model: Any, task: Task, seed: int) -> pd.Series:

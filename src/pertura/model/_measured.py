@@ -16,7 +16,7 @@ from ._shrinkage import Halves, Matrix, programmes
 if TYPE_CHECKING:
     from ._base import PerturbationModel
 
-_MAX_CONTROLS, _MAX_CELLS = 600, 3000
+_MAX_CONTROLS, _MAX_CELLS = 300, 3000
 Rows = NDArray[np.int64]
 
 

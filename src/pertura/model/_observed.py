@@ -21,7 +21,7 @@ from ._shrinkage import Halves, Matrix, shrink
 if TYPE_CHECKING:
     from ._base import PerturbationModel
 
-_STEPS, _PROBE = 6, 0.2
+_STEPS, _PROBE = 4, 0.2
 
 
 class ObservedEffectsMixin:
