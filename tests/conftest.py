@@ -10,7 +10,20 @@ from typing import Any
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one thread each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 LOCAL_FILES = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In parallel, tests that share a trained model run in one process, and those of a file."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        spec = item.callspec.params.get("spec") if hasattr(item, "callspec") else None
+        item.add_marker(pytest.mark.xdist_group(item.path.stem if spec is None else spec.name))
 
 
 @pytest.fixture(scope="session", autouse=True)

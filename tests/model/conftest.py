@@ -39,6 +39,8 @@ class Spec:
         Whether it has no way to represent a perturbation without features.
     knows_genes
         Whether a perturbation that bears the name of a gene is represented by it.
+    only_genes
+        Whether a perturbation is an intervention on the gene whose name it bears, and features of others are refused.
     samples
         Whether it has a distribution of cells, to draw replicates from.
     reconstructs
@@ -60,6 +62,7 @@ class Spec:
     reconstructs: bool = True
     refuses_unseen: bool = True
     knows_genes: bool = False
+    only_genes: bool = False
     samples: bool = True
     moves_neighbours: bool = False
     wrong_init: dict[str, Any] = field(default_factory=dict)
@@ -149,6 +152,24 @@ MODELS = [
         own_setup=("qc_key",),
     ),
     Spec(
+        "model.GPOVAE",
+        init={"n_latent": 4, "n_hidden": 16},
+        train={"max_epochs": 3, "batch_size": 64},
+        wrong_init={
+            "objective": "loud",
+            "regulators": "TF1",
+            "alignment_weight": -1.0,
+            "covariation_weight": -1.0,
+            "shift_floor": 0.0,
+            "n_hops": -1,
+            "shift_criterion": -1.0,
+            "sparsity_weight": -1.0,
+            "preset": "best",
+        },
+        own_setup=("qc_key", "network_key"),
+        knows_genes=True,
+    ),
+    Spec(
         "model.PerturbX",
         init={"n_selected": 8, "n_members": 2, "n_hidden": 8, "bag_size": 8, "n_components": 5, "rank": 5},
         train={"max_epochs": 3, "batch_size": 64},
@@ -197,6 +218,35 @@ MODELS = [
         },
         own_setup=("ppi_key",),
         moves_neighbours=True,
+    ),
+    Spec(
+        "model.InfoSEM",
+        init={"n_ensemble": 2, "hidden": (8,)},
+        train={"max_epochs": 3, "batch_size": 64},
+        wrong_init={
+            "prior": "text",
+            "embedding_key": 3,
+            "edges_key": 3,
+            "regulators": "absent",
+            "n_ensemble": 0,
+            "prior_mean": "deep",
+            "n_components": 0,
+            "posterior": "exact",
+            "likelihood": "poisson",
+            "hidden": "wide",
+            "alpha": 0.0,
+            "beta": -1.0,
+            "augmentation": 1.0,
+            "sparsity_delay": -0.1,
+            "z_prior": "wide",
+            "prior_shrinkage": -1.0,
+            "edge_logit_sd": 0.0,
+            "max_radius": -1.0,
+            "controls_only": "yes",
+            "preset": "best",
+        },
+        knows_genes=True,
+        only_genes=True,
     ),
     Spec("baseline.Additive", wrong_init={"use_own_context": "yes"}, refuses_unseen=False, **_CLOSED_FORM),
     Spec("baseline.Linear", wrong_init={"n_components": 0, "ridge": -1.0}, knows_genes=True, **_CLOSED_FORM),

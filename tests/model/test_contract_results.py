@@ -307,3 +307,39 @@ def test_continuous_data(trained_continuous):
     for scale in ("log1p", "counts"):
         with pytest.raises(ValueError, match="`scale`: .* needs a model of counts"):
             model.predict_perturbation(name, scale=scale, return_anndata=True, **N)
+
+
+# -- one row per context --------------------------------------------------------------------------------------------
+
+
+def test_rows_of_contexts_are_the_effect_table(trained, screen, tmp_path, unchanged):
+    adata, names = screen(), list(trained.vocabulary.names)
+    with unchanged(adata):
+        found = trained.predict_perturbation(names, adata=adata, by="context", **N)
+    table = trained.get_perturbation_effect(names, adata=adata, **N)
+    assert found.n_obs == len(table) // adata.n_vars
+    assert list(found.var_names) == list(adata.var_names)
+    for column, values in (("mean_perturbed", found.X), ("mean_control", found.layers["control"])):
+        wide = table.pivot(index=["perturbation", "context"], columns="gene", values=column)[list(found.var_names)]
+        at = pd.MultiIndex.from_frame(found.obs[["perturbation", "context"]].astype(str))
+        equal(values, wide.loc[at].to_numpy())
+    equal(found.X - found.layers["control"], found.layers["effect"])
+    assert (found.layers["low"] <= found.X + 1e-5).all()
+    assert (found.layers["high"] >= found.X - 1e-5).all()
+    context_key, control = trained._argument("context_key"), adata.obs[trained._argument("perturbation_key")]
+    if context_key is not None:
+        number = adata.obs.loc[control == trained.vocabulary.control, context_key].astype(str).value_counts()
+        assert (found.obs["n_cells"] == found.obs[context_key].astype(str).map(number)).all()
+    found.write_h5ad(tmp_path / "contexts.h5ad")
+    equal(ad.read_h5ad(tmp_path / "contexts.h5ad").X, found.X)
+
+
+def test_one_row_per_context_for_one_name(trained, screen):
+    name = trained.vocabulary.names[0]
+    found = trained.predict_perturbation(name, adata=screen(), by="context", ci=None, **N)
+    assert set(found.layers) == {"control", "effect"}
+    assert (found.obs["perturbation"] == name).all()
+    with pytest.raises(ValueError, match="`key_added`"):
+        trained.predict_perturbation(name, adata=screen(), by="context", key_added="x", **N)
+    with pytest.raises(ValueError, match="`by`"):
+        trained.predict_perturbation(name, adata=screen(), by="gene", **N)

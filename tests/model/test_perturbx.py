@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -93,6 +95,44 @@ def test_planted_markers_are_selected_and_important(trained):
     importance = model.get_gene_importance("drug")
     assert set(importance.index[:2]) <= markers
     assert importance["importance"].iloc[0] > 3 * importance["importance"].drop(list(markers), errors="ignore").max()
+
+
+def test_importance_of_the_prediction_adds_up_to_it(trained):
+    adata, model = trained
+    table = model.get_gene_importance("drug", of="prediction", n_cells=112, n_samples=5)
+    markers = set(adata.var_names[MARKERS])
+    assert set(table.index[:3]) == markers
+    assert (table.loc[list(markers), "direction"] > 0.9).all()
+    assert len(table) == N_GENES
+
+    # values of the regression are those of a linear function: together they are its change from the mean context
+    module = model.module
+    action = model._question_action("drug", 1)
+    axis = model._effect_axes("drug")[0]
+    module = copy.deepcopy(module)
+    module.share.copy_(torch.tensor([1.0, 0.0, 1.0]))
+    slope = module.regression_slope(action, axis)
+    control = module.control + 0.1 * torch.randn(module.control.shape, generator=torch.Generator().manual_seed(0))
+    asked = module._distinct(action, torch.zeros(1, dtype=torch.long))[0][0]
+    weights = [module._from_others(asked, module.n_contexts, row)[1] for row in module.affinity(control).numpy()]
+    along = module._sums(np.stack(weights))[0].double().numpy() @ axis
+    told = control.double().numpy() @ slope
+    np.testing.assert_allclose(along - along[0], told - told[0], atol=1e-4)
+
+
+def test_importance_says_when_the_networks_have_no_share(trained, caplog):
+    adata, model = trained
+    share = model.module.share.clone()
+    try:
+        model.module.share.copy_(torch.tensor([0.0, 0.0, 1.0]))
+        with caplog.at_level("WARNING"):
+            model.get_gene_importance("drug", n_samples=1, n_cells=2)
+        assert "of='prediction'" in caplog.text
+        assert (model.get_gene_importance("drug", of="prediction")["importance"] == 0).all()
+    finally:
+        model.module.share.copy_(share)
+    with pytest.raises(ValueError, match="`of`"):
+        model.get_gene_importance("drug", of="effect")
 
 
 def test_selector_is_hard_at_the_end(trained):

@@ -1,4 +1,4 @@
-"""Baselines with the interface of the models: what a model has to beat."""
+"""Baselines with the interface of the models: what a model has to beat; and scores of pairs of genes for networks."""
 
 from __future__ import annotations
 
@@ -10,5 +10,14 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "_base": ["Baseline"],
         "_estimators": ["Additive", "MeanEffect", "NearestNeighbour", "NoChange", "WeightedMeanEffect"],
         "_linear": ["Linear"],
+        "_network": [
+            "Correlation",
+            "EmbeddingCosine",
+            "EmbeddingLogistic",
+            "NetworkBaseline",
+            "OneHotLogistic",
+            "RegulatorRate",
+            "TreeEnsemble",
+        ],
     },
 )

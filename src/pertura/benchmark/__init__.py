@@ -9,6 +9,7 @@ from ._compounds import Screen, ht115_screen, run_compounds, summarise_compounds
 from ._dataset import Dataset, make_splits
 from ._effects import effect_calibration, measured_effect
 from ._few_cells import few_cells_splits, papalexi_screen, run_few_cells, summarise_few_cells
+from ._grn import GRN_SPLITS, GivenNetwork, NetworkModel, Scorer, beeline_data, grn_models, run_grn, summarise_grn
 from ._l1000 import run_l1000, summarise_l1000
 from ._runner import DEFAULT_METRICS, run
 from ._spec import ModelSpec, baselines, parse_model
@@ -16,12 +17,18 @@ from ._summary import summarise
 
 __all__ = [
     "DEFAULT_METRICS",
+    "GRN_SPLITS",
     "Dataset",
     "Screen",
+    "GivenNetwork",
     "ModelSpec",
+    "NetworkModel",
+    "Scorer",
     "baselines",
+    "beeline_data",
     "effect_calibration",
     "few_cells_splits",
+    "grn_models",
     "ht115_screen",
     "make_splits",
     "measured_effect",
@@ -30,10 +37,12 @@ __all__ = [
     "run",
     "run_compounds",
     "run_few_cells",
+    "run_grn",
     "run_l1000",
     "summarise",
     "summarise_compounds",
     "summarise_few_cells",
+    "summarise_grn",
     "summarise_l1000",
     "tggates_screen",
 ]

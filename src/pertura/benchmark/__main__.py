@@ -14,12 +14,14 @@ from pertura.datasets import DataNotAvailable
 from ._compounds import DESCRIPTIONS, ht115_screen, run_compounds, summarise_compounds, tggates_screen
 from ._dataset import ALIASES, KINDS
 from ._few_cells import FEW_CELLS, FEW_CELLS_METRICS, default_models, run_few_cells, summarise_few_cells
+from ._grn import beeline_data, grn_models, run_grn, summarise_grn
 from ._l1000 import run_l1000, summarise_l1000
 from ._runner import DEFAULT_METRICS, run
 from ._spec import parse_model
 from ._summary import summarise
 
 _COMPOUNDS = {"compounds-tggates": (tggates_screen, tuple(DESCRIPTIONS)), "compounds-ht115": (ht115_screen, ("text",))}
+_NETWORKS = {"grn": "go_bp", "grn-biobert": "biobert"}
 _EPILOG = """\
 examples:
   python -m pertura.benchmark kang --seeds 3 --models PertVAE --out kang.csv
@@ -28,6 +30,8 @@ examples:
   python -m pertura.benchmark papalexi --seeds 3 --cells 10 20 50 all --out papalexi.csv
   python -m pertura.benchmark l1000 --seeds 3 --out l1000.csv
   python -m pertura.benchmark compounds-tggates --seeds 5 --out tggates.csv
+  python -m pertura.benchmark grn --seeds 10 --out grn.csv
+  python -m pertura.benchmark grn --models correlation "one-hot LR" "embedding cosine" --out grn.csv
 
 A model is a class of pertura.model or pertura.baseline with arguments after a colon:
 PertVAE:n_latent=10,train.max_epochs=50. Results in --out are kept: what is in it is not run again.
@@ -44,13 +48,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "data",
         help=f"{', '.join(sorted(ALIASES))}, any loader of pertura.datasets, or l1000 (the paper's Table 1), "
-        "compounds-tggates or compounds-ht115 (DrugAAE on compounds that are held out)",
+        "compounds-tggates or compounds-ht115 (DrugAAE on compounds that are held out), grn or grn-biobert "
+        "(networks of mouse dendritic cells, embeddings from GO or BioBERT)",
     )
     parser.add_argument(
         "--models",
         nargs="+",
         metavar="MODEL",
-        help="default: PertVAE; for few_cells SAMSVAE beside a conditional VAE",
+        help="default: PertVAE; few_cells: SAMSVAE beside a conditional VAE; grn: all",
     )
     parser.add_argument(
         "--split",
@@ -82,12 +87,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(argv)
     split = options.split or (FEW_CELLS if options.data == "papalexi" else "unseen_context")
-    if options.plot and (options.data == "l1000" or options.data in _COMPOUNDS or split == FEW_CELLS):
+    if options.plot and (options.data in ("l1000", *_NETWORKS, *_COMPOUNDS) or split == FEW_CELLS):
         parser.error(f"--plot draws summaries of held-out conditions; {options.data} has none.")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        models = dict(parse_model(text) for text in options.models or ["PertVAE"])
-        if options.data == "l1000":
+        by_name = options.data in _NETWORKS
+        models = {} if by_name else dict(parse_model(text) for text in options.models or ["PertVAE"])
+        if by_name:
+            table = _grn(options.data, options.models, options.seeds, options.out)
+        elif options.data == "l1000":
             table = summarise_l1000(run_l1000(models=models, seeds=options.seeds, out=options.out))
         elif options.data in _COMPOUNDS:
             screen, descriptions = _COMPOUNDS[options.data]
@@ -121,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, DataNotAvailable) as error:
         parser.error(str(error))
     with pd.option_context("display.width", 220, "display.max_columns", None, "display.max_rows", None):
-        drop = [c for c in ("dataset", "split") if c in table and (c == "dataset" or split != FEW_CELLS)]
+        drop = [c for c in ("dataset", "split") if c in table and table[c].nunique() == 1]
         sys.stdout.write(table.drop(columns=drop).to_string(index=False, float_format="%.3f") + "\n")
     if options.plot:
         import matplotlib.pyplot as plt
@@ -141,6 +149,17 @@ def _whole(text: str) -> int:
     if not text.isdigit():
         raise ValueError(f"`--cells` takes whole numbers or 'all', got {text!r}.")
     return int(text)
+
+
+def _grn(data: str, names: Sequence[str] | None, seeds: int, out: str | None) -> pd.DataFrame:
+    """Summary of the benchmark of networks."""
+    known = grn_models()
+    unknown = [n for n in names or () if n not in known]
+    if unknown:
+        raise ValueError(f"`models`: {unknown} are none of {list(known)}.")
+    adata, truths = beeline_data(_NETWORKS[data])
+    chosen = {n: known[n] for n in names or known}
+    return summarise_grn(run_grn(adata, truths, chosen, seeds=seeds, dataset=data, out=out))
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ class PerturbationField(BaseAnnDataField):
     Parameters
     ----------
     perturbation_key
-        Column of ``obs`` with the label.
+        Column of ``obs`` with the label; `None`: no cell was perturbed.
     control
         Label of unperturbed cells.
     dose_key
@@ -82,7 +82,7 @@ class PerturbationField(BaseAnnDataField):
 
     def __init__(
         self,
-        perturbation_key: str,
+        perturbation_key: str | None,
         control: str,
         *,
         dose_key: str | None = None,
@@ -128,6 +128,8 @@ class PerturbationField(BaseAnnDataField):
         return dict(state_registry)
 
     def _columns(self, adata: AnnData) -> tuple[pd.Series, pd.Series | None]:
+        if self.perturbation_key is None:
+            return pd.Series([self.control] * adata.n_obs, dtype=object), None
         labels = adata.obs[self.perturbation_key].astype(str).reset_index(drop=True)
         if self.dose_key is None:
             return labels, None
@@ -142,7 +144,7 @@ class PerturbationField(BaseAnnDataField):
         table = rich.table.Table(title=f"{self.registry_key} State Registry")
         for column in ("Source Location", "Perturbation", "Code", "Doses"):
             table.add_column(column, justify="center", overflow="fold")
-        source = f"adata.obs[{self.perturbation_key!r}]"
+        source = "none" if self.perturbation_key is None else f"adata.obs[{self.perturbation_key!r}]"
         table.add_row(source, f"{state_registry['control']} (control)", "", "")
         doses = state_registry["doses"] if state_registry["has_dose"] else [()] * len(state_registry["names"])
         for code, (name, own) in enumerate(zip(state_registry["names"], doses, strict=True)):

@@ -161,7 +161,7 @@ def dose_units(max_dose: Sequence[float] | np.ndarray) -> np.ndarray:
     The codes -2 and -1 fall on the padding: a perturbation outside the vocabulary is measured by what is usual within it.
     """
     max_dose = np.asarray(max_dose, dtype=np.float64)
-    return np.append(max_dose, [np.median(max_dose), 1.0])
+    return np.append(max_dose, [np.median(max_dose) if len(max_dose) else 1.0, 1.0])
 
 
 def parse_label(label: str, control: str, delimiter: str = "+") -> tuple[str, ...]:

@@ -93,6 +93,8 @@ class ArgumentMixin:
     data_kind: str
     _discrepancy: Discrepancy
     _can_predict_features: bool = False
+    # whether a perturbation is an intervention on the gene whose name it bears, and nothing else
+    _only_genes: bool = False
 
     def _resolve_scale(self, scale: str | None) -> str:
         counts = self.data_kind == "counts"
@@ -180,6 +182,11 @@ class ArgumentMixin:
             else f"{type(self).__name__} can not represent a new perturbation; PertVAE or baseline.Linear with "
             "`perturbation_features_key` can."
         )
+        if self._only_genes:
+            remedy = (
+                f"{type(self).__name__} knocks out genes of its data; PertVAE or baseline.Linear with "
+                "`perturbation_features_key` predict other perturbations."
+            )
         without = " and has no features" if step == "unseen" and vocabulary.features is not None else ""
         raise ValueError(
             f"`perturbation`: {', '.join(map(repr, new))} was not seen in training{without} "

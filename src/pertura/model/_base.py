@@ -53,6 +53,8 @@ class PerturbationModel(PredictionMixin, TrainingMixin, BaseModelClass):
     _counts_only: ClassVar[bool] = False
     # whether draws of a prediction hold the uncertainty of effects that comes from the noise of the training cells
     _draws_effects: ClassVar[bool] = False
+    # whether it can be trained on cells of which nothing says that they were perturbed
+    _perturbation_optional: ClassVar[bool] = False
     module: PerturbationModule
 
     def __init__(self, adata: AnnData | MuData | None = None, registry: dict | None = None) -> None:
@@ -261,14 +263,18 @@ class PerturbationModel(PredictionMixin, TrainingMixin, BaseModelClass):
                 "values. Name the layer with the counts."
             )
         key, control, delimiter = args["perturbation_key"], args["control"], args["delimiter"]
-        check_perturbations(adata, key, control, delimiter)
+        if key is None and cls._perturbation_optional:
+            if args["dose_key"] is not None:
+                raise ValueError("`dose_key` needs `perturbation_key`: name the column that says what was dosed.")
+        else:
+            check_perturbations(adata, key, control, delimiter)
         check_doses(adata, args["dose_key"], key, control, delimiter)
         for name in ("context_key", "batch_key"):
             check_obs_key(adata, name, args[name])
             if args[name] is not None and args[name] == key:
                 raise ValueError(f"`{name}` and `perturbation_key` are both {key!r}. Name two different columns.")
         check_size_factor(adata, args["size_factor_key"], kind)
-        labels = adata.obs[key].astype(str).unique()
+        labels = () if key is None else adata.obs[key].astype(str).unique()
         names = sorted({m for label in labels for m in parse_label(label, control, delimiter)})
         return check_features(adata, args["perturbation_features_key"], names)
 

@@ -119,7 +119,7 @@ class CRADLEVAE(SAMSVAE):
         """
         args = cls._get_setup_method_args(**locals())
         if qc_key is not None and isinstance(adata, AnnData):
-            _check_qc(adata, qc_key)
+            check_qc(adata, qc_key)
         cls._setup(adata, args)
 
     @classmethod
@@ -228,7 +228,7 @@ class CRADLEVAE(SAMSVAE):
         user.layers[key_added] = values
 
 
-def _check_qc(adata: AnnData, qc_key: str) -> None:
+def check_qc(adata: AnnData, qc_key: str) -> None:
     if qc_key not in adata.obs:
         check_obs_key(adata, "qc_key", qc_key)
     values = pd.unique(adata.obs[qc_key])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import numpy as np
-import pandas as pd
 import torch
 from anndata import AnnData
 from numpy.typing import NDArray
@@ -17,12 +16,11 @@ from pertura.baseline._pseudobulk import pseudobulk
 from pertura.data._bags import BagSampler
 from pertura.data._datamodule import PerturbationDataModule
 from pertura.data._pairs import embed
-from pertura.module._base import Action
 from pertura.module._perturbx import PerturbX as Module
 
 from ._arguments import check_flag, check_number, check_whole
 from ._base import PerturbationModel
-from ._engine import encode
+from ._biomarkers import BiomarkerMixin
 from ._training import TrainingMixin
 
 _PAPER = {"residual": False, "rank": None, "n_members": 1, "gene_weights": "dominant", "beta": 1e-2}
@@ -31,7 +29,7 @@ _WEIGHTS = ("precision", "dominant", "uniform")
 _MAX_BASIS_CELLS = 20_000
 
 
-class PerturbX(Linear):
+class PerturbX(BiomarkerMixin, Linear):
     r"""Mean effects in contexts that were never treated, from bags of their unperturbed cells :cite:p:`Keinan2023`.
 
     A concrete selector picks few genes, a small network turns each control cell into a few numbers, attention averages
@@ -45,8 +43,8 @@ class PerturbX(Linear):
     training contexts tell nothing about one another, the mean effect is what remains. In a context where a perturbation was
     measured, its effect is the measured one.
 
-    Where the networks' share, ``module.share[1]``, is 0, as on the cell types of Kang et al. 2018, the selected genes and their
-    importance describe the networks, not the prediction.
+    Where the networks' share in :attr:`shares` is 0, as on the cell types of Kang et al. 2018, the selected genes and their
+    importance describe the networks, not the prediction: ``get_gene_importance(of="prediction")`` describes that.
 
     A prediction for cells is the cell's own expression plus the effect in its context.
 
@@ -281,202 +279,6 @@ class PerturbX(Linear):
                 bag, has_bag = bag.clone(), has_bag.clone()
                 bag[found], has_bag[found] = new[found].to(bag), True
         return {**globals_, "bag": bag, "has_bag": has_bag}
-
-    # -- biomarkers -------------------------------------------------------------------------------------------------
-
-    def get_selected_genes(self) -> pd.DataFrame:
-        """Genes that the selectors of the ensemble picked.
-
-        Returns
-        -------
-        DataFrame indexed by gene, most stable first: ``stability``, the share of members that picked it, ``n_rows``, how
-        many rows of all selectors did, and ``probability``, their mean probability.
-        """
-        self._check_if_trained(warn=False, message="The model is not trained. Call `train()` first.")
-        selector = self.module.selector
-        chosen = self.module.chosen_genes().cpu().numpy()
-        probability = selector.logits.detach().softmax(-1).amax(-1).cpu().numpy()
-        member = np.broadcast_to(np.arange(len(chosen))[:, None], chosen.shape)
-        table = pd.DataFrame(
-            {"gene": self.gene_names[chosen.ravel()], "member": member.ravel(), "probability": probability.ravel()}
-        )
-        grouped = table.groupby("gene")
-        result = pd.DataFrame(
-            {
-                "stability": grouped["member"].nunique() / len(chosen),
-                "n_rows": grouped.size(),
-                "probability": grouped["probability"].mean(),
-            }
-        )
-        return result.sort_values(["stability", "n_rows"], ascending=False, kind="stable")
-
-    def get_context_representation(
-        self, perturbation: str | None = None, *, adata: AnnData | None = None
-    ) -> pd.DataFrame:
-        """What the networks see in the control cells of each context.
-
-        Parameters
-        ----------
-        perturbation
-            The representation depends on it; `None`: the only one there is.
-        adata
-            Cells with controls of the contexts; by default the training contexts.
-
-        Returns
-        -------
-        DataFrame, contexts x ``PC1, PC2, ...``: principal components of the members' representations (``uns`` of no
-        AnnData is touched). Axes are those of the training contexts, so that contexts of a query can be placed among them.
-        """
-        names, z, _ = self._representation(perturbation, adata)
-        centre, axes = self._axes(perturbation)
-        scores = (z - centre) @ axes.T
-        return pd.DataFrame(scores, index=names, columns=[f"PC{i + 1}" for i in range(scores.shape[1])])
-
-    def _question_action(self, perturbation: str | None, n: int) -> Action:
-        question = self._questions(perturbation, None)[0]
-        action = encode(self.vocabulary, question)
-        return Action(action.codes.expand(n, -1), action.dose.expand(n, -1))
-
-    def _representation(
-        self, perturbation: str | None, adata: AnnData | None
-    ) -> tuple[list[str], NDArray[np.float64], torch.Tensor]:
-        self._check_if_trained(warn=False, message="The model is not trained. Call `train()` first.")
-        if adata is None:
-            names, bag, has_bag = self.contexts, self.module.bag, self.module.has_bag
-        else:
-            manager, _ = self._query(adata, None)
-            names = self._context_names(manager)
-            globals_ = self._globals(manager, 1, 0)
-            present = np.unique(self._contexts_of(manager, np.arange(manager.adata.n_obs)))
-            bag, has_bag = globals_["bag"], globals_["has_bag"].clone()
-            has_bag[np.setdiff1d(np.arange(len(names)), present)] = False
-        kept = np.flatnonzero(has_bag.cpu().numpy())
-        z = self.module.network(self._question_action(perturbation, len(kept)), bag[kept])[1]
-        return [names[i] for i in kept], z.flatten(1).double().cpu().numpy(), bag[kept]
-
-    def _axes(self, perturbation: str | None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Centre and principal axes of the training contexts' representations."""
-        _, z, _ = self._representation(perturbation, None)
-        centre = z.mean(0)
-        _, _, axes = np.linalg.svd(z - centre, full_matrices=False)
-        n = max(1, min(len(z) - 1, self.module.n_latent))
-        # the sign of an axis is free: the context furthest from the centre is positive
-        score = (z - centre) @ axes[:n].T
-        sign = np.sign(score[np.abs(score).argmax(0), np.arange(n)])
-        return centre, axes[:n] * np.where(sign == 0, 1.0, sign)[:, None]
-
-    def get_gene_importance(
-        self,
-        perturbation: str | None = None,
-        *,
-        component: int = 0,
-        n_cells: int = 64,
-        n_samples: int = 10,
-        seed: int = 0,
-    ) -> pd.DataFrame:
-        """Shapley values of the selected genes for a component of the contexts' representation.
-
-        The function explained is a control cell's coordinate on the component; background is the mean control cell.
-
-        Parameters
-        ----------
-        perturbation
-            Perturbation; `None`: the only one there is.
-        component
-            Component of :meth:`get_context_representation`, from 0. The first separates responders from others where there
-            are both.
-        n_cells
-            Control cells, of all contexts, to explain.
-        n_samples
-            Permutations of the genes (:class:`captum.attr.ShapleyValueSampling`).
-        seed
-            Of cells and permutations.
-
-        Returns
-        -------
-        DataFrame indexed by gene: ``importance`` (mean absolute Shapley value), ``direction`` (correlation of expression
-        with the Shapley value: positive where more expression raises the coordinate), ``stability`` of the selection.
-        """
-        from captum.attr import ShapleyValueSampling
-
-        check_whole("n_cells", n_cells)
-        check_whole("n_samples", n_samples)
-        selected = self.get_selected_genes()
-        _, axes = self._axes(perturbation)
-        if (
-            isinstance(component, bool)
-            or not isinstance(component, (int, np.integer))
-            or not 0 <= component < len(axes)
-        ):
-            raise ValueError(f"`component` must be between 0 and {len(axes) - 1}, got {component!r}.")
-        module, rng = self.module, np.random.default_rng(seed)
-        chosen = module.chosen_genes().cpu()
-        genes = np.unique(chosen.numpy())
-        place = torch.as_tensor(np.searchsorted(genes, chosen.numpy()))
-        axis = torch.as_tensor(axes[component], dtype=torch.float32)
-        bag = module.bag[module.has_bag].flatten(0, 1).cpu()
-        rows = torch.as_tensor(rng.permutation(len(bag))[:n_cells])
-        # from the members' own choices back to one value per gene
-        x = torch.zeros(len(rows), len(genes))
-        x.scatter_(1, place.flatten().expand(len(rows), -1), bag[rows].flatten(1))
-        action = self._question_action(perturbation, 1)
-
-        def coordinate(values: torch.Tensor) -> torch.Tensor:
-            e = module.indicator(action).expand(len(values), -1)
-            z = module.encode(values[:, place][:, None], e)
-            return z.flatten(1) @ axis
-
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(seed)
-            attribution = ShapleyValueSampling(coordinate).attribute(
-                x, baselines=torch.zeros_like(x), n_samples=n_samples
-            )
-        value, x = attribution.numpy(), x.numpy()
-        centred = (x - x.mean(0)) * (value - value.mean(0))
-        scale = x.std(0) * value.std(0)
-        table = pd.DataFrame(
-            {
-                "importance": np.abs(value).mean(0),
-                "direction": np.divide(centred.mean(0), scale, out=np.zeros(len(genes)), where=scale > 1e-12),
-            },
-            index=pd.Index(self.gene_names[genes], name="gene"),
-        )
-        table["stability"] = selected["stability"].reindex(table.index)
-        return table.sort_values("importance", ascending=False, kind="stable")
-
-    def get_attention(self, perturbation: str | None = None, *, adata: AnnData | None = None) -> pd.Series:
-        """Weight of each control cell in the representation of its context, times the number of its control cells.
-
-        Parameters
-        ----------
-        perturbation
-            Perturbation; `None`: the only one there is.
-        adata
-            Cells; by default the model's own.
-
-        Returns
-        -------
-        Series by cell, mean over the ensemble, 1 for a cell of average weight and NaN for treated cells: put it into
-        ``adata.obs`` to plot it.
-        """
-        self._check_if_trained(warn=False, message="The model is not trained. Call `train()` first.")
-        manager, user = self._query(adata, None)
-        rows = np.arange(manager.adata.n_obs)
-        control = rows[self._is_control(manager, rows)]
-        context = self._contexts_of(manager, control)
-        result = np.full(len(rows), np.nan)
-        module = self.module
-        e = module.indicator(self._question_action(perturbation, 1))
-        for code in np.unique(context):
-            own = control[context == code]
-            with torch.no_grad():
-                z = [
-                    module.encode(module.describe(module.standardised(module.normalised(c)))[None], e)
-                    for c in self._cells(manager, own, 512)
-                ]
-                weight = module.aggregation.weights(torch.cat(z, 1))[0, ..., 0].mean(-1)
-            result[own] = weight.cpu().numpy() * len(own)
-        return pd.Series(result, index=user.obs_names, name="attention")
 
 
 def _check_options(options: dict[str, Any]) -> None:

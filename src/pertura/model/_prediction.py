@@ -15,7 +15,7 @@ from scvi.data import AnnDataManager
 from ._arguments import check_draws, check_flag, check_key, check_whole
 from ._engine import Question
 from ._summaries import Predicted, SummaryMixin
-from ._writeback import as_anndata, reserve, targets, write
+from ._writeback import as_anndata, contexts_as_anndata, reserve, targets, write
 
 if TYPE_CHECKING:
     from sparse import GCXS
@@ -39,6 +39,7 @@ class PredictionMixin(SummaryMixin):
         n_samples: int = DEFAULT_SAMPLES,
         ci: float | None = 0.9,
         scale: Scale | None = None,
+        by: Literal["cell", "context"] = "cell",
         key_added: str | None = None,
         return_anndata: bool = False,
         overwrite: bool = False,
@@ -70,6 +71,9 @@ class PredictionMixin(SummaryMixin):
         scale
             ``"log1p"`` (default for counts): counts per 10,000, log1p, averaged over draws after the transform.
             ``"counts"``: counts at the cell's own depth. ``"layer"``: as registered (default for other data).
+        by
+            ``"cell"``: a prediction for each cell. ``"context"``: means of contexts, as :meth:`get_perturbation_effect` has
+            them (from the control cells among the cells asked); always a new AnnData.
         key_added
             Where results go; by default ``"predicted_" + name``.
         return_anndata
@@ -86,7 +90,9 @@ class PredictionMixin(SummaryMixin):
         -------
         `None` for one name: ``layers[key]`` (with ``_low`` and ``_high``), ``obsm["X_" + key]``, ``obsm["X_basal"]``,
         ``uns[key + "_effect"]`` and ``uns[key]`` of `adata` are set; rows outside `indices` are NaN. For a list, or
-        with `return_anndata`, a new AnnData with one row per cell and perturbation, the prediction in ``X``.
+        with `return_anndata`, a new AnnData with one row per cell and perturbation, the prediction in ``X``. With
+        ``by="context"`` one row per context and perturbation: mean expression under it in ``X``, its interval in
+        ``layers["low"]`` and ``["high"]``, ``layers["control"]`` and ``layers["effect"]`` beside it.
 
         Raises
         ------
@@ -95,6 +101,13 @@ class PredictionMixin(SummaryMixin):
         """
         check_flag("return_anndata", return_anndata)
         check_flag("overwrite", overwrite)
+        if by not in ("cell", "context"):
+            raise ValueError(f"`by` must be 'cell' or 'context', got {by!r}.")
+        if by == "context" and key_added is not None:
+            raise ValueError(
+                f"`key_added`: rows of contexts have no place in `adata`, so nothing is written to {key_added!r}. "
+                "Leave it out: a new AnnData is returned."
+            )
         single = (isinstance(perturbation, str) or perturbation is None) and np.ndim(dose) == 0
         questions = self._questions(perturbation, dose)
         key = key_added if key_added is not None else f"predicted_{questions[0].label}".replace("/", "_")
@@ -110,6 +123,11 @@ class PredictionMixin(SummaryMixin):
         rows = self._rows(user, indices)
         self._check_known(user, manager, rows)
         asked = self._asked(questions, ci, options)
+        if by == "context":
+            rows = self._controls_or_all(manager, rows)
+            table = self._effects_of(manager, rows, questions, ci=ci or 0.9, delta=_DELTA, **options)
+            names = np.asarray(self._context_names(manager), dtype=object)[self._contexts_of(manager, rows)]
+            return contexts_as_anndata(self, user, table, pd.Series(names).value_counts(), asked)
         if not single or return_anndata:
             n_bytes = len(rows) * len(questions) * len(self.gene_names) * 4 * (1 if ci is None else 3)
             if n_bytes > _MAX_BYTES:

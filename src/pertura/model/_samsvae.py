@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from anndata import AnnData
 from numpy.typing import NDArray
@@ -137,7 +138,7 @@ class SAMSVAE(ObservedEffectsMixin, PerturbationModel):
             )
         self.shrinkage, self.n_particles = options.pop("shrinkage", True), options.pop("n_particles", 1)
         vocabulary = self.vocabulary
-        features = vocabulary.features
+        features = self._registered_features
         self.module = self._module_cls(
             n_genes=self.summary_stats["n_vars"],
             n_perturbations=vocabulary.n_perturbations,
@@ -155,6 +156,11 @@ class SAMSVAE(ObservedEffectsMixin, PerturbationModel):
             f"{type(self).__name__}: {vocabulary.n_perturbations} perturbations, latent {self.module.n_latent}, "
             f"{self.module.effect} effects, {options['likelihood']} likelihood"
         )
+
+    @property
+    def _registered_features(self) -> pd.DataFrame | None:
+        """Features that the effects of perturbations depend on."""
+        return self.vocabulary.features
 
     @property
     def _can_predict_features(self) -> bool:
@@ -301,8 +307,6 @@ class SAMSVAE(ObservedEffectsMixin, PerturbationModel):
         ValueError
             For a conditional VAE, which has no shifts.
         """
-        import pandas as pd
-
         if self.module.effect == "conditional":
             raise ValueError("`effect='conditional'` has no latent shifts.")
         with seeded(0, self.module.input_mean.device):

@@ -80,7 +80,7 @@ def reserve(adata: AnnData, wanted: Mapping[str, list[str]], overwrite: bool) ->
         )
 
 
-def _clear(adata: AnnData, key: str) -> None:
+def clear(adata: AnnData, key: str) -> None:
     """Remove what an earlier call wrote under the same key, such as intervals that are not asked this time."""
     written = _written(adata)
     others = {w for name, own in written.items() if name != key for w in own}
@@ -100,7 +100,7 @@ def write(
     asked: dict[str, Any],
 ) -> None:
     """Put one prediction into the user's AnnData; rows that were not asked are NaN."""
-    _clear(user, key)
+    clear(user, key)
     genes = pd.Index(user.var_names.astype(str)).get_indexer(model.gene_names)
     everything = len(rows) == user.n_obs and np.array_equal(rows, np.arange(user.n_obs))
     in_order = len(genes) == user.n_vars and np.array_equal(genes, np.arange(user.n_vars))
@@ -119,7 +119,7 @@ def write(
         user.obsm[name] = matrix
     context_key = model._argument("context_key")
     params = {
-        "groupby": context_key or model._argument("perturbation_key"),
+        "groupby": context_key or model._argument("perturbation_key") or "perturbation",
         "reference": model.vocabulary.control,
         "method": f"pertura.{type(model).__name__}",
         "use_raw": False,
@@ -154,7 +154,7 @@ def as_anndata(
     obs = own.iloc[np.tile(np.arange(n_cells), n)].copy()
     labels = np.repeat(np.array([q.label for q in questions], dtype=object), n_cells)
     doses = np.repeat(np.array([q.dose_text for q in questions], dtype=object), n_cells)
-    columns = {"perturbation": (model._argument("perturbation_key"), pd.Categorical(labels))}
+    columns = {"perturbation": (model._argument("perturbation_key") or "perturbation", pd.Categorical(labels))}
     if has_dose:
         columns["dose"] = (model._argument("dose_key"), doses)
     names = obs.index.to_numpy()
@@ -177,6 +177,45 @@ def as_anndata(
             out.layers[end] = flat[end]
     out.obsm["X_latent"] = flat["latent"]
     out.obsm["X_basal"] = np.tile(flat["basal"], (n, 1))
+    out.uns[PREDICTION] = provenance(model, wrote=[], **asked)
+    return out
+
+
+def contexts_as_anndata(
+    model: Any, user: AnnData, table: pd.DataFrame, n_cells: pd.Series, asked: dict[str, Any]
+) -> AnnData:
+    """New AnnData with one row per perturbation and context.
+
+    Parameters
+    ----------
+    table
+        Effects, all genes of a row one after the other.
+    n_cells
+        Cells asked, by context.
+    """
+    shape = (-1, len(model.gene_names))
+    first = table.iloc[:: shape[1]].reset_index(drop=True)
+    keys = {"perturbation": "perturbation_key", "context": "context_key", "dose": "dose_key"}
+    obs = pd.DataFrame(index=pd.RangeIndex(len(first)))
+    for name in (name for name in keys if name in first):
+        # under its plain name, and under the user's own
+        for column in dict.fromkeys((name, model._argument(keys[name]) or name)):
+            if not str(column).startswith("_pertura"):
+                obs[column] = pd.Categorical(first[name].astype(str))
+    obs["novelty"] = pd.Categorical(first["novelty"])
+    obs["n_cells"] = first["context"].map(n_cells).to_numpy()
+    label = first["perturbation"].astype(str) + ("@" + first["dose"].astype(str) if "dose" in first else "")
+    obs.index = pd.Index(first["context"].astype(str) + "-" + label, dtype=object, name=None)
+
+    def values(column: str) -> np.ndarray:
+        return table[column].to_numpy(np.float32).reshape(shape)
+
+    genes = pd.Index(user.var_names.astype(str)).get_indexer(model.gene_names)
+    out = AnnData(X=values("mean_perturbed"), obs=obs, var=user.var.iloc[genes].copy())
+    out.layers["control"], out.layers["effect"] = values("mean_control"), values("lfc_mean")
+    if asked["ci"] is not None:
+        for end in ("low", "high"):
+            out.layers[end] = out.layers["control"] + values(f"ci_{end}")
     out.uns[PREDICTION] = provenance(model, wrote=[], **asked)
     return out
 

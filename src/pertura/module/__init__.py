@@ -10,8 +10,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "_base": ["Action", "Basal", "Cells", "PerturbationModule"],
         "_cradlevae": ["CRADLEVAE"],
         "_drugaae": ["DrugAAE"],
-        "_pertvae": ["PertVAE"],
+        "_gpovae": ["GPOVAE"],
+        "_infosem": ["InfoSEM"],
         "_perturbx": ["PerturbX"],
+        "_pertvae": ["PertVAE"],
         "_samsvae": ["SAMSVAE"],
     },
 )

@@ -23,12 +23,14 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy.optimize import nnls
+from scipy.stats import ttest_1samp
 from torch import Tensor, nn
 
 from pertura.baseline._conditions import Asked
@@ -41,6 +43,7 @@ from ._base import Action, Cells
 _BAGS = 32  # that are encoded at a time
 # of the regression on control profiles, in units of the mean variance of a component; training contexts choose
 _STRENGTHS = (3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
+_CHANCE = 0.1  # p value of a gain in training contexts, above which it is none
 
 
 class PerturbX(LinearModule):
@@ -334,6 +337,32 @@ class PerturbX(LinearModule):
         effect = mean + sd * globals_["deviate"][:, None, :]
         return effect, globals_["control"][contexts], torch.as_tensor(which, device=mean.device)
 
+    # -- what a prediction is made of -------------------------------------------------------------------------------
+
+    def measured_effects(self, action: Action) -> Tensor:
+        """Measured effects of an action in the training contexts where it was measured, ``(n, n_genes)``, on CPU."""
+        asked, _, _ = self._distinct(action, torch.zeros(1, dtype=torch.long, device=action.codes.device))
+        conditions, mask = self.conditions, self.conditions.label == asked[0].label
+        at = np.flatnonzero(conditions.curves_per_context(mask) > 0) if asked[0].label >= 0 else []
+        one = np.eye(self.n_contexts)
+        weights = [conditions.average(asked[0].at_dose, mask, one[c]) for c in at]
+        return self._sums(np.stack(weights))[0].double().cpu() if weights else torch.zeros(0, self.n_genes)
+
+    def regression_slope(self, action: Action, axis: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Slope, in the control profile of a new context, of the regression's effect along an axis, ``(n_genes,)``."""
+        asked, _, _ = self._distinct(action, torch.zeros(1, dtype=torch.long, device=action.codes.device))
+        # weights are linear in the inner products with the training profiles: one product at a time
+        rows = np.concatenate([np.zeros((1, self.n_contexts)), np.eye(self.n_contexts)])
+        weights = [self._from_others(asked[0], self.n_contexts, row)[1] for row in rows]
+        along = self._sums(np.stack(weights))[0].double().cpu().numpy() @ axis
+        own = self.control.cpu().double()
+        if self.basis.shape[1]:
+            basis = self.basis.cpu().double()
+            profiles = (own - own[self.has_control.cpu()].mean(0)) @ basis @ basis.mT
+        else:
+            profiles = own - own.mean(0)
+        return (along[1:] - along[0]) @ profiles.numpy()
+
     # -- how much of what is believed -------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -342,8 +371,7 @@ class PerturbX(LinearModule):
 
         Each training condition is predicted from the other contexts: by the regression without it, at the strength that
         predicts best, and by the members that did not see its context. Non-negative least squares on the deviations from
-        the mean effect, in the basis; at most 1 together, and 0 where the gain over the conditions is not above its
-        standard error.
+        the mean effect, in the basis; at most 1 together, and 0 where a t test over the contexts does not find a gain.
         """
         if not self.residual or self.n_folds < 2:
             return
@@ -381,8 +409,9 @@ class PerturbX(LinearModule):
         share, _ = nnls(np.stack(inputs, axis=1), target)
         share = share / max(1.0, share.sum())
         left = target - np.stack(inputs, axis=1) @ share
-        gain = (target**2 - left**2).reshape(len(rows), -1).sum(1)
-        if gain.mean() <= gain.std(ddof=1) / len(gain) ** 0.5:
+        gain = pd.Series((target**2 - left**2).reshape(len(rows), -1).sum(1)).groupby(conditions.context[rows]).mean()
+        # contexts are what is new, and the perturbations of one go up and down together
+        if not ttest_1samp(gain, 0.0, alternative="greater").pvalue < _CHANCE:
             share[:] = 0.0  # no more than chance would give: the mean effect
         closed = average + share[0] * (linear - average)
         off = closed - closed @ span @ span.mT

@@ -92,7 +92,7 @@ class SAMSVAE(PerturbationModule):
         super().__init__()
         self.n_genes, self.n_perturbations, self.n_batch = n_genes, n_perturbations, n_batch
         self.n_latent, self.effect, self.normalise_input = n_latent, effect, normalise_input
-        self.n_shift = self._shift_width()
+        self.n_rows, self.n_shift = self._table_height(), self._shift_width()
         self.mask_prior, self.lr_factors = mask_prior, {"effect_": effect_lr_factor, "mask_": effect_lr_factor}
 
         n_covariates = n_batch if n_batch > 1 else 0
@@ -118,6 +118,10 @@ class SAMSVAE(PerturbationModule):
         self.register_buffer("residual_sd", torch.zeros(n_perturbations + n_combinations, n_genes))
         self.register_buffer("combinations", torch.full((n_combinations, max(order, 1)), -1))
 
+    def _table_height(self) -> int:
+        """Rows of E and M."""
+        return self.n_perturbations
+
     def _shift_width(self) -> int:
         return self.n_perturbations if self.effect == "conditional" else self.n_latent
 
@@ -130,7 +134,7 @@ class SAMSVAE(PerturbationModule):
     def _make_effects(
         self, effect_guide: str, prior_sd_E: float | None, interactions: bool, n_features: int, n_hidden: int
     ) -> None:
-        n, k = self.n_perturbations, self.n_shift
+        n, k = self.n_rows, self.n_shift
         self.dose_log_kappa = nn.Parameter(torch.zeros(n))
         self.register_buffer("features", torch.zeros(n, n_features))
         self.effect_features = self.effect_network = self.effect_interaction = None
@@ -198,7 +202,7 @@ class SAMSVAE(PerturbationModule):
             if self.effect == "svae+":
                 n_failures = 1.0 / self.mask_prior - 1.0
                 pyro.factor("rate_prior", -(n_failures - 1.0) * F.softplus(self.mask_rate).sum())
-            with pyro.plate("perturbations", self.n_perturbations):
+            with pyro.plate("perturbations", self.n_rows):
                 if self.effect in ("sparse", "svae+"):
                     mask = pyro.sample("mask", dist.Bernoulli(logits=self.mask_prior_logits()).to_event(1))
                 if self.effect == "svae+":
@@ -210,7 +214,7 @@ class SAMSVAE(PerturbationModule):
         if self.effect == "conditional":
             return {}
         mask: Tensor | float = 1.0
-        with self._weight(n_cells, kl_weight), pyro.plate("perturbations", self.n_perturbations):
+        with self._weight(n_cells, kl_weight), pyro.plate("perturbations", self.n_rows):
             if self.effect in ("sparse", "svae+"):
                 mask = pyro.sample("mask", self.mask_posterior().to_event(1))
             if self.effect == "svae+":
@@ -230,15 +234,15 @@ class SAMSVAE(PerturbationModule):
     def effect_prior_mean(self) -> Tensor:
         """Prior mean of E: 0, or what features say."""
         if self.effect_features is None:
-            return self.input_mean.new_zeros(self.n_perturbations, self.n_shift)
+            return self.input_mean.new_zeros(self.n_rows, self.n_shift)
         return self.effect_features(self.features)
 
     def effect_posterior(self, mask: Tensor | float) -> dist.Normal:
         """q(E | M)."""
         if self.effect_network is None:
             return dist.Normal(self.effect_loc + self.effect_prior_mean(), self.effect_log_sd.exp() + 1e-4)
-        mask = mask if torch.is_tensor(mask) else self.input_mean.new_ones(self.n_perturbations, self.n_shift)
-        one_hot = torch.eye(self.n_perturbations, device=mask.device)
+        mask = mask if torch.is_tensor(mask) else self.input_mean.new_ones(self.n_rows, self.n_shift)
+        one_hot = torch.eye(self.n_rows, device=mask.device)
         loc, log_variance = self.effect_head(self.effect_network(mask, one_hot)).chunk(2, dim=-1)
         return dist.Normal(loc + self.effect_prior_mean(), (log_variance.exp() + 1e-4).sqrt())
 
@@ -324,13 +328,15 @@ class SAMSVAE(PerturbationModule):
         drawn = {}
         if self.residual_sd.any():
             drawn["residual_noise"] = torch.randn(n_samples, 1, self.n_genes, device=self.residual.device)
-        if self.effect == "conditional":
-            return drawn
+        return drawn if self.effect == "conditional" else {**drawn, "table": self.draw_table(n_samples)}
+
+    def draw_table(self, n_samples: int) -> Tensor:
+        """Draws of E o M."""
         table: Tensor | float = 1.0
         if self.effect in ("sparse", "svae+"):
             table = torch.bernoulli(self.mask_logits.sigmoid().expand(n_samples, -1, -1))
         effect = self.effect_loc if self.effect == "svae+" else self._draw_effect(table, n_samples)
-        return {**drawn, "table": table * effect}
+        return table * effect
 
     def _draw_effect(self, mask: Tensor | float, n_samples: int) -> Tensor:
         posterior = self.effect_posterior(mask)

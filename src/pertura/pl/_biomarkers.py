@@ -52,7 +52,8 @@ def gene_importance(
     ax.set(xlabel="mean |Shapley value|", title="" if title is None else title)
     ax.plot([], [], "s", color="C3", label="more expression, higher coordinate")
     ax.plot([], [], "s", color="C0", label="more expression, lower coordinate")
-    ax.legend(fontsize="x-small", frameon=False, loc="lower right")
+    # below the axes: bars may be equally long
+    ax.legend(fontsize="x-small", frameon=False, loc="upper center", bbox_to_anchor=(0.4, -0.14))
     ax.margins(y=0.01)
     return finish(ax, "gene_importance", given=given, show=show, save=save)
 

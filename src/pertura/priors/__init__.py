@@ -16,6 +16,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "match_drugs",
             "signatures",
         ],
+        "_edges": ["known_edges", "regulators"],
+        "_genes": ["gene_embeddings"],
         "_ppi": ["ppi_network"],
+        "_symbols": ["match_genes"],
     },
 )

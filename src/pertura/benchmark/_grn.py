@@ -1,0 +1,385 @@
+"""Networks against known edges, from splits in which every gene was seen to splits in which none was."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from numpy.typing import NDArray
+
+from pertura.data import candidate_pairs, make_grn_splits
+from pertura.metrics import EdgeCandidates, auprc, auprc_ratio, auroc, epr, hit_at, macro_auprc
+
+from ._resources import Resources
+from ._runner import quiet
+from ._spec import digest
+
+logger = logging.getLogger(__name__)
+
+GRN_SPLITS = ("edge", "unseen_tf", "unseen_target", "unseen_both")
+#: All candidates at once, nothing held out: for what learns from no labels.
+EVERYTHING = "all"
+_TRUTHS = ("STRING", "Specific", "Non-specific")
+_METRICS = ("auprc", "auprc_ratio", "epr", "hit_at", "auroc", "macro_auprc")
+_RUN = ("dataset", "truth", "split", "seed", "model")
+_COLUMNS = (*_RUN, *_METRICS, "density", "n_edges", "seconds", "settings")
+
+
+class Scorer(Protocol):
+    """What the benchmark asks: :class:`pertura.baseline.NetworkBaseline` and :class:`NetworkModel` have it."""
+
+    uses_labels: bool
+
+    def fit(self, adata: AnnData, train: pd.DataFrame | None = None) -> Any:
+        """Learn, from training pairs if it uses labels."""
+
+    def score(self, pairs: pd.DataFrame) -> NDArray[np.float64]:
+        """Scores of pairs, ``(n_pairs,)``."""
+
+
+class GivenNetwork:
+    r"""A network that is there already, from any tool, as a scorer of pairs by \|weight\|.
+
+    Parameters
+    ----------
+    edges
+        ``source, target, weight``; pairs that are not listed have weight 0.
+    """
+
+    uses_labels = False
+
+    def __init__(self, edges: pd.DataFrame) -> None:
+        lacking = [c for c in ("source", "target", "weight") if c not in edges]
+        if lacking:
+            raise ValueError(f"`edges` lacks the columns {lacking}; it has {list(edges.columns)[:10]}.")
+        if edges.duplicated(["source", "target"]).any():
+            raise ValueError("`edges` lists some edges twice; aggregate them first, e.g. by their largest weight.")
+        names = pd.MultiIndex.from_frame(edges[["source", "target"]].astype(str))
+        self.weight = pd.Series(edges["weight"].abs().to_numpy(np.float64), index=names)
+
+    def __repr__(self) -> str:
+        """Number of edges and a fingerprint of their weights."""
+        return f"GivenNetwork({len(self.weight)} edges, {digest(self.weight.to_numpy().tobytes())})"
+
+    def fit(self, adata: AnnData | None, train: pd.DataFrame | None = None) -> GivenNetwork:
+        """There is nothing to learn."""
+        return self
+
+    def score(self, pairs: pd.DataFrame) -> NDArray[np.float64]:
+        """See :class:`Scorer`."""
+        asked = pd.MultiIndex.from_frame(pairs[["source", "target"]].astype(str))
+        return self.weight.reindex(asked).fillna(0.0).to_numpy()
+
+
+class NetworkModel:
+    """A model with ``get_grn`` as a scorer of pairs.
+
+    Parameters
+    ----------
+    name
+        Class in :mod:`pertura.model`.
+    train
+        Arguments of its ``train``.
+    edges
+        Whether training pairs are given to the model as known edges (``edges_key``): it is then fitted anew for every split.
+    splits
+        Kinds of splits that it is scored on; `None`: all. A model that is fitted for each split takes its time.
+    seed
+        Of the model and its training.
+    **options
+        Of the class.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        train: Mapping[str, Any] | None = None,
+        edges: bool = False,
+        splits: Sequence[str] | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        self.name, self.train, self.seed, self.options = name, dict(train or {}), seed, options
+        self.uses_labels, self.splits = edges, splits
+
+    def __repr__(self) -> str:
+        """Name and settings."""
+        return f"{self.name}({self.options}, train={self.train}, edges={self.uses_labels}, seed={self.seed})"
+
+    def fit(self, adata: AnnData, train: pd.DataFrame | None = None) -> NetworkModel:
+        """Train on all cells; of the labels, only those of the training pairs are known."""
+        from scvi import settings
+
+        from pertura import model, priors
+
+        adata = adata.copy()
+        options = dict(self.options)
+        if self.uses_labels:
+            if train is None:
+                raise ValueError("`train` is missing: this model is given training pairs as known edges.")
+            priors.known_edges(adata, train, key_added="_training_edges")
+            options["edges_key"] = "_training_edges"
+        cls = getattr(model, self.name)
+        settings.seed = self.seed
+        with quiet():
+            cls.setup_anndata(adata)
+            fitted = cls(adata, **options)
+            fitted.train(**{"seed": self.seed, "accelerator": "cpu", "enable_progress_bar": False, **self.train})
+        self.network_ = GivenNetwork(fitted.get_grn(key_added=None))
+        return self
+
+    def score(self, pairs: pd.DataFrame) -> NDArray[np.float64]:
+        r"""\|weight\|, 0 for pairs that the network does not have."""
+        return self.network_.score(pairs)
+
+
+def grn_models() -> dict[str, Scorer]:
+    """Scorers of the command line by name, for the data of :func:`beeline_data`.
+
+    InfoSEM with known edges (BC) is fitted for each split, one network and not an ensemble, and for ``"unseen_both"`` alone; the same
+    without known edges ("one") is what to compare it with.
+    """
+    from pertura import baseline
+
+    def infosem(edges: bool = False, **options: Any) -> NetworkModel:
+        splits = ("unseen_both",) if edges else None
+        return NetworkModel("InfoSEM", edges=edges, splits=splits, regulators="is_regulator", **options)
+
+    return {
+        "correlation": baseline.Correlation(),
+        "trees": baseline.TreeEnsemble(regulators="is_regulator", n_estimators=50),
+        "regulator rate": baseline.RegulatorRate(),
+        "one-hot LR": baseline.OneHotLogistic(),
+        "embedding LR": baseline.EmbeddingLogistic(),
+        "embedding LR products": baseline.EmbeddingLogistic(products=True),
+        "embedding cosine": baseline.EmbeddingCosine(),
+        "InfoSEM none": infosem(prior="none", n_ensemble=4),
+        "InfoSEM B": infosem(prior="embedding", n_ensemble=4),
+        "InfoSEM B additive": infosem(prior="embedding", prior_mean="additive", n_ensemble=4),
+        "InfoSEM B, one": infosem(prior="embedding"),
+        "InfoSEM B additive, one": infosem(prior="embedding", prior_mean="additive"),
+        "InfoSEM BC, one": infosem(edges=True, prior="embedding+edges"),
+        "InfoSEM BC additive, one": infosem(edges=True, prior="embedding+edges", prior_mean="additive"),
+    }
+
+
+def beeline_data(embedding: str = "go_bp") -> tuple[AnnData, dict[str, pd.DataFrame]]:
+    """Mouse dendritic cells with gene embeddings, and three known networks.
+
+    Parameters
+    ----------
+    embedding
+        Source of :func:`pertura.priors.gene_embeddings`. With ``"biobert"``, which has vectors for a quarter of the genes, the
+        others are left out of the data and of the known networks.
+
+    Returns
+    -------
+    AnnData with ``varm["gene_embedding"]`` and ``var["is_regulator"]``; known networks by name.
+    """
+    from pertura import datasets, priors
+
+    found = {name: datasets.beeline_mdc(name) for name in _TRUTHS}
+    adata = found[_TRUTHS[0]]
+    # each network comes with a list of its own; two regulators are not in that of the first
+    adata.var["is_regulator"] = np.logical_or.reduce([a.var["is_regulator"].to_numpy() for a in found.values()])
+    if embedding == "biobert":
+        vectors = datasets.biobert_mesc500()
+        adata = adata[:, priors.match_genes(adata.var_names, vectors.index) >= 0].copy()
+    priors.gene_embeddings(adata, embedding)
+    truths = {name: a.uns["ground_truth"] for name, a in found.items()}
+    genes = set(adata.var_names)
+    return adata, {n: t[t["source"].isin(genes) & t["target"].isin(genes)] for n, t in truths.items()}
+
+
+def run_grn(
+    adata: AnnData,
+    truths: Mapping[str, pd.DataFrame],
+    models: Mapping[str, Scorer],
+    *,
+    splits: Sequence[str] = (EVERYTHING, *GRN_SPLITS),
+    seeds: int | Sequence[int] = 10,
+    dataset: str = "",
+    out: str | Path | None = None,
+) -> pd.DataFrame:
+    """Score networks on held-out pairs of known ones.
+
+    A scorer that uses labels is fitted on the training pairs of each split; the others are fitted once, on the expression of all
+    cells and no label, and score all test pairs.
+
+    Parameters
+    ----------
+    adata
+        Cells x genes, with what the models need.
+    truths
+        Known networks by name: ``source``, ``target``. Candidates are BEELINE's (:func:`pertura.data.candidate_pairs`).
+    models
+        Scorers by name.
+    splits
+        Kinds of :func:`pertura.data.make_grn_splits`, and ``"all"``: every candidate, for scorers without labels.
+    seeds
+        Number of random splits of each kind, or their seeds.
+    dataset
+        Name of the data in the results.
+    out
+        CSV that grows fit by fit; what is in it is not run again.
+
+    Returns
+    -------
+    One row per known network, split, seed and model: ``auprc, auprc_ratio, epr, hit_at, auroc, macro_auprc`` (ties in
+    expectation), ``density``, ``n_edges``, ``seconds`` of the fit.
+    """
+    _check(truths, models, splits)
+    seeds = range(seeds) if isinstance(seeds, int) else seeds
+    results = _Results(out, dataset)
+    marks = {name: digest(repr(model)) for name, model in models.items()}
+    took: dict[str, float] = {}
+    for truth, edges in truths.items():
+        for kind, seed in [(k, s) for k in splits for s in ((0,) if k == EVERYTHING else seeds)]:
+            left = [
+                n for n, m in models.items() if _applies(m, kind) and not results.has((truth, kind, seed, n), marks[n])
+            ]
+            if not left:
+                continue
+            train, test = _pairs(edges, kind, seed)
+            for name in left:
+                model = models[name]
+                if model.uses_labels or name not in took:
+                    with Resources() as used:
+                        model.fit(adata, train if model.uses_labels else None)
+                    took[name] = round(used.seconds, 2)
+                row = dict(zip(_RUN, (dataset, truth, kind, seed, name), strict=True))
+                results.add({**row, **_scores(model, test), "seconds": took[name], "settings": marks[name]})
+            logger.info("%s, %s, seed %d: %s", truth, kind, seed, ", ".join(left))
+    return results.of(truths, models, splits, seeds)
+
+
+def _check(truths: Mapping[str, pd.DataFrame], models: Mapping[str, Scorer], splits: Sequence[str]) -> None:
+    unknown = [s for s in splits if s not in (EVERYTHING, *GRN_SPLITS, "edge_balanced")]
+    if unknown:
+        raise ValueError(f"`splits`: {unknown} are none of {(EVERYTHING, *GRN_SPLITS, 'edge_balanced')}.")
+    if not truths or not models:
+        raise ValueError("`truths` and `models` must name at least one network and one model.")
+
+
+def _applies(model: Scorer, kind: str) -> bool:
+    asked = getattr(model, "splits", None)
+    return (asked is None or kind in asked) and not (model.uses_labels and kind == EVERYTHING)
+
+
+def _pairs(edges: pd.DataFrame, kind: str, seed: int) -> tuple[pd.DataFrame | None, pd.DataFrame]:
+    """Training pairs (`None`: there are none) and test pairs."""
+    if kind == EVERYTHING:
+        return None, candidate_pairs(edges)
+    split = make_grn_splits(edges, kind=kind, seed=seed)[0]
+    return split.train, split.test
+
+
+def _scores(model: Scorer, test: pd.DataFrame) -> dict[str, float]:
+    c = EdgeCandidates(test["label"], model.score(test), test["source"])
+    values = {f.__name__: f(c) for f in (auprc, auprc_ratio, hit_at, auroc, macro_auprc)}
+    return {**values, "epr": epr(c, ties="expected"), "density": c.density, "n_edges": int(c.label.sum())}
+
+
+class _Results:
+    """Rows, kept in a CSV file if there is one."""
+
+    def __init__(self, path: str | Path | None, dataset: str) -> None:
+        self.path, self.dataset = None if path is None else Path(path), dataset
+        rows: list[dict[str, Any]] = []
+        if self.path is not None and self.path.exists():
+            table = pd.read_csv(self.path, dtype={"settings": str, "dataset": str}, keep_default_na=True)
+            lacking = [c for c in _COLUMNS if c not in table]
+            if lacking:
+                raise ValueError(f"`out`: {str(self.path)!r} is no result of this benchmark, it lacks {lacking}.")
+            rows = table.fillna({"dataset": ""}).to_dict("records")
+        self.rows = {tuple(r[k] for k in _RUN): r for r in rows}
+
+    def has(self, run: tuple[Any, ...], settings: str) -> bool:
+        row = self.rows.get((self.dataset, *run))
+        if row is not None and row["settings"] != settings:
+            raise ValueError(
+                f"`out`: {str(self.path)!r} has {run[-1]!r} made with other settings. Delete the file, or name another."
+            )
+        return row is not None
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows[tuple(row[k] for k in _RUN)] = row
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            new = not self.path.exists()
+            pd.DataFrame([row])[list(_COLUMNS)].to_csv(self.path, mode="w" if new else "a", header=new, index=False)
+
+    def of(
+        self, truths: Mapping[str, Any], models: Mapping[str, Any], splits: Sequence[str], seeds: Sequence[int]
+    ) -> pd.DataFrame:
+        table = pd.DataFrame(list(self.rows.values()), columns=list(_COLUMNS))
+        keep = (
+            (table["dataset"] == self.dataset) & table["truth"].isin(list(truths)) & table["model"].isin(list(models))
+        )
+        keep &= table["split"].isin(list(splits)) & (table["seed"].isin(list(seeds)) | (table["split"] == EVERYTHING))
+        order = {name: i for i, name in enumerate([*truths, *splits, *models])}
+        table = table[keep]
+        by = [table[c].map(order) for c in ("truth", "split", "model")]
+        return table.iloc[np.lexsort([table["seed"], *by[::-1]])].reset_index(drop=True)
+
+
+def summarise_grn(
+    results: pd.DataFrame,
+    *,
+    reference: str = "correlation",
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Means over splits, and how much better each model's AUPRC is than that of a reference on the same splits.
+
+    Parameters
+    ----------
+    results
+        What :func:`run_grn` returns.
+    reference
+        Model that the others are compared with.
+    level, n_resamples, seed
+        Of the bootstrap over splits, the same splits for both models. Splits of one network overlap, so that intervals say whether
+        a difference depends on the split, not whether it would be found with other regulators.
+
+    Returns
+    -------
+    One row per network, split and model: ``auprc``, ``auprc_sd`` (over splits), the other scores, ``density``, ``n_splits``;
+    ``gain, gain_low, gain_high``: mean AUPRC over that of the reference, minus 1.
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"`level` must lie between 0 and 1, got {level!r}.")
+    lacking = sorted({*_RUN, *_METRICS} - set(results.columns))
+    if lacking:
+        raise ValueError(f"`results` lacks the columns {lacking}; pass what `run_grn` returns.")
+    rows = []
+    for (truth, split), frame in results.groupby(["truth", "split"], sort=False):
+        wide = frame.pivot(index="seed", columns="model", values="auprc")
+        for name, own in frame.groupby("model", sort=False):
+            row = {"truth": truth, "split": split, "model": name, "n_splits": len(own)}
+            row |= own[[*_METRICS, "density", "seconds"]].mean().to_dict()
+            row["auprc_sd"] = own["auprc"].std() if len(own) > 1 else np.nan
+            if reference in wide and name != reference:
+                row |= _gain(wide[name], wide[reference], level, n_resamples, seed)
+            rows.append(row)
+    table = pd.DataFrame(rows)
+    first = ["truth", "split", "model", "n_splits", "density", "auprc", "auprc_sd", *_METRICS[1:]]
+    return table.reindex(columns=[*first, "gain", "gain_low", "gain_high", "seconds"])
+
+
+def _gain(own: pd.Series, other: pd.Series, level: float, n: int, seed: int) -> dict[str, float]:
+    both = pd.concat([own, other], axis=1).dropna().to_numpy()
+    if not len(both):
+        return {}
+    drawn = both[np.random.default_rng(seed).integers(len(both), size=(n, len(both)))].mean(1)
+    low, high = np.quantile(drawn[:, 0] / drawn[:, 1] - 1, [(1 - level) / 2, (1 + level) / 2])
+    mean = both.mean(0)
+    ends = {"gain_low": low, "gain_high": high} if len(both) > 1 else {}
+    return {"gain": mean[0] / mean[1] - 1, **ends}

@@ -1,0 +1,210 @@
+"""The benchmark of networks: what is fitted when, what a file keeps, what the summary says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from anndata import AnnData
+
+from pertura import baseline
+from pertura.benchmark import GivenNetwork, NetworkModel, __main__, _grn, run_grn, summarise_grn
+from pertura.metrics import EdgeCandidates, auprc
+
+
+@pytest.fixture
+def data() -> tuple[AnnData, dict[str, pd.DataFrame]]:
+    rng = np.random.default_rng(0)
+    genes = [f"g{i}" for i in range(40)]
+    x = rng.normal(size=(60, 40))
+    edge = np.zeros((40, 40), bool)
+    edge[:9, 9:] = rng.random((9, 31)) < 0.25
+    x[:, 9:] += x[:, :9] @ edge[:9, 9:]
+    adata = AnnData(x.astype(np.float32), var=pd.DataFrame(index=genes))
+    adata.varm["gene_embedding"] = rng.normal(size=(40, 3))
+    source, target = np.nonzero(edge)
+    table = pd.DataFrame({"source": np.array(genes)[source], "target": np.array(genes)[target]})
+    return adata, {"first": table, "second": table.iloc[::2]}
+
+
+class Counting(baseline.Correlation):
+    """Correlation that counts its fits."""
+
+    def __init__(self, uses_labels: bool) -> None:
+        super().__init__()
+        self.uses_labels = uses_labels
+        self.trains_: list[Any] = []
+
+    def fit(self, adata: AnnData, train: pd.DataFrame | None = None) -> Counting:
+        self.trains_.append(train)
+        return super().fit(adata)
+
+
+def test_what_uses_labels_is_fitted_per_split_and_the_rest_once(data, tmp_path):
+    adata, truths = data
+    models = {"once": Counting(False), "often": Counting(True)}
+    out = tmp_path / "r.csv"
+    found = run_grn(adata, truths, models, splits=("all", "edge", "unseen_both"), seeds=2, dataset="d", out=out)
+    assert len(models["once"].trains_) == 1 and models["once"].trains_[0] is None
+    assert len(models["often"].trains_) == 2 * 2 * 2
+    assert all({"source", "target", "label"} <= set(t.columns) for t in models["often"].trains_)
+    assert found.groupby("model").size().to_dict() == {"once": 2 * (1 + 4), "often": 8}
+    again = {"once": Counting(False), "often": Counting(True)}
+    kept = run_grn(adata, truths, again, splits=("all", "edge", "unseen_both"), seeds=2, dataset="d", out=out)
+    assert not again["once"].trains_ and not again["often"].trains_
+    pd.testing.assert_frame_equal(kept, found, check_dtype=False)
+    run_grn(adata, truths, again, splits=("edge",), seeds=3, dataset="d", out=out)
+    assert (len(again["once"].trains_), len(again["often"].trains_)) == (1, 2)
+    with pytest.raises(ValueError, match="other settings"):
+        run_grn(adata, truths, {"once": baseline.EmbeddingCosine()}, splits=("edge",), seeds=1, dataset="d", out=out)
+
+
+def test_a_model_may_ask_for_some_splits_alone(data):
+    model = Counting(True)
+    model.splits = ("unseen_both",)
+    found = run_grn(*data, {"often": model}, splits=("edge", "unseen_both"), seeds=1)
+    assert len(model.trains_) == 2 and set(found["split"]) == {"unseen_both"}
+
+
+def test_scores_are_those_of_the_test_pairs(data):
+    from pertura.data import make_grn_splits
+
+    adata, truths = data
+    found = run_grn(adata, truths, {"r": baseline.Correlation()}, splits=("unseen_both",), seeds=[3])
+    row = found.set_index("truth").loc["second"]
+    test = make_grn_splits(truths["second"], kind="unseen_both", seed=3)[0].test
+    c = EdgeCandidates(test["label"], baseline.Correlation().fit(adata).score(test), test["source"])
+    assert row["auprc"] == auprc(c)
+    assert row["density"] == c.density and row["n_edges"] == c.label.sum()
+    assert row["auprc_ratio"] == pytest.approx(row["auprc"] / c.density)
+
+
+def test_planted_edges_are_found_from_expression_and_names_do_not_transfer(data):
+    adata, truths = data
+    models = {"correlation": baseline.Correlation(), "one-hot": baseline.OneHotLogistic()}
+    table = summarise_grn(run_grn(adata, truths, models, splits=("all", "unseen_both"), seeds=4), reference="one-hot")
+    table = table.set_index(["truth", "split", "model"])
+    one = table.loc["first", "unseen_both", "one-hot"]
+    assert one["auprc"] == pytest.approx(one["density"]) and np.isnan(one["gain"])
+    own = table.loc["first", "unseen_both", "correlation"]
+    assert own["auprc_ratio"] > 1.5
+    assert own["gain"] == pytest.approx(own["auprc"] / one["auprc"] - 1)
+    assert 0 < own["gain_low"] < own["gain"] < own["gain_high"]
+    assert own["n_splits"] == 4 and table.loc["first", "all", "correlation"]["n_splits"] == 1
+    assert ("first", "all", "one-hot") not in table.index
+
+
+def test_gains_are_paired():
+    rng = np.random.default_rng(0)
+    split = rng.normal(1, 0.3, 10)  # splits differ much, the models by 10 % in each
+    rows = [
+        {
+            "dataset": "",
+            "truth": "t",
+            "split": "edge",
+            "seed": s,
+            "model": m,
+            "auprc": f * v,
+            "density": 0.1,
+            "seconds": 0,
+        }
+        for s, v in enumerate(split)
+        for m, f in (("a", 1.0), ("b", 1.1))
+    ]
+    table = pd.DataFrame(rows).assign(**dict.fromkeys(("auprc_ratio", "epr", "hit_at", "auroc", "macro_auprc"), 1.0))
+    row = summarise_grn(table, reference="a").set_index("model").loc["b"]
+    np.testing.assert_allclose(row[["gain", "gain_low", "gain_high"]].astype(float), 0.1)
+
+
+def test_a_model_gets_training_pairs_as_known_edges_and_nothing_else(data, monkeypatch):
+    adata, truths = data
+    seen = {}
+
+    class Fake:
+        def __init__(self, adata: AnnData, **options: Any) -> None:
+            seen.update(options, known=adata.varp[options["edges_key"]])
+
+        @classmethod
+        def setup_anndata(cls, adata: AnnData) -> None:
+            pass
+
+        def train(self, **options: Any) -> None:
+            seen["train"] = options
+
+        def get_grn(self, key_added: str | None) -> pd.DataFrame:
+            return pd.DataFrame({"source": ["g0", "g1"], "target": ["g9", "g9"], "weight": [-2.0, 1.0]})
+
+    monkeypatch.setattr("pertura.model.Fake", Fake, raising=False)
+    model = NetworkModel("Fake", edges=True, train={"max_epochs": 3}, prior="embedding+edges")
+    train = pd.DataFrame({"source": ["g0", "g1"], "target": ["g9", "g9"], "label": [True, False]})
+    model.fit(adata, train)
+    assert seen["prior"] == "embedding+edges" and seen["train"]["max_epochs"] == 3
+    known = seen["known"].toarray()
+    assert known[0, 9] == 1 and known[1, 9] == -1 and np.count_nonzero(known) == 2
+    assert not adata.varp.keys()
+    asked = pd.DataFrame({"source": ["g0", "g1", "g2"], "target": ["g9", "g9", "g9"]})
+    assert model.score(asked).tolist() == [2, 1, 0]
+    with pytest.raises(ValueError, match="`train` is missing"):
+        model.fit(adata)
+
+
+def test_a_given_network_is_scored_like_the_table(data):
+    from pertura.metrics import score_network
+
+    adata, truths = data
+    correlation = baseline.Correlation().fit(adata)
+    matrix = pd.DataFrame(correlation.weight_, adata.var_names, adata.var_names)
+    edges = matrix.rename_axis("source").reset_index().melt("source", var_name="target", value_name="weight")
+    edges["weight"] *= np.where(np.arange(len(edges)) % 2, -1, 1)  # signs do not matter
+    found = run_grn(adata, truths, {"mine": GivenNetwork(edges)}, splits=("all",)).set_index("truth")
+    assert found.loc["first", "auprc"] == pytest.approx(score_network(edges, truths["first"])["auprc"])
+    with pytest.raises(ValueError, match="lacks the columns"):
+        GivenNetwork(edges.drop(columns="weight"))
+    with pytest.raises(ValueError, match="twice"):
+        GivenNetwork(pd.concat([edges, edges]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"splits": ("unseen",)}, "`splits`"), ({"models": {}}, "at least one"), ({"truths": {}}, "at least one")],
+)
+def test_refuses(data, change: dict, message: str):
+    adata, truths = data
+    with pytest.raises(ValueError, match=message):
+        run_grn(**({"adata": adata, "truths": truths, "models": {"a": baseline.Correlation()}} | change))
+
+
+def test_a_file_of_something_else_is_refused(data, tmp_path):
+    path = tmp_path / "other.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="no result of this benchmark"):
+        run_grn(*data, {"a": baseline.Correlation()}, out=path)
+    with pytest.raises(ValueError, match="lacks the columns"):
+        summarise_grn(pd.DataFrame({"auprc": [1.0]}))
+
+
+def test_command_line(data, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(__main__, "beeline_data", lambda embedding: data)
+    out = tmp_path / "grn.csv"
+    command = ["grn", "--models", "correlation", "one-hot LR", "embedding cosine", "--seeds", "2", "--out", str(out)]
+    assert __main__.main(command) == 0
+    printed = capsys.readouterr().out
+    assert "unseen_both" in printed and "embedding cosine" in printed and "gain" in printed
+    assert len(pd.read_csv(out)) == 2 * (2 * (1 + 8) + 8)
+    with pytest.raises(SystemExit):
+        __main__.main(["grn", "--models", "nothing"])
+    assert "none of" in capsys.readouterr().err
+
+
+def test_the_data_of_the_command_line(load_dataset):
+    load_dataset("beeline_mdc"), load_dataset("gene_sets", collection="go_bp"), load_dataset("biobert_mesc500")
+    adata, truths = _grn.beeline_data()
+    assert {name: len(t) for name, t in truths.items()} == {"STRING": 4815, "Specific": 756, "Non-specific": 3067}
+    assert adata.varm["gene_embedding"].shape == (821, 64)
+    regulators = set(adata.var_names[adata.var["is_regulator"]])
+    assert all(set(t["source"]) <= regulators for t in truths.values())
+    small, fewer = _grn.beeline_data("biobert")
+    assert small.n_vars == 216 and small.uns["gene_embedding"]["unmatched"].size == 0
+    assert {name: len(t) for name, t in fewer.items()} == {"STRING": 1335, "Specific": 126, "Non-specific": 756}

@@ -1,0 +1,164 @@
+"""GPOVAE finds the planted network, and knocks out genes that nobody perturbed."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+
+from pertura import datasets
+from pertura.metrics import score_network
+from pertura.model import GPOVAE
+
+QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
+KEYS = {"perturbation_key": "perturbation", "control": "control", "layer": "counts"}
+SCREEN = {
+    "n_cells_per_condition": 60,
+    "n_genes": 80,
+    "n_regulators": 20,
+    "n_perturbations": 20,
+    "n_contexts": 1,
+    "n_unresponsive_contexts": 0,
+    "n_truth_cells": 10,
+    "seed": 2,
+}
+
+
+def fitted(adata, max_epochs=8, setup=None, **options):
+    GPOVAE.setup_anndata(adata, **KEYS, **(setup or {}))
+    model = GPOVAE(adata, **{"n_latent": 6, "n_hidden": 32, **options})
+    model.train(max_epochs=max_epochs, **QUIET)
+    return model
+
+
+def auprc(scores, adata, regulators):
+    table = pd.DataFrame(np.abs(scores), index=list(regulators), columns=adata.var_names)
+    return score_network(table, datasets.true_network(adata), regulators=list(regulators))["auprc"]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return fitted(datasets.simulate(**SCREEN))
+
+
+def test_the_network_is_better_than_shifts_and_correlation(trained):
+    adata, names = trained.adata, trained.vocabulary.names
+    module = trained.module
+    rows = module.row_genes.numpy()
+    z = module.shift_table * module.shift_precision.sqrt() * module.possible
+    correlation = np.corrcoef(adata.X.toarray().T)[rows] * module.possible.numpy()
+    grn = trained.get_grn(key_added=None)
+    wide = grn.pivot(index="source", columns="target", values="weight").reindex(index=names, columns=adata.var_names)
+    found = auprc(wide.fillna(0.0), adata, names)
+    assert found > auprc(z.numpy(), adata, names) + 0.05
+    assert found > auprc(correlation, adata, names) + 0.2
+    assert np.isclose(found, trained.evaluate_grn(datasets.true_network(adata), regulators=list(names))["auprc"])
+
+
+def test_edges_have_probability_and_sign(trained):
+    adata = trained.adata
+    edges = trained.get_grn(top_k=100)
+    assert {"source", "target", "weight", "proba"} <= set(edges)
+    assert edges["proba"].between(0, 1).all()
+    true = datasets.true_network(adata).set_index(["source", "target"])["weight"]
+    both = edges.set_index(["source", "target"])["weight"].to_frame("found").join(true, how="inner")
+    assert len(both) > 50 and (np.sign(both["found"]) == np.sign(both["weight"])).mean() > 0.95
+    assert sparse.issparse(adata.varp["grn"]) and adata.varp["grn"].nnz == 100
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    """A screen in which every fourth regulator is not perturbed, and the effects that it would have had."""
+    adata = datasets.simulate(**SCREEN)
+    effects = datasets.true_effects(adata).droplevel("cell_type")
+    names = sorted(effects.index)[::4]
+    rest = adata[~adata.obs["perturbation"].isin(names).to_numpy()].copy()
+    rest.obs["perturbation"] = rest.obs["perturbation"].astype(str)
+    return rest, effects.loc[names]
+
+
+def knocked_out(model, effects):
+    """Predicted effects, and on which genes they are compared: all but the one knocked out."""
+    controls = np.flatnonzero(model.adata.obs["perturbation"] == "control")[:150]
+    table = model.get_perturbation_effect(list(effects.index), indices=controls, n_samples=10)
+    wide = table.pivot(index="perturbation", columns="gene", values="lfc_mean").loc[effects.index, effects.columns]
+    others = effects.columns.to_numpy()[None, :] != effects.index.to_numpy()[:, None]
+    return wide.to_numpy(), others, table
+
+
+def pearson(a, b, mask):
+    return np.mean([np.corrcoef(x[m], y[m])[0, 1] for x, y, m in zip(a, b, mask, strict=True)])
+
+
+def test_a_gene_that_nobody_perturbed_is_knocked_out(held_out):
+    adata, effects = held_out
+    truth = effects.to_numpy()
+    model = fitted(adata.copy(), regulators=list(effects.index))
+    predicted, others, table = knocked_out(model, effects)
+    assert set(table["novelty"]) == {"unseen with features"}
+    seen = model.get_perturbation_effect(list(model.vocabulary.names[:5]), n_samples=10)
+    assert table["lfc_sd"].median() > 1.3 * seen["lfc_sd"].median()
+    mean = np.tile(model.module.shift_table.mean(0).numpy(), (len(truth), 1))
+    assert pearson(predicted, truth, others) > pearson(mean, truth, others) + 0.2
+    error, unchanged = (((x - truth)[others] ** 2).mean() for x in (predicted, np.zeros_like(truth)))
+    assert error < unchanged
+
+
+def test_a_prior_network_helps_if_right_and_does_no_harm_if_wrong(held_out):
+    adata, effects = held_out
+    truth = effects.to_numpy()
+    right = sparse.csr_matrix(adata.varp["true_grn"] != 0).astype(float)
+    wrong = sparse.csr_matrix(right[:, np.random.default_rng(0).permutation(adata.n_vars)])
+    true, scores, found = datasets.true_network(adata), {}, {}
+    for name, prior in (("none", None), ("right", right), ("wrong", wrong)):
+        own = adata.copy()
+        if prior is not None:
+            own.varp["prior"] = prior
+        setup = {"network_key": None if prior is None else "prior"}
+        model = fitted(own, max_epochs=1, setup=setup, regulators=list(effects.index))
+        predicted, others, _ = knocked_out(model, effects)
+        scores[name] = pearson(predicted, truth, others)
+        found[name] = model.evaluate_grn(true)["auprc"]
+    assert found["right"] > found["none"] + 0.05 and scores["right"] > scores["none"] + 0.05
+    assert found["wrong"] > found["none"] - 0.05 and scores["wrong"] > scores["none"] - 0.1
+
+
+def test_saved_networks_load_without_the_prior(trained, held_out, tmp_path):
+    adata, effects = held_out
+    adata = adata.copy()
+    adata.varp["prior"] = sparse.csr_matrix(adata.varp["true_grn"] != 0).astype(float)
+    model = fitted(adata, max_epochs=1, setup={"network_key": "prior"})
+    assert set(effects.index) <= set(model.get_grn(key_added=None)["source"])
+    model.save(tmp_path / "model")
+    loaded = GPOVAE.load(tmp_path / "model", adata=False, accelerator="cpu")
+    pd.testing.assert_frame_equal(loaded.get_grn(), model.get_grn(key_added=None))
+    asked = {"adata": adata[:5].copy(), "n_samples": 3, "return_anndata": True}
+    one, other = (m.predict_perturbation(effects.index[0], **asked).X for m in (model, loaded))
+    np.testing.assert_allclose(one, other)
+
+
+def test_paper_preset(held_out):
+    adata = held_out[0].copy()
+    GPOVAE.setup_anndata(adata, **KEYS)
+    model = GPOVAE(adata, preset="paper", n_latent=5, n_hidden=16, n_particles=2, regulators=["TF01"])
+    module = model.module
+    assert (module.objective, module.mask_prior, module.n_hops) == ("hops", 0.3, 5)
+    assert (module.alignment_weight, module.sparsity_weight) == (100.0, 5.0)
+    model.train(max_epochs=2, **QUIET)
+    edges = model.get_grn(key_added=None)
+    assert set(edges["source"]) <= {*model.vocabulary.names, "TF01"}
+    np.testing.assert_allclose(edges["weight"], edges["proba"])
+    assert float(module.share.sum()) > 0.5 and float(module.difference.max()) > 0.5
+
+
+def test_wrong_networks(held_out):
+    adata = held_out[0].copy()
+    with pytest.raises(ValueError, match="`network_key`: 'absent' is not a key"):
+        GPOVAE.setup_anndata(adata, **KEYS, network_key="absent")
+    adata.varp["prior"] = np.full((adata.n_vars, adata.n_vars), np.nan)
+    with pytest.raises(ValueError, match="`network_key`.*finite"):
+        GPOVAE.setup_anndata(adata, **KEYS, network_key="prior")
+    GPOVAE.setup_anndata(adata, **KEYS)
+    with pytest.raises(ValueError, match="`regulators`: 1 of 2"):
+        GPOVAE(adata, regulators=["TF01", "absent"])
+    with pytest.raises(ValueError, match="`effect`"):
+        GPOVAE(adata, effect="dense")

@@ -1,0 +1,269 @@
+"""InfoSEM: planted and curated networks, orientation, knock-outs, what it is told of its genes."""
+
+from __future__ import annotations
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import sparse
+
+from pertura.metrics import score_network
+from pertura.model import InfoSEM
+
+QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
+QUICK = {**QUIET, "max_epochs": 2}
+
+
+def fitted(adata: ad.AnnData, train: dict | None = None, **options) -> InfoSEM:
+    torch.manual_seed(0)
+    model = InfoSEM(adata, **{"hidden": (16, 16), **options})
+    model.train(**{**QUIET, **(train or {})})
+    return model
+
+
+def correlation(adata: ad.AnnData) -> pd.DataFrame:
+    return pd.DataFrame(np.abs(np.corrcoef(adata.X.T)), adata.var_names, adata.var_names)
+
+
+def gaussian(weight: np.ndarray, n_cells: int, rng: np.random.Generator, clamped: int | None = None) -> np.ndarray:
+    """Cells of a linear structural-equation model, ``[regulator, target]``; one gene may be held at -3."""
+    weight, noise = weight.copy(), rng.normal(size=(n_cells, len(weight)))
+    if clamped is not None:
+        weight[:, clamped] = 0.0
+        noise[:, clamped] = -3.0
+    return noise @ np.linalg.inv(np.eye(len(weight)) - weight)
+
+
+@pytest.fixture(scope="module")
+def screened_chain() -> ad.AnnData:
+    """a -> b -> c (the second represses), control cells and cells in which each gene was knocked out."""
+    weight = np.array([[0, 1.0, 0], [0, 0, -1.0], [0, 0, 0]])
+    rng = np.random.default_rng(0)
+    parts = {"control": gaussian(weight, 300, rng)}
+    parts |= {gene: gaussian(weight, 150, rng, clamped=i) for i, gene in enumerate("abc")}
+    x = np.concatenate(list(parts.values())).astype(np.float32)
+    labels = np.repeat(list(parts), [len(v) for v in parts.values()])
+    # the expression of a knocked-out gene is 0, that of others lies around 3
+    return ad.AnnData(x + 3.0, obs=pd.DataFrame({"gene": labels}), var=pd.DataFrame(index=list("abc")))
+
+
+@pytest.fixture(scope="module")
+def chain_model(screened_chain) -> InfoSEM:
+    adata = screened_chain.copy()
+    InfoSEM.setup_anndata(adata, perturbation_key="gene", control="control")
+    return fitted(adata, {"max_epochs": 40, "lr": 3e-3}, n_ensemble=2, augmentation=0.0)
+
+
+# -- networks -------------------------------------------------------------------------------------------------------
+
+
+def test_a_chain_is_recovered_with_its_direction(chain_model):
+    weight = chain_model._network().frame()
+    size = weight.abs()
+    wrong = max(size.loc[i, j] for i, j in (("b", "a"), ("c", "b"), ("c", "a"), ("a", "c")))
+    assert size.loc["a", "b"] > 2 * wrong
+    assert size.loc["b", "c"] > 2 * wrong
+    assert weight.loc["a", "b"] > 0 > weight.loc["b", "c"]
+    edges = chain_model.get_grn(top_k=2, key_added=None)
+    assert set(zip(edges["source"], edges["target"], strict=True)) == {("a", "b"), ("b", "c")}
+
+
+@pytest.mark.parametrize("name", ["GSD", "HSC"])
+def test_curated_networks(load_dataset, name):
+    adata = load_dataset("beeline_curated", model=name)
+    InfoSEM.setup_anndata(adata)
+    train = {"max_epochs": 30, "batch_size": 256, "lr": 2e-3}
+    model = fitted(adata, train, n_ensemble=4, hidden=(32, 32), likelihood="normal")
+    truth = adata.uns["ground_truth"]
+    found, baseline = model.evaluate_grn(truth), score_network(correlation(adata), truth)
+    assert found["auprc"] > baseline["auprc"]
+
+
+def test_planted_network():
+    from pertura import datasets
+
+    adata = datasets.simulate(
+        n_genes=60,
+        n_regulators=8,
+        n_perturbations=8,
+        n_cells_per_condition=20,
+        n_control_cells=60,
+        n_truth_cells=20,
+        seed=0,
+    )
+    InfoSEM.setup_anndata(adata, perturbation_key="perturbation", control="control", layer="counts")
+    truth = datasets.true_network(adata)
+    regulators = list(truth["source"].unique())
+    model = fitted(
+        adata, {"max_epochs": 20, "lr": 2e-3}, n_ensemble=2, regulators=regulators, augmentation=0.0, alpha=1.0
+    )
+    dense = adata.copy()
+    dense.X = np.asarray(adata.X.todense())
+    found, baseline = model.evaluate_grn(truth), score_network(correlation(dense).loc[regulators], truth)
+    assert found["auprc"] > 1.3 * baseline["auprc"]
+
+
+# -- knock-outs -----------------------------------------------------------------------------------------------------
+
+
+def test_knock_outs_move_what_is_downstream(chain_model, screened_chain):
+    effects = {}
+    for gene in "abc":
+        table = chain_model.get_perturbation_effect(gene, n_samples=4).set_index("gene")["lfc_mean"]
+        measured = screened_chain[screened_chain.obs["gene"] == gene].X.mean(0)
+        measured = measured - screened_chain[screened_chain.obs["gene"] == "control"].X.mean(0)
+        effects[gene] = pd.DataFrame({"model": table, "measured": pd.Series(measured, list("abc"))})
+    both = pd.concat(effects)
+    assert np.corrcoef(both["model"], both["measured"])[0, 1] > 0.85
+    assert effects["c"].loc["a", "model"] == pytest.approx(0.0, abs=0.5)
+
+
+def test_any_gene_can_be_knocked_out(screened_chain):
+    adata = screened_chain[screened_chain.obs["gene"] == "control"].copy()
+    InfoSEM.setup_anndata(adata)
+    model = fitted(adata, QUICK)
+    assert model.vocabulary.names == ()
+    answer = model.predict_perturbation("b", return_anndata=True, n_samples=4)
+    assert set(answer.obs["novelty"]) == {"unseen with features"}
+    assert answer.obs["perturbation"].unique().tolist() == ["b"]
+    assert np.abs(answer[:, "b"].X).mean() < np.abs(adata[:, "b"].X).mean()
+    model.predict_perturbation("b+c", key_added="both", n_samples=4)
+    assert "both" in adata.layers
+    with pytest.raises(ValueError, match="'x' was not seen in training.*knocks out genes"):
+        model.predict_perturbation("x")
+
+
+def test_perturbations_that_are_no_genes(screened_chain):
+    adata = screened_chain.copy()
+    adata.obs["drug"] = adata.obs["gene"].replace({"a": "aspirin"})
+    InfoSEM.setup_anndata(adata, perturbation_key="drug", control="control")
+    model = fitted(adata, QUICK)
+    with pytest.raises(ValueError, match="`perturbation`: 'aspirin' is not a gene of the model"):
+        model.predict_perturbation("aspirin")
+    model.predict_perturbation("a", indices=np.flatnonzero(adata.obs["drug"] == "control"), n_samples=4)
+
+
+def test_controls_alone(screened_chain):
+    """What is perturbed plays no part in the network."""
+    networks = []
+    for changed in (False, True):
+        adata = screened_chain.copy()
+        if changed:
+            adata.X[(adata.obs["gene"] == "a").to_numpy()] += 5.0
+        InfoSEM.setup_anndata(adata, perturbation_key="gene", control="control")
+        networks.append(fitted(adata, QUICK, controls_only=True)._network().weight)
+    np.testing.assert_array_equal(*networks)
+
+
+# -- what it is told of its genes -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def told(screened_chain) -> ad.AnnData:
+    adata = screened_chain[screened_chain.obs["gene"] == "control"].copy()
+    adata.var["regulator"] = [True, True, False]
+    adata.varm["gene_embedding"] = np.array([[1.0, 0.1], [0.9, 0.0], [-1.0, 0.3]])
+    adata.varp["known_edges"] = sparse.csr_matrix(([1.0, -1.0], ([0, 1], [1, 0])), shape=(3, 3))
+    InfoSEM.setup_anndata(adata)
+    return adata
+
+
+def test_keys_and_tables_say_the_same(told):
+    by_key = fitted(told, QUICK, prior="embedding+edges", regulators="regulator")
+    edges = pd.DataFrame({"source": ["a", "b"], "target": ["b", "a"], "weight": [1, -1]})
+    table = pd.DataFrame(told.varm["gene_embedding"], told.var_names)
+    options = {"embedding_key": table.iloc[::-1], "edges_key": edges, "regulators": ["b", "a"]}
+    by_table = fitted(told, QUICK, prior="embedding+edges", **options)
+    for name, value in by_key.module.state_dict().items():
+        torch.testing.assert_close(by_table.module.state_dict()[name], value)
+    edges = by_key.get_grn(key_added=None)
+    assert list(edges) == ["source", "target", "weight", "proba", "prior_mean"]
+    assert set(edges["source"]) == {"a", "b"}
+    proba = edges.set_index(["source", "target"])["proba"]
+    assert proba["a", "b"] > 0.9 and proba["b", "a"] < 0.1 and proba["a", "c"] == pytest.approx(0.5, abs=0.1)
+
+
+def test_loaded_without_the_tables(told, tmp_path):
+    model = fitted(told, QUICK, prior="embedding+edges", regulators="regulator", n_ensemble=2)
+    model.save(tmp_path / "model")
+    bare = ad.AnnData(told.X.copy(), var=pd.DataFrame(index=told.var_names))
+    for data in (False, bare):
+        loaded = InfoSEM.load(tmp_path / "model", adata=data, accelerator="cpu")
+        pd.testing.assert_frame_equal(loaded.get_grn(key_added=None), model.get_grn(key_added=None))
+    assert set(bare.varp) == set()
+    loaded.get_grn()
+    assert bare.varp["grn"].shape == (3, 3)
+
+
+def test_prior_summary(told):
+    model = fitted(told, QUICK, prior="embedding", n_ensemble=2)
+    table = model.get_prior_summary()
+    assert list(table) == ["explained", "sd_A", "sd_additive", "similarity"] and len(table) == 2
+    assert list(fitted(told, QUICK, prior="embedding", prior_mean="additive").get_prior_summary()) == [
+        "explained",
+        "sd_A",
+        "sd_additive",
+    ]
+    with pytest.raises(ValueError, match="no prior mean"):
+        fitted(told, QUICK).get_prior_summary()
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "match"),
+    [
+        ("regulators", "nobody", "not a column"),
+        ("regulators", "text", "must be boolean"),
+        ("regulators", ["x"], "none of them is a gene"),
+        ("regulators", [1], "names of genes"),
+        ("embedding_key", "nothing", "not in `adata.varm`"),
+        ("embedding_key", pd.DataFrame({"d": ["x"]}, index=["a"]), "must be numbers"),
+        ("embedding_key", pd.DataFrame({"d": [1.0, 2.0]}, index=["a", "a"]), "several rows"),
+        ("embedding_key", pd.DataFrame({"d": [1.0, 2.0]}, index=["x", "y"]), "fewer than two"),
+        ("embedding_key", pd.DataFrame({"d": [1.0, np.inf]}, index=["a", "b"]), "infinite"),
+        ("edges_key", "nothing", "not in `adata.varp`"),
+        ("edges_key", pd.DataFrame({"from": ["a"]}), "lacks the column"),
+        ("edges_key", pd.DataFrame({"source": ["x"], "target": ["a"]}), "no known edge"),
+    ],
+)
+def test_what_can_not_be_used(told, argument, value, match):
+    told.var["text"] = "yes"
+    with pytest.raises(ValueError, match=f"`{argument}.*{match}"):
+        InfoSEM(told, prior="embedding+edges", **{argument: value})
+
+
+# -- settings -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{"preset": "paper"}, {"posterior": "variational"}, {"likelihood": "normal"}, {"z_prior": "learned"}]
+)
+def test_settings_train_and_predict(told, options):
+    model = fitted(told, QUICK, **options)
+    assert np.isfinite(model.get_grn(key_added=None)["weight"]).all()
+    assert np.isfinite(model.predict_perturbation("a", return_anndata=True, n_samples=4).X).all()
+    assert np.isfinite(model.posterior_predictive_sample(n_samples=2).todense()).all()
+    assert ("proba" in model.get_grn(key_added=None)) == ("posterior" in options)
+
+
+def test_simulated_cells_resemble_the_data(chain_model, screened_chain):
+    made = chain_model.simulate(500, seed=1)
+    assert made.shape == (500, 3) and list(made.var_names) == list("abc")
+    again = chain_model.simulate(500, seed=1)
+    np.testing.assert_array_equal(made.X, again.X)
+    np.testing.assert_allclose(made.X.mean(0), screened_chain.X.mean(0), atol=1.0)
+    found, expected = np.corrcoef(made.X.T), np.corrcoef(screened_chain.X.T)
+    assert np.corrcoef(found[np.triu_indices(3, 1)], expected[np.triu_indices(3, 1)])[0, 1] > 0.8
+
+
+def test_batches_are_taken_away(screened_chain):
+    adata = screened_chain[screened_chain.obs["gene"] == "control"].copy()
+    adata.obs["batch"] = np.where(np.arange(adata.n_obs) % 2, "one", "two")
+    shifted = adata.copy()
+    shifted.X[::2] += 4.0
+    networks = []
+    for data in (adata, shifted):
+        InfoSEM.setup_anndata(data, batch_key="batch")
+        networks.append(fitted(data, QUICK, augmentation=0.0)._network().weight)
+    np.testing.assert_allclose(*networks, atol=1e-4)
