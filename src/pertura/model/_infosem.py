@@ -53,7 +53,7 @@ _CHOICES = {
     "posterior": ("map", "variational"),
     "likelihood": ("mse", "normal"),
     "z_prior": ("standard", "learned"),
-    "preset": ("default", "paper"),
+    "preset": (None, "paper"),
 }
 # of alpha without one of the user's own, per gene: DeepSEM's 100 for the 821 genes of mDC
 _SPARSITY = 100 / 821
@@ -150,7 +150,7 @@ class InfoSEM(NetworkMixin, PerturbationModel):
         edge_logit_sd: float | None = None,
         max_radius: float | None = None,
         controls_only: bool = False,
-        preset: Literal["default", "paper"] = "default",
+        preset: Literal["paper"] | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name in _DEFAULT and value is not None}
         given |= {} if alpha is None else {"alpha": alpha}
