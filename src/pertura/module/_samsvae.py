@@ -381,7 +381,8 @@ class SAMSVAE(PerturbationModule):
         z = posterior.sample()
         prior = torch.distributions.Normal(shift if self.effect == "svae+" else 0.0, 1.0)
         h = self._decoded(self.state(z, shift), cells.batch)
-        log_p = self.likelihood(h, cells.library, self.offset(cells.action, globals_)).log_prob(cells.x)
+        # without measured residuals: the basal state of a perturbed cell has taken up what its shift left over
+        log_p = self.likelihood(h, cells.library).log_prob(cells.x)
         return log_p + (prior.log_prob(z) - posterior.log_prob(z)).sum(-1)
 
     def _decoded(self, state: Tensor, batch: Tensor) -> Tensor:
