@@ -7,12 +7,13 @@ import pytest
 import torch
 from scipy import sparse
 
+from pertura.baseline._pseudobulk import Pseudobulk
+from pertura.model._description import fit_effects, solve_effects
 from pertura.model._description import hill as hill_of_arrays
-from pertura.model._description import solve_effects
 from pertura.module import DrugAAE
 from pertura.module._drugaae import hill
 from pertura.nn import GeneEmbedding, fit_descriptions
-from pertura.nn._ridge import correlations
+from pertura.nn._ridge import _LeaveOneOut, _slopes, correlations
 
 
 def test_propagation_is_the_dense_formula():
@@ -72,6 +73,66 @@ def test_a_signature_of_ones_own_genes_is_used_gene_by_gene():
     new = rng.normal(size=(5, 30))
     found = (0.5 * new)[:, genes] @ own.weight + own.intercept
     assert correlations(found, new).mean() > 0.9
+
+
+@pytest.mark.parametrize("strength", [0.1, 3.0])
+def test_left_out_predictions_gene_by_gene_are_those_of_fits_without_the_row(strength):
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(15, 6, 2))
+    x -= x.mean(0)
+    y = (x * rng.normal(size=(6, 2))).sum(-1) + rng.normal(size=(15, 6))
+    kernel = x.reshape(15, -1) @ x.reshape(15, -1).T
+    found = _LeaveOneOut(kernel, 2.0, y, x)(_slopes(x, y, strength, left_out=True))
+    for row in (0, 7):
+        keep = np.arange(15) != row
+        mean, own = y[keep].mean(0), x[keep]
+        # by hand: common slopes, each gene's own towards them, ridge with an intercept on what is left
+        common = np.linalg.lstsq(own.reshape(-1, 2), (y[keep] - mean).ravel(), rcond=None)[0]
+        level = np.trace(own.reshape(-1, 2).T @ own.reshape(-1, 2)) / 2 / 6
+        slopes = np.stack(
+            [
+                np.linalg.solve(
+                    own[:, g].T @ own[:, g] + strength * level * np.eye(2),
+                    own[:, g].T @ (y[keep, g] - mean[g]) + strength * level * common,
+                )
+                for g in range(6)
+            ]
+        )
+        rest = y[keep] - (own * slopes).sum(-1)
+        design = np.column_stack([np.ones(14), own.reshape(14, -1)])
+        penalty = np.diag([0.0, *[2.0] * 12])
+        beta = np.linalg.solve(design.T @ design + penalty, design.T @ rest)
+        by_hand = np.r_[1.0, x[row].ravel()] @ beta + (x[row] * slopes).sum(-1)
+        np.testing.assert_allclose(found[row], by_hand, rtol=1e-5)
+
+
+def test_gene_by_gene_only_where_left_out_perturbations_bear_it_out():
+    rng = np.random.default_rng(6)
+    latent = rng.normal(size=(40, 2))
+    signature = latent @ rng.normal(size=(2, 30)) + 0.5 * rng.normal(size=(40, 30))
+    # the same two programmes move other genes: a gene's own value in the signature says nothing of it
+    other = latent @ rng.normal(size=(2, 30)) + 0.1 * rng.normal(size=(40, 30))
+    by_programme = fit_descriptions(signature, other, [slice(0, 30)], own=[np.arange(30)])
+    assert by_programme.strength is None and by_programme.gain > 0.2
+    gene_by_gene = fit_descriptions(signature, 0.5 * signature, [slice(0, 30)], own=[np.arange(30)])
+    assert gene_by_gene.strength is not None
+
+
+def test_planted_hill_curves_are_found():
+    rng = np.random.default_rng(7)
+    doses, log_k, log_n = np.array([0.04, 0.2, 0.5, 1.0]), -1.5, 0.5
+    truth = rng.normal(size=(6, 20))
+    codes = np.repeat(np.arange(6), 4)[:, None]
+    dose = np.tile(doses, 6)[:, None]
+    mean = hill_of_arrays(dose, log_k, log_n) * truth[codes[:, 0]] + 0.02 * rng.normal(size=(24, 20))
+    stacked = np.concatenate([mean, np.zeros((1, 20))]).astype(np.float32)
+    bulk = Pseudobulk(
+        codes, dose, np.zeros(24, dtype=np.int64), stacked, np.full_like(stacked, 4e-4), np.ones(1, dtype=bool)
+    )
+    found = fit_effects(bulk, np.ones(6), 1, np.zeros((6, 0)), n_text=0, signatures=[], n_components=20)
+    # where the module starts: its dose head maps these to log k and log n
+    assert np.tanh(found["dose"]) * [2.0, 1.0] == pytest.approx([log_k, log_n], abs=0.01)
+    np.testing.assert_allclose(found["effects"][:, 0] @ found["basis"].T, truth, atol=0.15)
 
 
 def test_features_that_say_nothing_leave_the_mean_effect():

@@ -86,6 +86,45 @@ def test_a_planted_leak_is_caught():
         priors.drug_table(["a"])
 
 
+def test_signatures_that_leave_a_context_out_do_not_see_a_planted_leak():
+    rng = np.random.default_rng(1)
+    lines, drugs = ["x", "y", "z"], ["control", "a", "b"]
+    obs = pd.DataFrame([(d, c) for c in lines for d in drugs for _ in range(4)], columns=["drug", "line"])
+    obs.index = obs.index.astype(str)
+    adata = AnnData(rng.normal(size=(36, 3)), obs=obs, var=pd.DataFrame(index=["g1", "g2", "g3"]))
+    adata.X += 5.0 * (obs["line"].to_numpy() == "y")[:, None]  # contexts differ: controls of another one would show
+    in_x = (obs["line"] == "x").to_numpy()
+    leak = in_x & (obs["drug"] == "a").to_numpy()
+    adata.X[leak, 0] += 100.0  # what is to be predicted in x
+    found = priors.signatures(adata, np.arange(36), leave_out="line", **SETTINGS)
+    assert list(found) == lines
+    assert abs(found["x"].loc["a", "g1"]) < 3 and found["y"].loc["a", "g1"] > 40
+    assert found["y"].abs().drop(columns="g1").to_numpy().max() < 3
+    changed = adata.copy()
+    changed.X[in_x] = rng.normal(size=(12, 3))
+    again = priors.signatures(changed, np.arange(36), leave_out="line", **SETTINGS)
+    pd.testing.assert_frame_equal(found["x"], again["x"])
+    assert not found["y"].equals(again["y"])
+    # the table of x describes x; that of another context would leak
+    held_out = np.flatnonzero(in_x)
+    assert len(priors.drug_table(["a", "b"], signatures=found["x"], held_out=held_out)) == 2
+    with pytest.raises(ValueError, match="12 of the held-out rows"):
+        priors.drug_table(["a", "b"], signatures=found["y"], held_out=held_out)
+    # training rows without x at all: its table is made all the same, of the others
+    rest = priors.signatures(adata, ~in_x & (obs["drug"] != "b").to_numpy(), leave_out="line", **SETTINGS)
+    pd.testing.assert_frame_equal(rest["x"].loc[["a"]], found["x"].loc[["a"]])
+    assert "b" not in rest["x"].index
+
+
+def test_a_drug_of_one_context_alone_has_no_signature_there():
+    adata = profiles()
+    adata.obs.loc[adata.obs_names[8:10], "drug"] = "a"  # b is in y alone
+    found = priors.signatures(adata, np.arange(12), leave_out="line", **SETTINGS)
+    assert found["y"].attrs["only_here"] == ["b"] and "b" in found["x"].index
+    with pytest.raises(ValueError, match="`leave_out`"):
+        priors.signatures(adata, [0, 1, 4, 5], leave_out="line", **SETTINGS)
+
+
 def test_network_of_a_table():
     adata = profiles()
     edges = pd.DataFrame(

@@ -5,25 +5,28 @@ ceiling each model closes; :func:`pertura.pl.benchmark` draws it. On the command
 pertura.benchmark kang``.
 """
 
-from ._compounds import Screen, ht115_screen, run_compounds, summarise_compounds, tggates_screen
+from ._compounds import run_compounds, summarise_compounds
 from ._dataset import Dataset, make_splits
+from ._doses import run_doses
 from ._effects import effect_calibration, measured_effect
 from ._few_cells import few_cells_splits, papalexi_screen, run_few_cells, summarise_few_cells
 from ._grn import GRN_SPLITS, GivenNetwork, NetworkModel, Scorer, beeline_data, grn_models, run_grn, summarise_grn
 from ._l1000 import run_l1000, summarise_l1000
 from ._runner import DEFAULT_METRICS, run
+from ._screens import Screen, ht115_screen, tggates_conditions, tggates_screen
 from ._spec import ModelSpec, baselines, parse_model
+from ._speed import run_speed
 from ._summary import summarise
 
 __all__ = [
     "DEFAULT_METRICS",
     "GRN_SPLITS",
     "Dataset",
-    "Screen",
     "GivenNetwork",
     "ModelSpec",
     "NetworkModel",
     "Scorer",
+    "Screen",
     "baselines",
     "beeline_data",
     "effect_calibration",
@@ -36,13 +39,16 @@ __all__ = [
     "parse_model",
     "run",
     "run_compounds",
+    "run_doses",
     "run_few_cells",
     "run_grn",
     "run_l1000",
+    "run_speed",
     "summarise",
     "summarise_compounds",
     "summarise_few_cells",
     "summarise_grn",
     "summarise_l1000",
+    "tggates_conditions",
     "tggates_screen",
 ]

@@ -11,16 +11,25 @@ import pandas as pd
 
 from pertura.datasets import DataNotAvailable
 
-from ._compounds import DESCRIPTIONS, ht115_screen, run_compounds, summarise_compounds, tggates_screen
+from ._compounds import run_compounds, summarise_compounds
 from ._dataset import ALIASES, KINDS
+from ._doses import run_doses
 from ._few_cells import FEW_CELLS, FEW_CELLS_METRICS, default_models, run_few_cells, summarise_few_cells
 from ._grn import beeline_data, grn_models, run_grn, summarise_grn
 from ._l1000 import run_l1000, summarise_l1000
 from ._runner import DEFAULT_METRICS, run
+from ._screens import ht115_screen, tggates_conditions, tggates_screen
 from ._spec import parse_model
+from ._speed import run_speed
 from ._summary import summarise
 
-_COMPOUNDS = {"compounds-tggates": (tggates_screen, tuple(DESCRIPTIONS)), "compounds-ht115": (ht115_screen, ("text",))}
+#: Screen, protocol, and correlation of replicates above which compounds are also reported by themselves.
+_COMPOUNDS = {
+    "compounds-tggates": (tggates_screen, run_compounds, None),
+    "compounds-tggates-all": (tggates_conditions, run_compounds, None),
+    "compounds-tggates-dose": (tggates_conditions, run_doses, None),
+    "compounds-ht115": (ht115_screen, run_compounds, 0.3),
+}
 _NETWORKS = {"grn": "go_bp", "grn-biobert": "biobert"}
 _EPILOG = """\
 examples:
@@ -28,6 +37,7 @@ examples:
   python -m pertura.benchmark kang --models PertVAE PertVAE:preset=paper Linear --seeds 1
   python -m pertura.benchmark norman --split unseen_combination --models Additive PertVAE --out norman.csv
   python -m pertura.benchmark papalexi --seeds 3 --cells 10 20 50 all --out papalexi.csv
+  python -m pertura.benchmark speed
   python -m pertura.benchmark l1000 --seeds 3 --out l1000.csv
   python -m pertura.benchmark compounds-tggates --seeds 5 --out tggates.csv
   python -m pertura.benchmark grn --seeds 10 --out grn.csv
@@ -48,8 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "data",
         help=f"{', '.join(sorted(ALIASES))}, any loader of pertura.datasets, or l1000 (the paper's Table 1), "
-        "compounds-tggates or compounds-ht115 (DrugAAE on compounds that are held out), grn or grn-biobert "
-        "(networks of mouse dendritic cells, embeddings from GO or BioBERT)",
+        "compounds-tggates, compounds-tggates-all or compounds-ht115 (DrugAAE on compounds that are held out), "
+        "compounds-tggates-dose (on a dose that is), grn or grn-biobert "
+        "(networks of mouse dendritic cells, embeddings from GO or BioBERT), speed (training steps of SAMSVAE beside a bare loop)",
     )
     parser.add_argument(
         "--models",
@@ -87,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(argv)
     split = options.split or (FEW_CELLS if options.data == "papalexi" else "unseen_context")
-    if options.plot and (options.data in ("l1000", *_NETWORKS, *_COMPOUNDS) or split == FEW_CELLS):
+    if options.plot and (options.data in ("l1000", "speed", *_NETWORKS, *_COMPOUNDS) or split == FEW_CELLS):
         parser.error(f"--plot draws summaries of held-out conditions; {options.data} has none.")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -95,15 +106,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         models = {} if by_name else dict(parse_model(text) for text in options.models or ["PertVAE"])
         if by_name:
             table = _grn(options.data, options.models, options.seeds, options.out)
+        elif options.data == "speed":
+            table = run_speed()
         elif options.data == "l1000":
             table = summarise_l1000(run_l1000(models=models, seeds=options.seeds, out=options.out))
         elif options.data in _COMPOUNDS:
-            screen, descriptions = _COMPOUNDS[options.data]
-            train = {"max_epochs": 15}
-            found = run_compounds(
-                screen(), descriptions=descriptions, seeds=options.seeds, model={}, train=train, out=options.out
-            )
-            table = summarise_compounds(found)
+            screen, protocol, agreeing = _COMPOUNDS[options.data]
+            found = protocol(screen(), seeds=options.seeds, model={}, train={"max_epochs": 15}, out=options.out)
+            table = summarise_compounds(found, agreeing=agreeing)
         elif split == FEW_CELLS:
             results = run_few_cells(
                 options.data,

@@ -160,7 +160,13 @@ def fit_effects(
         "dose": np.arctanh(np.array([curve[0] / 2.0, curve[1]]) * 0.999),
         "summary": None
         if fit is None
-        else {"gain": fit.gain, "penalty": fit.penalty, "mixture": fit.mixture, "share": fit.share},
+        else {
+            "gain": fit.gain,
+            "penalty": float(fit.penalty),
+            "mixture": tuple(map(float, fit.mixture)),
+            "share": fit.share,
+            "gene_by_gene": fit.strength is not None,
+        },
     }
 
 

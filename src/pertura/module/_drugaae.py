@@ -193,7 +193,7 @@ class DrugAAE(PerturbationModule):
             )
         if self.adversary_weight * self.adversary_share > 0:
             weight = self.adversary_weight * self.adversary_share
-            pyro.factor("adversary", -weight * self.recognised(basal).sum())
+            pyro.factor("adversary", -weight * self.recognised(self.encode(cells, drugs[1])[0]).sum())
 
     def guide(self, cells: Cells, kl_weight: float = 1.0) -> None:
         """q(z_b | x), the closed-form part of the cell's own effect taken away from x."""
@@ -306,11 +306,19 @@ class DrugAAE(PerturbationModule):
         target[:, -1] = (~present.any(1)).to(target)
         return target / target.sum(1, keepdim=True)
 
-    def recognised(self, basal: Tensor) -> Tensor:
+    def shown(self, loc: Tensor) -> Tensor:
+        """What the discriminator sees: locations of the guide, standardised over the minibatch.
+
+        Not draws: what a guide hides in its noise, or in coordinates that it makes small, an average over draws would show.
+        """
+        centred = loc - loc.mean(0)
+        return centred / (centred.square().mean(0) + 1e-6).sqrt()
+
+    def recognised(self, loc: Tensor) -> Tensor:
         """Divergence of what the discriminator says from no preference, ``(n,)``: 0 where it knows nothing."""
-        share = (self.class_share > 0).to(basal)
+        share = (self.class_share > 0).to(loc)
         share = share / share.sum()
-        return (share * (share.clamp(min=1e-9).log() - self.discriminator(basal).log_softmax(-1))).sum(-1)
+        return (share * (share.clamp(min=1e-9).log() - self.discriminator(self.shown(loc)).log_softmax(-1))).sum(-1)
 
     def _agreement(self, action: Action, embedding: Tensor) -> Tensor:
         """Contrast of both branches over the perturbations of a minibatch."""

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 _PENALTIES = tuple(np.logspace(-2.0, 2.0, 9))
 _MIXTURES = 12
+# Prior strength of "a gene's slopes are those of all genes", in units of what an average gene's perturbations tell.
+_STRENGTHS = (0.1, 0.3, 1.0, 3.0, 1e6)
 
 
 @dataclass
@@ -27,6 +29,9 @@ class DescriptionRidge:
     penalty, mixture, share
         What was chosen: ridge penalty (infinite: the mean effect), weights of the blocks, part of the deviation from the mean
         effect that is believed.
+    strength
+        What was chosen for the part in proportion to a gene's own value in the signatures: prior strength of one slope for all
+        genes; `None`: there is no such part.
     """
 
     weight: NDArray[np.float64]
@@ -36,6 +41,7 @@ class DescriptionRidge:
     penalty: float
     mixture: tuple[float, ...]
     share: float
+    strength: float | None = None
 
 
 def correlations(first: NDArray, second: NDArray) -> NDArray[np.float64]:
@@ -45,14 +51,40 @@ def correlations(first: NDArray, second: NDArray) -> NDArray[np.float64]:
     return np.divide((a * b).sum(1), scale, out=np.zeros(len(a)), where=scale > 1e-12)
 
 
-def _left_out(kernel: NDArray, target: NDArray, penalty: float) -> NDArray[np.float64]:
-    """Prediction of each row from the others, intercept included, by the hat matrix."""
-    n = len(target)
-    mean = target.mean(0)
-    hat = kernel @ np.linalg.inv(kernel + penalty * np.eye(n))
-    fitted = mean + hat @ (target - mean)
-    leverage = np.minimum(np.diag(hat) + 1.0 / n, 1.0 - 1e-6)[:, None]
-    return (fitted - leverage * target) / (1.0 - leverage)
+class _LeaveOneOut:
+    """Predictions of each row from the others, intercept included, by the hat matrix of kernel ridge.
+
+    Parameters
+    ----------
+    kernel
+        ``(n, n)``, of centred features.
+    penalty
+        Of the ridge.
+    target
+        ``(n, n_genes)``.
+    x
+        Values that slopes gene by gene multiply, ``(n, n_genes, n_signatures)``; ridge is on what they leave.
+    """
+
+    def __init__(self, kernel: NDArray, penalty: float, target: NDArray, x: NDArray | None = None) -> None:
+        n = len(target)
+        hat = kernel @ np.linalg.inv(kernel + penalty * np.eye(n))
+        self.smoother = hat + (1.0 - hat.sum(1, keepdims=True)) / n
+        self.leverage = np.minimum(np.diag(self.smoother), 1.0 - 1e-6)[:, None]
+        self.plain = self._without_own(target)
+        self.x = x
+        if x is not None:
+            self.smooth_x = np.stack([self._without_own(x[..., i]) for i in range(x.shape[-1])], -1)
+
+    def _without_own(self, values: NDArray) -> NDArray[np.float64]:
+        return (self.smoother @ values - self.leverage * values) / (1.0 - self.leverage)
+
+    def __call__(self, slopes: NDArray | None = None) -> NDArray[np.float64]:
+        """Predictions with slopes ``(n, n_genes, n_signatures)``, each row's fitted without the row."""
+        if slopes is None:
+            return self.plain
+        # linear in the target: what is left to ridge when row i is out is target - x * slopes[i]
+        return self.plain + ((self.x - self.smooth_x) * slopes).sum(-1)
 
 
 def fit_descriptions(
@@ -91,22 +123,24 @@ def fit_descriptions(
         part = (part - centre[block]) * known[:, None]
         scale[block] = np.sqrt((part**2).sum() / n) + 1e-12
         scaled[:, block] = part / scale[block]
-    direct = _proportional(scaled, effects - mean, blocks, own)
     kernels = [scaled[:, block] @ scaled[:, block].T for block in blocks]
     baseline = correlations(_means(effects), effects)
-    best: tuple[float, ...] | None = None
-    for start in (np.zeros_like(direct), direct) if direct.any() else (direct,):
-        # that of the left-out row must not depend on the row itself
-        proportional = _left_out_proportional(scaled, effects, blocks, own) if start.any() else np.zeros_like(effects)
-        rest = effects - scaled @ start
-        for mixture in _mixtures(len(blocks), seed):
-            kernel = sum(w * k for w, k in zip(mixture, kernels, strict=True))
-            for penalty in _PENALTIES:
-                predicted = _left_out(kernel, rest, penalty) + proportional
+    x = _own_values(scaled, n_genes, blocks, own)
+    # with and without a part gene by gene: left-out perturbations decide
+    slopes: dict[float | None, NDArray | None] = {None: None}
+    if x is not None:
+        slopes |= {s: _slopes(x, effects, s, left_out=True) for s in _STRENGTHS}
+    best: tuple | None = None
+    for mixture in _mixtures(len(blocks), seed):
+        kernel = sum(w * k for w, k in zip(mixture, kernels, strict=True))
+        for penalty in _PENALTIES:
+            leave_out = _LeaveOneOut(kernel, penalty, effects, x)
+            for strength, slope in slopes.items():
+                predicted = leave_out(slope)
                 score = correlations(predicted, effects)
                 if best is None or score.mean() > best[0].mean():
-                    best = (score, mixture, penalty, predicted, start)
-    score, mixture, penalty, predicted, start = best
+                    best = (score, mixture, penalty, predicted, strength)
+    score, mixture, penalty, predicted, strength = best
     gain = score - baseline
     # what is not clearly better than the mean effect is not believed
     if gain.mean() <= gain.std(ddof=1) / np.sqrt(n):
@@ -119,11 +153,17 @@ def fit_descriptions(
     for w, block in zip(mixture, blocks, strict=True):
         root[block] = np.sqrt(w)
     phi = scaled * root
+    start = np.zeros((scaled.shape[1], n_genes))
+    if strength is not None:
+        for i, (columns, genes) in enumerate(_signatures(blocks, own)):
+            start[columns, genes] = _slopes(x, effects, strength)[genes, i]
     rest = effects - scaled @ start
     dual = np.linalg.solve(phi @ phi.T + penalty * np.eye(n), rest - rest.mean(0))
     weight = share * ((phi * root).T @ dual + start) / scale[:, None]
     intercept = mean - centre @ weight
-    return DescriptionRidge(weight, intercept, others + share * deviation, float(gain.mean()), penalty, mixture, share)
+    return DescriptionRidge(
+        weight, intercept, others + share * deviation, float(gain.mean()), penalty, mixture, share, strength
+    )
 
 
 def _means(effects: NDArray) -> NDArray[np.float64]:
@@ -150,35 +190,37 @@ def _signatures(blocks: Sequence[slice], own: Sequence[NDArray]) -> list[tuple[N
     return result
 
 
-def _proportional(scaled: NDArray, target: NDArray, blocks: Sequence[slice], own: Sequence[NDArray]) -> NDArray:
-    """Weights, ``(n_features, n_genes)``, of each signature's own gene: one slope per gene, shrunk to one for all."""
-    weight = np.zeros((scaled.shape[1], target.shape[1]))
+def _own_values(
+    scaled: NDArray, n_genes: int, blocks: Sequence[slice], own: Sequence[NDArray]
+) -> NDArray[np.float64] | None:
+    """Each gene's own value in each signature, ``(n, n_genes, n_signatures)``."""
     signatures = _signatures(blocks, own)
     if not signatures:
-        return weight
-    x = np.zeros((*target.shape, len(signatures)))
+        return None
+    x = np.zeros((len(scaled), n_genes, len(signatures)))
     for i, (columns, genes) in enumerate(signatures):
         x[:, genes, i] = scaled[:, columns]
-    gram, cross = np.einsum("ngi,ngj->gij", x, x), np.einsum("ngi,ng->gi", x, target)
-    total = gram.sum(0)
-    common = np.linalg.solve(
-        total + 1e-9 * np.trace(total) * np.eye(len(total)) + 1e-12 * np.eye(len(total)), cross.sum(0)
-    )
-    # a gene's slopes are worth as much as those of ten average genes' perturbations
-    strength = 0.3 * np.trace(total) / len(total) / target.shape[1] + 1e-12
-    slopes = common + np.linalg.solve(gram + strength * np.eye(len(total)), (cross - gram @ common)[..., None])[..., 0]
-    for i, (columns, genes) in enumerate(signatures):
-        weight[columns, genes] = slopes[genes, i]
-    return weight
+    return x
 
 
-def _left_out_proportional(
-    scaled: NDArray, effects: NDArray, blocks: Sequence[slice], own: Sequence[NDArray], n_parts: int = 10
-) -> NDArray[np.float64]:
-    """What the proportional part says of perturbations in parts that were left out."""
-    result = np.zeros_like(effects)
-    for part in np.array_split(np.random.default_rng(0).permutation(len(effects)), min(n_parts, len(effects))):
-        rest = np.setdiff1d(np.arange(len(effects)), part)
-        weight = _proportional(scaled[rest], effects[rest] - effects[rest].mean(0), blocks, own)
-        result[part] = scaled[part] @ weight
-    return result
+def _slopes(x: NDArray, target: NDArray, strength: float, *, left_out: bool = False) -> NDArray[np.float64]:
+    """One slope per gene and signature, shrunk to one for all genes.
+
+    Returns
+    -------
+    ``(n_genes, n_signatures)``, or with `left_out` one table per row, fitted without it.
+    """
+    n, n_genes, n_signatures = x.shape
+    eye = np.eye(n_signatures)
+    y = target - target.mean(0)
+    gram, cross = np.einsum("ngi,ngj->gij", x, x), np.einsum("ngi,ng->gi", x, y)
+    if left_out:
+        others = _means(target) - target.mean(0)
+        gram = gram - x[..., None] * x[..., None, :]
+        cross = cross - x * y[..., None] - (x.sum(0) - x) * others[..., None]
+    total = gram.sum(-3)
+    level = np.trace(total, axis1=-2, axis2=-1)[..., None, None] / n_signatures
+    common = np.linalg.solve(total + (1e-9 * level + 1e-12) * eye, cross.sum(-2)[..., None])[..., None, :, :]
+    ridge = (strength * level / n_genes + 1e-12)[..., None, :, :] * eye
+    rest = cross[..., None] - gram @ common
+    return (common + np.linalg.solve(gram + ridge, rest))[..., 0]

@@ -193,7 +193,8 @@ def signatures(
     layer: str | None = None,
     match_keys: Sequence[str] = (),
     exclude: Mapping[str, Any] | None = None,
-) -> pd.DataFrame:
+    leave_out: str | None = None,
+) -> pd.DataFrame | dict[str, pd.DataFrame]:
     """Differential-expression signatures of perturbations, from the named rows alone.
 
     Mean of a perturbation's cells minus the mean of matched controls. Values should be on a log scale.
@@ -211,12 +212,25 @@ def signatures(
     match_keys
         Columns of ``obs`` in which a treated cell and its controls agree (experiment, time, context).
     exclude
-        Column to value: rows with it are not used, for signatures that leave one context out.
+        Column to value: rows with it are not used.
+    leave_out
+        Column with the context: one table for each of its values in all of `adata`, made of the cells of all others, so that
+        what is to be predicted in a context is described without it. Treated cells and controls then agree in this column too.
 
     Returns
     -------
-    DataFrame, perturbations x genes; ``attrs["rows"]`` are the row numbers used, for :func:`drug_table` to check.
+    DataFrame, perturbations x genes; ``attrs["rows"]`` are the row numbers used, for :func:`drug_table` to check. With
+    `leave_out` one per context; a perturbation that no other context has is not in its table (``attrs["only_here"]``).
+
+    Raises
+    ------
+    ValueError
+        If a column is missing, nothing has matched controls, or there is no other context.
     """
+    if leave_out is not None:
+        match = tuple(dict.fromkeys((*match_keys, leave_out)))
+        options = {"perturbation_key": perturbation_key, "control": control, "layer": layer, "match_keys": match}
+        return _by_context(adata, rows, leave_out, dict(exclude or {}), options)
     rows = np.flatnonzero(rows) if np.asarray(rows).dtype == bool else np.asarray(rows)
     for column in (perturbation_key, *match_keys, *(exclude or {})):
         if column not in adata.obs:
@@ -238,6 +252,27 @@ def signatures(
     result = difference.groupby(label[usable]).mean()
     result.index.name = "perturbation"
     result.attrs["rows"] = rows
+    return result
+
+
+def _by_context(
+    adata: AnnData, rows: NDArray, column: str, exclude: dict[str, Any], options: dict[str, Any]
+) -> dict[str, pd.DataFrame]:
+    """Signatures for each context, of the cells of all others."""
+    every = signatures(adata, rows, exclude=exclude, **options)
+    contexts = list(dict.fromkeys(adata.obs[column].dropna().to_numpy(object)))
+    used = set(adata.obs[column].to_numpy(object)[every.attrs["rows"]])
+    if len(used) < 2:
+        raise ValueError(
+            f"`leave_out`: `obs[{column!r}]` has {len(used)} context among `rows`: nothing is left without it."
+        )
+    if column in exclude:
+        raise ValueError(f"`exclude` and `leave_out` both name {column!r}. Give one of them.")
+    result = {}
+    for context in contexts:
+        table = signatures(adata, rows, exclude={**exclude, column: context}, **options)
+        table.attrs["only_here"] = [n for n in every.index if n not in table.index]
+        result[str(context)] = table
     return result
 
 

@@ -24,11 +24,12 @@ class AdversarialPlan(PyroPlan):
     module
         The module, with a ``discriminator``.
     lr_discriminator
-        Learning rate of the discriminator.
+        Learning rate of the discriminator, which does not fall.
     n_discriminator_steps
         Steps of the discriminator for each step of everything else.
     gradient_penalty
-        Weight of the squared gradient of the discriminator's output by its input.
+        Weight of the squared gradient, by its input, of what the discriminator says of the true perturbation. Without it both
+        chase each other. (Of the sum of all logits, as CPA has it, it would not count: a softmax does not know that sum.)
     warmup_start, warmup_end
         Shares of the training at which the adversary begins to count, and counts fully; the discriminator learns from the
         first step.
@@ -42,9 +43,9 @@ class AdversarialPlan(PyroPlan):
         self,
         module: Any,
         *,
-        lr_discriminator: float = 1e-3,
+        lr_discriminator: float = 1e-2,
         n_discriminator_steps: int = 3,
-        gradient_penalty: float = 3.0,
+        gradient_penalty: float = 0.1,
         warmup_start: float = 0.1,
         warmup_end: float = 0.4,
         gradient_clip_val: float | None = None,
@@ -90,22 +91,22 @@ class AdversarialPlan(PyroPlan):
         self._step(main, loss)
         cells = Cells.from_tensors(batch)
         with torch.no_grad():
-            loc, scale = self.module.encode(cells, self.module.describe(cells.action, cells.context)[1])
+            loc, _ = self.module.encode(cells, self.module.describe(cells.action, cells.context)[1])
         target = self.module.labels(cells.action)
         for _ in range(self.n_discriminator_steps):
-            found = self.discriminator_loss(loc + scale * torch.randn_like(loc), target)
+            found = self.discriminator_loss(self.module.shown(loc), target)
             self._step(discriminator, found)
         self.n_steps += 1
         self._log("elbo_train", loss.detach(), n_cells)
         self._log("discriminator_train", found.detach(), n_cells)
 
-    def discriminator_loss(self, basal: Tensor, target: Tensor) -> Tensor:
+    def discriminator_loss(self, shown: Tensor, target: Tensor) -> Tensor:
         """Cross-entropy, classes weighted, and the penalty of steep gradients."""
-        basal = basal.detach().requires_grad_(True)
-        logits = self.module.discriminator(basal)
+        shown = shown.detach().requires_grad_(True)
+        logits = self.module.discriminator(shown)
         weight = target @ (1.0 / self.module.class_share.clamp(min=1e-6))
         entropy = -(target * logits.log_softmax(-1)).sum(-1)
-        (gradient,) = torch.autograd.grad(logits.sum(), basal, create_graph=True)
+        (gradient,) = torch.autograd.grad(entropy.sum(), shown, create_graph=True)
         return (weight * entropy).sum() / weight.sum() + self.gradient_penalty * gradient.square().sum(-1).mean()
 
     def _step(self, optimizer: Any, loss: Tensor) -> None:
@@ -126,5 +127,7 @@ class AdversarialPlan(PyroPlan):
         mine = [p for name, p in named if name.startswith("discriminator.")]
         main = self._optimizer([(n, p) for n, p in named if not n.startswith("discriminator.")])
         other = torch.optim.AdamW(mine, lr=self.lr_discriminator, weight_decay=self.weight_decay)
-        self._schedulers = [s for s in map(self._scheduler, (main, other)) if s is not None]
+        # the discriminator's rate stays: it must keep up with an autoencoder that moves less and less
+        scheduler = self._scheduler(main)
+        self._schedulers = [] if scheduler is None else [scheduler]
         return [main, other]
