@@ -26,6 +26,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         item.add_marker(pytest.mark.xdist_group(item.path.stem if spec is None else spec.name))
 
 
+@pytest.fixture(autouse=True)
+def global_seed() -> Iterator[None]:
+    """No function of the package may change the seed that the user set for all of scvi-tools."""
+    from scvi import settings
+
+    before = settings.seed
+    yield
+    after, settings._seed = settings.seed, before
+    assert after == before, f"scvi.settings.seed was {before}, and is {after} after the test"
+
+
 @pytest.fixture(scope="session", autouse=True)
 def data_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Let `pertura.datasets` find the files next to the repository, unless `PERTURA_DATA_DIR` is set."""

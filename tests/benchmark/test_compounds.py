@@ -7,7 +7,14 @@ import pandas as pd
 import pytest
 from anndata import AnnData
 
-from pertura.benchmark import Screen, run_compounds, run_doses, summarise_compounds
+from pertura.benchmark import (
+    Screen,
+    run_compounds,
+    run_doses,
+    summarise_compounds,
+    tggates_conditions,
+    tggates_screen,
+)
 
 NAMES = [f"d{i:02d}" for i in range(12)]
 DOSES = {"Low": 0.04, "Middle": 0.2, "High": 1.0}
@@ -69,3 +76,18 @@ def test_held_out_dose(screen):
     assert error["interpolation in log dose"] < 1e-9 < error["DrugAAE"] < error["copy of High"]
     with pytest.raises(ValueError, match="`dose`"):
         run_doses(screen, dose=1.0)
+
+
+@pytest.mark.slow
+def test_hepatocytes(load_dataset):
+    load_dataset("tggates_hepatocytes")
+    load_dataset("repurposing_hub")
+    screen = tggates_screen()
+    assert list(screen.descriptions) == ["text", "8h High", "8h High + 24h Middle"]
+    options = {"seeds": 1, "n_folds": 2, "model": {}, "train": {"max_epochs": 2}}
+    found = run_compounds(screen, descriptions=["text", "8h High + 24h Middle"], **options)
+    pearson = summarise_compounds(found).set_index(["description", "method"])["pearson"]
+    text, both = pearson["text"], pearson["8h High + 24h Middle"]
+    assert text["DrugAAE"] > text["mean effect"] - 0.01
+    assert both["DrugAAE"] > both["ridge"] + 0.03 and both["DrugAAE"] > 0.6
+    assert len(tggates_conditions().effects) == 9

@@ -252,6 +252,8 @@ ONLY_PREDICT: list[tuple[str, Any]] = [
     ("key_added", ""),
     ("key_added", 3),
     ("key_added", "a/b"),
+    ("by", "donor"),
+    ("by", None),
     ("return_anndata", "yes"),
     ("overwrite", 1),
 ]

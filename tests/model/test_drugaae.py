@@ -117,6 +117,24 @@ def test_targets_of_unseen_drugs(screen, model):
         model.get_drug_target_scores(names, method="best")
 
 
+def test_targets_of_similar_drugs(screen, model):
+    names, known = screen.uns["held_out"], screen.uns["targets"]
+    score = model.get_drug_target_scores(names, method="neighbors", known_targets=known.drop(names))
+    popular = known.drop(names).sum()
+    auc = lambda table: np.mean([roc_auc_score(known.loc[n], table.loc[n]) for n in names])  # noqa: E731
+    assert auc(score) > 0.97 > auc(pd.DataFrame([popular] * len(names), index=names))
+    # what is known of the drug itself does not enter
+    lie = known.copy()
+    lie.loc[names[0]] = ~known.loc[names[0]]
+    both = (model.get_drug_target_scores(names[:1], method="neighbors", known_targets=t) for t in (known, lie))
+    pd.testing.assert_frame_equal(*both)
+    for options in ({"method": "neighbors"}, {"known_targets": known}):
+        with pytest.raises(ValueError, match="`known_targets`"):
+            model.get_drug_target_scores(names, **options)
+    with pytest.raises(ValueError, match="no drug of `known_targets`"):
+        model.get_drug_target_scores(names, method="neighbors", known_targets=known.add_prefix("x", axis=0))
+
+
 def test_what_shuffled_texts_say_is_not_believed(screen):
     text = screen.uns["text"]
     shuffled = pd.Series(np.random.default_rng(1).permutation(text.to_numpy()), index=text.index)

@@ -105,6 +105,23 @@ def test_the_alignment_is_the_log_density_of_the_table():
         torch.testing.assert_close(module.alignment(table), expected, rtol=1e-4, atol=1e-3)
 
 
+def test_what_regulators_explain_of_covariation():
+    """Up to a constant, the weighted mean square of what is left of cells after their regulators."""
+    module = _module((2, 0, 5, -1, 6), alignment_weight=1.0)
+    x = torch.randn(500, GENES)
+    covariance = x.T @ x / 500
+    weights = torch.randn(5, GENES)
+    with torch.no_grad():
+        module.covariation.copy_(covariance[module.row_genes.clamp(min=0)])
+        module.covariation_precision.uniform_(1.0, 5.0)
+        full = torch.zeros(GENES, GENES)
+        own = module.row_genes >= 0
+        full[module.row_genes[own]] = (weights * module.possible)[own]
+        left, all_ = ((x - x @ full).square().mean(0), x.square().mean(0))
+        expected = 0.5 * (module.covariation_precision * (left - all_)).sum()
+        torch.testing.assert_close(module.unexplained(weights), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_hops_fit_the_median_difference_less_the_criterion():
     """Without paths and sparsity each logit is an L1 fit: the median of the differences, less c."""
     module = _module((2, 0, 5, 6), objective="hops", n_hops=0, shift_criterion=0.4, sparsity_weight=0.0)

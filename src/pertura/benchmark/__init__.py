@@ -11,6 +11,7 @@ from ._doses import run_doses
 from ._effects import effect_calibration, measured_effect
 from ._few_cells import few_cells_splits, papalexi_screen, run_few_cells, summarise_few_cells
 from ._grn import GRN_SPLITS, GivenNetwork, NetworkModel, Scorer, beeline_data, grn_models, run_grn, summarise_grn
+from ._grn_model import grn_knockouts, grn_speed, summarise_knockouts
 from ._l1000 import run_l1000, summarise_l1000
 from ._runner import DEFAULT_METRICS, run
 from ._screens import Screen, ht115_screen, tggates_conditions, tggates_screen
@@ -31,7 +32,9 @@ __all__ = [
     "beeline_data",
     "effect_calibration",
     "few_cells_splits",
+    "grn_knockouts",
     "grn_models",
+    "grn_speed",
     "ht115_screen",
     "make_splits",
     "measured_effect",
@@ -48,6 +51,7 @@ __all__ = [
     "summarise_compounds",
     "summarise_few_cells",
     "summarise_grn",
+    "summarise_knockouts",
     "summarise_l1000",
     "tggates_conditions",
     "tggates_screen",

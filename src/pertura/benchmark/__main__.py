@@ -16,6 +16,7 @@ from ._dataset import ALIASES, KINDS
 from ._doses import run_doses
 from ._few_cells import FEW_CELLS, FEW_CELLS_METRICS, default_models, run_few_cells, summarise_few_cells
 from ._grn import beeline_data, grn_models, run_grn, summarise_grn
+from ._grn_model import grn_knockouts, grn_speed, summarise_knockouts
 from ._l1000 import run_l1000, summarise_l1000
 from ._runner import DEFAULT_METRICS, run
 from ._screens import ht115_screen, tggates_conditions, tggates_screen
@@ -23,14 +24,20 @@ from ._spec import parse_model
 from ._speed import run_speed
 from ._summary import summarise
 
-#: Screen, protocol, and correlation of replicates above which compounds are also reported by themselves.
+#: Screen, protocol, epochs, and correlation of replicates above which compounds are also reported by themselves.
 _COMPOUNDS = {
-    "compounds-tggates": (tggates_screen, run_compounds, None),
-    "compounds-tggates-all": (tggates_conditions, run_compounds, None),
-    "compounds-tggates-dose": (tggates_conditions, run_doses, None),
-    "compounds-ht115": (ht115_screen, run_compounds, 0.3),
+    "compounds-tggates": (tggates_screen, run_compounds, 15, None),
+    "compounds-tggates-all": (tggates_conditions, run_compounds, 4, None),  # as many steps, of four times the profiles
+    "compounds-tggates-dose": (tggates_conditions, run_doses, 15, None),
+    "compounds-ht115": (ht115_screen, run_compounds, 15, 0.3),
 }
 _NETWORKS = {"grn": "go_bp", "grn-biobert": "biobert"}
+# results that are tables of their own
+_TABLES = {
+    "grn-speed": lambda seeds: grn_speed(),
+    "grn-knockouts": lambda seeds: summarise_knockouts(grn_knockouts(seeds=seeds)),
+    "speed": lambda seeds: run_speed(),
+}
 _EPILOG = """\
 examples:
   python -m pertura.benchmark kang --seeds 3 --models PertVAE --out kang.csv
@@ -41,6 +48,8 @@ examples:
   python -m pertura.benchmark l1000 --seeds 3 --out l1000.csv
   python -m pertura.benchmark compounds-tggates --seeds 5 --out tggates.csv
   python -m pertura.benchmark grn --seeds 10 --out grn.csv
+  python -m pertura.benchmark grn-speed
+  python -m pertura.benchmark grn-knockouts --seeds 3
   python -m pertura.benchmark grn --models correlation "one-hot LR" "embedding cosine" --out grn.csv
 
 A model is a class of pertura.model or pertura.baseline with arguments after a colon:
@@ -60,7 +69,8 @@ def _parser() -> argparse.ArgumentParser:
         help=f"{', '.join(sorted(ALIASES))}, any loader of pertura.datasets, or l1000 (the paper's Table 1), "
         "compounds-tggates, compounds-tggates-all or compounds-ht115 (DrugAAE on compounds that are held out), "
         "compounds-tggates-dose (on a dose that is), grn or grn-biobert "
-        "(networks of mouse dendritic cells, embeddings from GO or BioBERT), speed (training steps of SAMSVAE beside a bare loop)",
+        "(networks of mouse dendritic cells, embeddings from GO or BioBERT), grn-speed (time of an epoch of InfoSEM), "
+        "grn-knockouts (knock-outs it predicts from control cells), speed (training steps of SAMSVAE beside a bare loop)",
     )
     parser.add_argument(
         "--models",
@@ -98,21 +108,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(argv)
     split = options.split or (FEW_CELLS if options.data == "papalexi" else "unseen_context")
-    if options.plot and (options.data in ("l1000", "speed", *_NETWORKS, *_COMPOUNDS) or split == FEW_CELLS):
+    if options.plot and (options.data in ("l1000", *_NETWORKS, *_TABLES, *_COMPOUNDS) or split == FEW_CELLS):
         parser.error(f"--plot draws summaries of held-out conditions; {options.data} has none.")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         by_name = options.data in _NETWORKS
-        models = {} if by_name else dict(parse_model(text) for text in options.models or ["PertVAE"])
+        models = (
+            {}
+            if by_name or options.data in _TABLES
+            else dict(parse_model(text) for text in options.models or ["PertVAE"])
+        )
         if by_name:
             table = _grn(options.data, options.models, options.seeds, options.out)
-        elif options.data == "speed":
-            table = run_speed()
+        elif options.data in _TABLES:
+            table = _TABLES[options.data](options.seeds)
         elif options.data == "l1000":
             table = summarise_l1000(run_l1000(models=models, seeds=options.seeds, out=options.out))
         elif options.data in _COMPOUNDS:
-            screen, protocol, agreeing = _COMPOUNDS[options.data]
-            found = protocol(screen(), seeds=options.seeds, model={}, train={"max_epochs": 15}, out=options.out)
+            screen, protocol, epochs, agreeing = _COMPOUNDS[options.data]
+            found = protocol(screen(), seeds=options.seeds, model={}, train={"max_epochs": epochs}, out=options.out)
             table = summarise_compounds(found, agreeing=agreeing)
         elif split == FEW_CELLS:
             results = run_few_cells(

@@ -114,7 +114,7 @@ class NetworkModel:
 
     def fit(self, adata: AnnData, train: pd.DataFrame | None = None) -> NetworkModel:
         """Train on all cells; of the labels, only those of the training pairs are known."""
-        from scvi import settings
+        import torch
 
         from pertura import model, priors
 
@@ -126,8 +126,8 @@ class NetworkModel:
             priors.known_edges(adata, train, key_added="_training_edges")
             options["edges_key"] = "_training_edges"
         cls = getattr(model, self.name)
-        settings.seed = self.seed
-        with quiet():
+        with quiet(), torch.random.fork_rng():
+            torch.manual_seed(self.seed)
             cls.setup_anndata(adata)
             fitted = cls(adata, **options)
             fitted.train(**{"seed": self.seed, "accelerator": "cpu", "enable_progress_bar": False, **self.train})
@@ -142,10 +142,12 @@ class NetworkModel:
 def grn_models() -> dict[str, Scorer]:
     """Scorers of the command line by name, for the data of :func:`beeline_data`.
 
-    InfoSEM with known edges (BC) is fitted for each split, one network and not an ensemble, and for ``"unseen_both"`` alone; the same
-    without known edges ("one") is what to compare it with.
+    InfoSEM with known edges (BC) is fitted for each split: one network instead of an ensemble, 30 epochs instead of 90, and for
+    ``"unseen_both"`` alone. The same without known edges ("one") is what to compare it with.
     """
     from pertura import baseline
+
+    short = {"max_epochs": 30}
 
     def infosem(edges: bool = False, **options: Any) -> NetworkModel:
         splits = ("unseen_both",) if edges else None
@@ -159,13 +161,13 @@ def grn_models() -> dict[str, Scorer]:
         "embedding LR": baseline.EmbeddingLogistic(),
         "embedding LR products": baseline.EmbeddingLogistic(products=True),
         "embedding cosine": baseline.EmbeddingCosine(),
-        "InfoSEM none": infosem(prior="none", n_ensemble=4),
-        "InfoSEM B": infosem(prior="embedding", n_ensemble=4),
-        "InfoSEM B additive": infosem(prior="embedding", prior_mean="additive", n_ensemble=4),
-        "InfoSEM B, one": infosem(prior="embedding"),
-        "InfoSEM B additive, one": infosem(prior="embedding", prior_mean="additive"),
-        "InfoSEM BC, one": infosem(edges=True, prior="embedding+edges"),
-        "InfoSEM BC additive, one": infosem(edges=True, prior="embedding+edges", prior_mean="additive"),
+        "InfoSEM none": infosem(prior="none", n_ensemble=2),
+        "InfoSEM B": infosem(prior="embedding", n_ensemble=2),
+        "InfoSEM B additive": infosem(prior="embedding", prior_mean="additive", n_ensemble=2),
+        "InfoSEM B, one": infosem(prior="embedding", train=short),
+        "InfoSEM B additive, one": infosem(prior="embedding", prior_mean="additive", train=short),
+        "InfoSEM BC, one": infosem(edges=True, prior="embedding+edges", train=short),
+        "InfoSEM BC additive, one": infosem(edges=True, prior="embedding+edges", prior_mean="additive", train=short),
     }
 
 

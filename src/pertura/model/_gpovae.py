@@ -57,8 +57,8 @@ class GPOVAE(NetworkMixin, CRADLEVAE):
     alignment_weight
         Weight of the table of shifts, 1 for its log density; in ``"hops"`` that of the loss per cell.
     covariation_weight
-        As how many cells the covariation of genes within conditions counts in the regression from which the network starts. It
-        is what is known about genes that were never perturbed.
+        As how many cells the covariation of genes within conditions counts. It is what is known about genes that were never
+        perturbed.
     shift_floor
         How far measured shifts are from the network's beyond their standard errors (sd, log scale).
     n_hops, shift_criterion, sparsity_weight
@@ -67,8 +67,8 @@ class GPOVAE(NetworkMixin, CRADLEVAE):
     preset
         ``"paper"``: ``objective="hops"``, that of :class:`CRADLEVAE`, latent 100, :math:`\alpha = 0.3`.
     **options
-        Arguments of :class:`CRADLEVAE` and :class:`SAMSVAE`; `link_sharpness` is 1 by default, so that shifts are of
-        log-rates.
+        Arguments of :class:`CRADLEVAE` and :class:`SAMSVAE`; by default `link_sharpness` is 1, so that shifts are of
+        log-rates, and `effect_lr_factor` 0.3.
 
     Examples
     --------
@@ -141,8 +141,11 @@ class GPOVAE(NetworkMixin, CRADLEVAE):
 
     def _module_options(self, options: dict[str, Any]) -> dict[str, Any]:
         genes = self.gene_names.get_indexer([*self.vocabulary.names, *self._extra])
-        options = {"link_sharpness": 1.0, "objective": "resolvent", **options}
-        self.covariation_weight = options.pop("covariation_weight", 30.0)
+        options = {"objective": "resolvent", **options}
+        self.covariation_weight = options.pop("covariation_weight", 50.0)
+        if options["objective"] == "resolvent":
+            # shifts are of log-rates; the network starts near where it ends
+            options = {"link_sharpness": 1.0, "effect_lr_factor": 0.3, **options}
         return {**options, "row_genes": genes.tolist()}
 
     # -- registration -----------------------------------------------------------------------------------------------
@@ -243,11 +246,14 @@ class GPOVAE(NetworkMixin, CRADLEVAE):
         measured = np.isfinite(variance)
         module.shift_table.copy_(torch.as_tensor(table))
         module.shift_precision.copy_(torch.as_tensor(measured / (variance + module.shift_floor**2)))
+        if self.covariation_weight:
+            cross, own = covariation(self, rows)
+            module.covariation.copy_(torch.as_tensor(cross))
+            module.covariation_precision.copy_(torch.as_tensor(self.covariation_weight / np.maximum(own, 1e-3)))
         if not self.is_trained_:
             genes = module.row_genes.cpu().numpy()
             module.effect_strength.copy_(torch.as_tensor(own_shifts(table, variance, genes)))
-            covaries = covariation(self, rows, self.covariation_weight) if self.covariation_weight else None
-            start_network(module, listed, covaries, rate=module.mask_prior)
+            start_network(module, listed, rate=module.mask_prior)
 
     def _listed(self) -> torch.Tensor | None:
         """Prior network between rows and latent coordinates."""
@@ -264,16 +270,14 @@ class GPOVAE(NetworkMixin, CRADLEVAE):
 
     @torch.no_grad()
     def _network(self) -> Network:
-        """Weights of the regulators that are genes; of the paper's objective, probabilities in place of weights."""
+        """Weights of all rows; of the paper's objective, probabilities in place of weights."""
         module = self.module
-        names = np.array([*self.vocabulary.names, *self._extra], dtype=object)
-        row = torch.where(module.row_genes >= 0)[0]
-        column = torch.where(module.column_genes >= 0)[0]
-        proba = (module.mask_logits.sigmoid() * module.possible)[row][:, column].cpu().numpy()
+        names = pd.Index([*self.vocabulary.names, *self._extra])
+        proba = (module.mask_logits.sigmoid() * module.possible).cpu().numpy()
         if module.objective == "hops":
-            return Network(pd.Index(names[row.cpu()]), pd.Index(names[row.cpu()]), proba, proba)
-        weight = module.mean_network()[row].cpu().numpy()
-        return Network(pd.Index(names[row.cpu()]), self.gene_names, weight, proba)
+            gene = (module.column_genes >= 0).cpu().numpy()
+            return Network(names, names[gene], proba[:, gene], proba[:, gene])
+        return Network(names, self.gene_names, module.mean_network().cpu().numpy(), proba)
 
 
 def _check_network(adata: AnnData, key: Any) -> None:

@@ -205,8 +205,10 @@ def _write_network(
     about = f"{key}_params"
     reserve(user, {"varp": [key], "uns": [key, about]}, overwrite)
     clear(user, about)
-    at = names.get_indexer(edges["source"]), names.get_indexer(edges["target"])
-    user.varp[key] = sparse.csr_matrix((edges["weight"].to_numpy(), at), shape=(user.n_vars, user.n_vars))
+    # a regulator that is no measured gene has no row
+    inside = edges[edges["source"].isin(names)]
+    at = names.get_indexer(inside["source"]), names.get_indexer(inside["target"])
+    user.varp[key] = sparse.csr_matrix((inside["weight"].to_numpy(), at), shape=(user.n_vars, user.n_vars))
     table = edges.reset_index(drop=True)
     table.index = table.index.astype(str)  # h5ad stores text
     user.uns[key] = table

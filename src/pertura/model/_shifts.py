@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -168,8 +167,8 @@ def own_shifts(table: Matrix, variance: Matrix, genes: NDArray[np.int64]) -> Mat
 
 
 @torch.no_grad()
-def start_network(module: Module, listed: torch.Tensor | None, covaries: Covariation | None, rate: float) -> None:
-    """Set q(M) and q(E) of a module of the ``"resolvent"`` objective to the posterior given its table of shifts."""
+def start_network(module: Module, listed: torch.Tensor | None, rate: float) -> None:
+    """Set q(M) and q(E) of a module of the ``"resolvent"`` objective to the posterior given its shifts."""
     rows = module.row_genes >= 0
     genes = module.row_genes[rows]
     shift, precision = module.shift_table, module.shift_precision.clone()
@@ -185,8 +184,8 @@ def start_network(module: Module, listed: torch.Tensor | None, covaries: Covaria
         # a perturbation that is of no gene acts on its targets in its own condition alone
         design = torch.cat([design, torch.eye(n, device=genes.device)[:, other].to(design)], 1)
     order = torch.cat([torch.where(rows)[0], other])
-    if covaries is not None:
-        design, shift, precision = covaries.append(genes, design, shift, precision)
+    if module.covariation_precision.any():
+        design, shift, precision = _with_covariation(module, rows, design, shift, precision)
     posterior = fit_structural(
         design,
         shift,
@@ -203,42 +202,31 @@ def start_network(module: Module, listed: torch.Tensor | None, covaries: Covaria
     module.effect_log_prior_sd.fill_(float(np.log(posterior.slab)))
 
 
-@dataclass
-class Covariation:
-    """How genes vary together between cells of the same condition.
-
-    Attributes
-    ----------
-    cross
-        Covariances of the regulators that are genes with all genes, ``(n_regulators, n_genes)``.
-    variance
-        Variance of each gene, ``(n_genes,)``.
-    n_cells
-        As how many cells they count.
-    """
-
-    cross: torch.Tensor
-    variance: torch.Tensor
-    n_cells: float
-
-    def append(
-        self, genes: torch.Tensor, design: torch.Tensor, shift: torch.Tensor, precision: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Append rows that have these cross products to a regression on shifts; any root of the covariance does."""
-        inner = self.cross[:, genes]
-        ridge = 1e-3 * inner.diagonal().mean().clamp(min=1e-6)
-        root = torch.linalg.cholesky(inner + ridge * torch.eye(len(genes), device=inner.device, dtype=inner.dtype))
-        rows, targets = root.T.to(shift), torch.linalg.solve(root, self.cross).to(shift)
-        rows = torch.nn.functional.pad(rows, (0, design.shape[1] - rows.shape[1]))
-        weight = (self.n_cells / self.variance.clamp(min=1e-3)).to(shift).expand_as(targets)
-        return torch.cat([design, rows]), torch.cat([shift, targets]), torch.cat([precision, weight])
+def _with_covariation(
+    module: Module, rows: torch.Tensor, design: torch.Tensor, shift: torch.Tensor, precision: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Append rows that have the cross products of cells of one condition; any root of the covariance does."""
+    cross = module.covariation[rows].double()
+    inner = cross[:, module.row_genes[rows]]
+    ridge = 1e-3 * inner.diagonal().mean().clamp(min=1e-6)
+    root = torch.linalg.cholesky(inner + ridge * torch.eye(len(inner), device=inner.device, dtype=inner.dtype))
+    more, targets = root.T.to(shift), torch.linalg.solve(root, cross).to(shift)
+    more = torch.nn.functional.pad(more, (0, design.shape[1] - more.shape[1]))
+    weight = module.covariation_precision.expand_as(targets)
+    return torch.cat([design, more]), torch.cat([shift, targets]), torch.cat([precision, weight])
 
 
 @torch.no_grad()
-def covariation(model: GPOVAE, rows: NDArray[np.int64], n_cells: float) -> Covariation:
-    """Covariation of the log expression of cells around the mean of their condition."""
+def covariation(model: GPOVAE, rows: NDArray[np.int64]) -> tuple[Matrix, Matrix]:
+    """How the log expression of cells varies around the mean of their condition.
+
+    Returns
+    -------
+    Covariances of the genes of the network's rows with all genes ``(n_rows, n_genes)``, 0 for rows without a gene, and the
+    variances of the genes ``(n_genes,)``.
+    """
     module = model.module
-    genes = module.row_genes[module.row_genes >= 0].cpu()
+    genes = module.row_genes.clamp(min=0).cpu()
     done, which = model._done(model.adata_manager, rows)
     group = which * (1 + len(model.contexts)) + model._contexts_of(model.adata_manager, rows)
     group = torch.as_tensor(np.unique(group, return_inverse=True)[1].ravel())
@@ -254,5 +242,4 @@ def covariation(model: GPOVAE, rows: NDArray[np.int64], n_cells: float) -> Covar
     mean = total / n
     cross = (cross - (n * mean)[:, genes].T @ mean) / len(rows)
     variance = (square - (n * mean.square()).sum(0)) / len(rows)
-    device = module.row_genes.device
-    return Covariation(cross.to(device), variance.to(device), n_cells)
+    return (cross * (module.row_genes.cpu() >= 0)[:, None]).numpy(), variance.numpy()

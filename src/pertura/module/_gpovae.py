@@ -93,6 +93,9 @@ class GPOVAE(CRADLEVAE):
             # measured shifts and one over their squared errors; 0: not measured
             self.register_buffer("shift_table", torch.zeros(n_perturbations, n_genes))
             self.register_buffer("shift_precision", torch.zeros(n_perturbations, n_genes))
+            # covariances of rows and genes between cells of one condition, over the variances of the genes
+            self.register_buffer("covariation", torch.zeros(self.n_rows, n_genes))
+            self.register_buffer("covariation_precision", torch.zeros(n_genes))
         else:
             # quantiles of the absolute differences from matched controls, and the share of cells of each perturbation
             self.register_buffer("difference", torch.zeros(n_perturbations, N_QUANTILES, self.n_rows))
@@ -167,10 +170,24 @@ class GPOVAE(CRADLEVAE):
         sparsity = (self.mask_logits.sigmoid() * self.possible).mean()
         return self.n_train * (self.alignment_weight * per_cell + self.sparsity_weight * sparsity)
 
+    def unexplained(self, weights: Tensor) -> Tensor:
+        r"""Loss by what the regulators do not explain of how genes vary between cells of one condition, ``(...)``.
+
+        Of :math:`x = x A + e` with covariances C of x it is :math:`\sum_g w_g (A^T C A - 2 A^T C)_{gg} / 2`.
+        """
+        weights = weights * self.possible
+        own = torch.where(self.row_genes >= 0)[0]
+        direct, cross = weights[..., own, :], self.covariation[own]
+        explained = cross[:, self.row_genes[own]] @ direct - 2.0 * cross
+        return 0.5 * self.alignment_weight * (self.covariation_precision * direct * explained).sum((-2, -1))
+
     def _global_prior(self, n_cells: int, kl_weight: float) -> dict[str, Tensor]:
-        globals_ = self._with_total(super()._global_prior(n_cells, kl_weight))
+        globals_ = super()._global_prior(n_cells, kl_weight)
         # the table is data: its weight is not annealed
         with self._weight(n_cells, 1.0):
+            if self.objective == "resolvent":
+                pyro.factor("covariation", -self.unexplained(globals_["table"]).mean())
+            globals_ = self._with_total(globals_)
             pyro.factor("alignment", -self.alignment(globals_["table"]).mean())
         return globals_
 

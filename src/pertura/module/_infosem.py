@@ -33,15 +33,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pertura.nn._scalar import ScalarNetwork
-from pertura.nn._sem import propagate, remove_regulation, total_effect
+from pertura.nn._sem import propagate, remove_regulation
 
-from ._base import Action, Basal, Cells, PerturbationModule
+from ._base import Cells, PerturbationModule
+from ._knockout import KnockOutMixin, standard_deviation
 
 # logits of known edges, pairs known to be none, and all others
 LOGITS = {1: math.log(0.95 / 0.05), -1: math.log(0.05 / 0.95), 0: 0.0}
 _FLAT_SD = 10.0  # of the noise of a gene that an experimenter sets
 _MIN_SCALE = 0.1  # of heteroscedastic noise, in standard deviations of the gene
-_MAX_NETWORKS = 8  # drawn of a variational posterior for one prediction
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Inputs:
     intervened: Tensor | None
 
 
-class InfoSEM(PerturbationModule):
+class InfoSEM(KnockOutMixin, PerturbationModule):
     """Generative model and guide of InfoSEM, an ensemble side by side.
 
     Parameters
@@ -208,6 +208,14 @@ class InfoSEM(PerturbationModule):
             return None
         return torch.sigmoid(self.edge_logit if logit is None else logit)
 
+    def regulated(self, z: Tensor, weight: Tensor) -> Tensor:
+        """State of the genes, z (I - A)^-1."""
+        return propagate(z, weight, self.regulators)
+
+    def unregulated(self, x: Tensor, weight: Tensor) -> Tensor:
+        """What regulators do not explain, x (I - A)."""
+        return remove_regulation(x, weight, self.regulators)
+
     # -- generative model and guide ---------------------------------------------------------------------------------
 
     def model(self, inputs: Inputs, kl_weight: float = 1.0) -> None:
@@ -216,57 +224,50 @@ class InfoSEM(PerturbationModule):
         weight = self._sample_network(n_cells)
         with pyro.poutine.scale(scale=self.beta * kl_weight / self.n_ensemble):
             z = pyro.sample("z", dist.Normal(*self.noise_prior(weight, inputs)).to_event(3))
-        state = propagate(z, weight, self.regulators)
+        state = self.regulated(z, weight)
         with pyro.poutine.scale(scale=1.0 / self.n_ensemble):
             pyro.sample("x", dist.Normal(*self.expression(state)).to_event(3), obs=inputs.x)
 
     def _sample_network(self, n_cells: int) -> Tensor:
-        """A from its prior, at the weight that one minibatch has in the data."""
-        share = n_cells / max(self.n_train, n_cells) / self.n_ensemble
-        if self.training and self.progress < self.sparsity_delay:
-            share = 1e-8 * share
+        """A from its prior, at the weight that one minibatch has in the data; by MAP a parameter observed under its prior."""
         sd = self.n_genes / (max(self.n_train, n_cells) * self.alpha)
         mean = self.prior_mean()
-        shape = self.network_weight.shape
-        with pyro.poutine.scale(scale=share):
-            prior = dist.Laplace(mean + torch.zeros_like(self.network_weight), sd, validate_args=False)
-            weight = pyro.sample("A_e", prior.to_event(3))
-            logit = None
-            if hasattr(self, "edge_logit"):
-                prior = dist.Normal(self.known_logit.expand(shape), self.edge_logit_sd, validate_args=False)
-                logit = pyro.sample("A_l", prior.to_event(3))
+        own, logit = self.network_weight * self.no_loops, getattr(self, "edge_logit", None)
+        with pyro.poutine.scale(scale=self._share(n_cells)):
+            prior = dist.Laplace(mean + torch.zeros_like(own), sd, validate_args=False).to_event(3)
+            weight = pyro.sample("A_e", prior, obs=own if self.network_log_sd is None else None)
+            if logit is not None:
+                prior = dist.Normal(self.known_logit.expand_as(logit), self.edge_logit_sd, validate_args=False)
+                pyro.sample("A_l", prior.to_event(3), obs=logit)
             if isinstance(mean, Tensor):
                 # without this the deviation of A from M is dear, and M free: A then collapses onto M
                 pyro.factor("M", -self.prior_shrinkage * mean.abs().sum() / sd)
         return self.network(weight, logit)
 
-    def guide(self, inputs: Inputs, kl_weight: float = 1.0) -> None:
-        """q(A) and q(z | x, A)."""
-        n_cells = inputs.x.shape[1]
+    def _share(self, n_cells: int) -> float:
+        """Weight of the prior of A in a minibatch."""
         share = n_cells / max(self.n_train, n_cells) / self.n_ensemble
-        if self.training and self.progress < self.sparsity_delay:
-            share = 1e-8 * share
-        weight = self.network_weight * self.no_loops
-        logit = None
-        with pyro.poutine.scale(scale=share):
-            if self.network_log_sd is None:
-                weight = pyro.sample("A_e", dist.Delta(weight, validate_args=False).to_event(3))
-            else:
-                weight = pyro.sample("A_e", dist.Normal(weight, self.network_log_sd.exp()).to_event(3))
-            if hasattr(self, "edge_logit"):
-                logit = pyro.sample("A_l", dist.Delta(self.edge_logit).to_event(3))
+        return 1e-8 * share if self.training and self.progress < self.sparsity_delay else share
+
+    def guide(self, inputs: Inputs, kl_weight: float = 1.0) -> None:
+        """q(A), where it is not by MAP, and q(z | x, A)."""
+        weight = None
+        if self.network_log_sd is not None:
+            with pyro.poutine.scale(scale=self._share(inputs.x.shape[1])):
+                posterior = dist.Normal(self.network_weight * self.no_loops, self.network_log_sd.exp())
+                weight = pyro.sample("A_e", posterior.to_event(3))
         with pyro.poutine.scale(scale=self.beta * kl_weight / self.n_ensemble):
-            posterior = self.noise_posterior(inputs.x, self.network(weight, logit))
-            pyro.sample("z", dist.Normal(*posterior).to_event(3))
+            posterior = self.noise_posterior(inputs.x, self.network(weight))
+            pyro.sample("z", dist.Normal(*posterior, validate_args=False).to_event(3))
 
     def noise_prior(self, weight: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Mean and sd of z."""
         mean, sd = torch.zeros_like(inputs.x), torch.ones_like(inputs.x)
         if self.noise_mean is not None:
             # the learned prior is one of the state's own scale, as the guide is
-            loc = remove_regulation(self.noise_mean[:, None], weight, self.regulators)
-            log_var = remove_regulation(self.noise_log_var[:, None], weight, self.regulators)
-            mean, sd = loc.expand_as(mean), _sd(log_var).expand_as(sd)
+            loc = self.unregulated(self.noise_mean[:, None], weight)
+            log_var = self.unregulated(self.noise_log_var[:, None], weight)
+            mean, sd = loc.expand_as(mean), standard_deviation(log_var).expand_as(sd)
         if inputs.intervened is not None:
             sd = torch.where(inputs.intervened, torch.full_like(sd, _FLAT_SD), sd)
         return mean, sd
@@ -274,8 +275,7 @@ class InfoSEM(PerturbationModule):
     def noise_posterior(self, x: Tensor, weight: Tensor, members: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Mean and sd of q(z | x, A)."""
         mean, log_var = self.encoder(x, members)
-        loc = remove_regulation(mean, weight, self.regulators)
-        return loc, _sd(remove_regulation(log_var, weight, self.regulators))
+        return self.unregulated(mean, weight), standard_deviation(self.unregulated(log_var, weight))
 
     def expression(self, state: Tensor, members: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Mean and sd of standardised expression."""
@@ -350,140 +350,5 @@ class InfoSEM(PerturbationModule):
         x = self.standardised(cells)
         weight = self.network()
         loc, _ = self.noise_posterior(x.expand(self.n_ensemble, *x.shape).clamp(-self.clip, self.clip), weight)
-        found, _ = self.expression(propagate(loc, weight, self.regulators))
+        found, _ = self.expression(self.regulated(loc, weight))
         return (x - found).square().sum(1)
-
-    # -- counterfactuals --------------------------------------------------------------------------------------------
-
-    def draw_globals(self, n_samples: int) -> dict[str, Tensor]:
-        """Networks, and which of them each draw has: those of the members in turn."""
-        member = torch.arange(self.n_ensemble)
-        if self.network_log_sd is not None:
-            member = member.repeat(max(1, min(n_samples, _MAX_NETWORKS) // self.n_ensemble))
-        weight = self.network_weight[member]
-        if self.network_log_sd is not None:
-            weight = weight + self.network_log_sd[member].exp() * torch.randn_like(weight)
-        weight = self.network(weight, self.edge_logit[member] if hasattr(self, "edge_logit") else None)
-        return {"member": member, "weight": weight, "total": total_effect(weight, self.regulators)}
-
-    def abduct(self, cells: Cells, n_samples: int, globals_: dict[str, Tensor]) -> Basal:
-        """Noise z of a cell from q(z | x), that of a gene which was knocked out at its prior mean, and what f leaves over."""
-        x = self.standardised(cells)
-        z = torch.randn(n_samples, *x.shape, device=x.device)
-        noise = torch.empty_like(z)
-        for draws, network, member in self._networks(n_samples, globals_):
-            weight = globals_["weight"][network]
-            loc, sd = self.noise_posterior(x.clamp(-self.clip, self.clip)[None], weight, member)
-            z[draws] = loc + sd * z[draws]
-            found, scale = self._measured(self._state(z[draws], globals_["total"][network]), member)
-            noise[draws] = (x - found) / scale
-            z[draws] *= self.sign(member)
-        position, present = self.targets(cells.action)
-        if bool(present.any()):
-            row, slot = present.nonzero(as_tuple=True)
-            z[:, row, position[row, slot]] = 0.0
-        return Basal(z, noise, cells.context, cells.batch, cells.library)
-
-    def act(self, basal: Basal, action: Action, globals_: dict[str, Tensor]) -> Tensor:
-        """Noise under do(g): that of the knocked-out genes moves until their state is that of no expression."""
-        position, present = self.targets(action)
-        if not bool(present.any()):
-            return basal.z
-        strength = (action.dose.clamp(max=1.0) * present).to(basal.z)
-        batch = self._batch(basal.batch)
-        rows = torch.arange(len(position), device=position.device)[:, None]
-        zero = -(self.input_mean[batch] / self.input_scale)[rows, position].clamp(-self.clip, self.clip)
-        z = basal.z.clone()
-        for draws, network, member in self._networks(len(z), globals_):
-            sign, total = self.sign(member), globals_["total"][network]
-            level, _ = self.encoder(zero[None], member)
-            state = self._state(z[draws] * sign, total)[:, rows, position]
-            wanted = (strength * (level - state))[..., None]  # (n_draws, n_cells, order, 1)
-            # a unit of z_g moves the state of g itself, and through others that of all genes
-            response = self._response(position, present, total)
-            shift = torch.linalg.solve(response.mT, wanted)[..., 0] * present
-            z[draws] = z[draws].scatter_add(-1, position.expand_as(shift), sign * shift)
-        return z
-
-    def _response(self, position: Tensor, present: Tensor, total: Tensor) -> Tensor:
-        """Effects of the noise of knocked-out genes on their states, ``(n_cells, order, order)``, source first."""
-        lookup = torch.full((self.n_genes,), -1, device=total.device)
-        lookup[self.regulators] = torch.arange(len(self.regulators), device=total.device)
-        row = lookup[position]
-        effect = total[row.clamp(min=0)[:, :, None], position[:, None, :]] * (row >= 0)[:, :, None]
-        both = present[:, :, None] & present[:, None, :]
-        return effect * both + torch.eye(position.shape[1], device=total.device)
-
-    def decode(self, z: Tensor, basal: Basal) -> Tensor:
-        """Expression, what f left over of the cell's own measurement added."""
-        return self._decode(z, basal, self.draw_globals(len(z)))
-
-    def express(self, z: Tensor, basal: Basal, action: Action, globals_: dict[str, Tensor]) -> Tensor:
-        """As :meth:`decode`, with the networks of the draws."""
-        return self._decode(z, basal, globals_)
-
-    def _decode(self, z: Tensor, basal: Basal, globals_: dict[str, Tensor]) -> Tensor:
-        x = torch.empty_like(z)
-        for draws, network, member in self._networks(len(z), globals_):
-            state = self._state(z[draws] * self.sign(member), globals_["total"][network])
-            loc, scale = self._measured(state, member)
-            x[draws] = loc + scale * basal.noise[draws]
-        return self._native(x, self.input_mean[self._batch(basal.batch)])
-
-    def _native(self, x: Tensor, mean: Tensor) -> Tensor:
-        x = x * self.input_scale + mean
-        return x.clamp(min=0.0) if self.native_scale == "log1p" else x
-
-    def fresh_noise(self, z: Tensor, basal: Basal) -> Tensor:
-        """Noise of cells that were never measured."""
-        return torch.randn_like(z)
-
-    @torch.no_grad()
-    def generate(self, n_cells: int) -> Tensor:
-        """Cells that were never measured, batch by batch alike, on the native scale, ``(n_cells, n_genes)``."""
-        globals_ = self.draw_globals(n_cells)
-        x = torch.randn(n_cells, 1, self.n_genes, device=self.input_mean.device)
-        for draws, network, member in self._networks(n_cells, globals_):
-            weight = globals_["weight"][network][None]
-            if self.noise_mean is not None:
-                loc = remove_regulation(self.noise_mean[member][:, None], weight, self.regulators)
-                log_var = remove_regulation(self.noise_log_var[member][:, None], weight, self.regulators)
-                x[draws] = loc + _sd(log_var) * x[draws]
-            loc, scale = self._measured(self._state(x[draws], globals_["total"][network]), member)
-            x[draws] = loc + scale * torch.randn_like(loc)
-        return self._native(x[:, 0], self.input_mean.mean(0))
-
-    def targets(self, action: Action) -> tuple[Tensor, Tensor]:
-        """Positions of the genes that an action knocks out, and whether it is one, ``(n_cells, order)`` each."""
-        position = self.knocked_out[action.codes.clamp(min=0)] if len(self.knocked_out) else action.codes * 0 - 1
-        if action.features is not None:
-            # genes outside the vocabulary are described by their position, counted from 1
-            position = torch.where(action.codes < -1, action.features[..., 0].round().long() - 1, position)
-        present = action.present & (position >= 0)
-        return position.clamp(min=0), present
-
-    def sign(self, members: slice = slice(None)) -> Tensor:
-        """1 where the state rises with expression, -1 where it falls, ``(n_members, 1, 1)``: the data can not tell."""
-        ends = torch.tensor([[-1.0, 1.0]], device=self.input_mean.device).expand(len(self.residual_sd[members]), -1)
-        mean, _ = self.encoder(ends, members)
-        return torch.where(mean[:, 1] >= mean[:, 0], 1.0, -1.0)[:, None, None]
-
-    def _networks(self, n_draws: int, globals_: dict[str, Tensor]) -> list[tuple[Tensor, int, slice]]:
-        """Draws of each network, its number, and the member it belongs to."""
-        member = globals_["member"]
-        draws = torch.arange(n_draws) % len(member)
-        found = [((draws == i).nonzero()[:, 0], i, int(m)) for i, m in enumerate(member.tolist())]
-        return [(d, i, slice(m, m + 1)) for d, i, m in found if len(d)]
-
-    def _state(self, z: Tensor, total: Tensor) -> Tensor:
-        return z + z[..., self.regulators] @ total
-
-    def _measured(self, state: Tensor, member: slice) -> tuple[Tensor, Tensor]:
-        """Mean and sd of expression given the state of draws of one member."""
-        loc, sd = self.expression(state.reshape(1, -1), member)
-        loc = loc.reshape(state.shape)
-        return loc, sd.reshape(state.shape) if self.heteroscedastic else self.residual_sd[member][:, None]
-
-
-def _sd(log_var: Tensor) -> Tensor:
-    return (0.5 * log_var.clamp(-10.0, 6.0)).exp()
