@@ -8,6 +8,7 @@ pertura.benchmark kang``.
 from ._compounds import run_compounds, summarise_compounds
 from ._dataset import Dataset, make_splits
 from ._doses import run_doses
+from ._drug_targets import drug_targets
 from ._effects import effect_calibration, measured_effect
 from ._few_cells import few_cells_splits, papalexi_screen, run_few_cells, summarise_few_cells
 from ._grn import GRN_SPLITS, GivenNetwork, NetworkModel, Scorer, beeline_data, grn_models, run_grn, summarise_grn
@@ -30,6 +31,7 @@ __all__ = [
     "Screen",
     "baselines",
     "beeline_data",
+    "drug_targets",
     "effect_calibration",
     "few_cells_splits",
     "grn_knockouts",

@@ -14,6 +14,7 @@ from pertura.datasets import DataNotAvailable
 from ._compounds import run_compounds, summarise_compounds
 from ._dataset import ALIASES, KINDS
 from ._doses import run_doses
+from ._drug_targets import drug_targets
 from ._few_cells import FEW_CELLS, FEW_CELLS_METRICS, default_models, run_few_cells, summarise_few_cells
 from ._grn import beeline_data, grn_models, run_grn, summarise_grn
 from ._grn_model import grn_knockouts, grn_speed, summarise_knockouts
@@ -34,6 +35,7 @@ _COMPOUNDS = {
 _NETWORKS = {"grn": "go_bp", "grn-biobert": "biobert"}
 # results that are tables of their own
 _TABLES = {
+    "drug-targets": lambda seeds: drug_targets(seeds=seeds),
     "grn-speed": lambda seeds: grn_speed(),
     "grn-knockouts": lambda seeds: summarise_knockouts(grn_knockouts(seeds=seeds)),
     "speed": lambda seeds: run_speed(),
@@ -47,6 +49,7 @@ examples:
   python -m pertura.benchmark speed
   python -m pertura.benchmark l1000 --seeds 3 --out l1000.csv
   python -m pertura.benchmark compounds-tggates --seeds 5 --out tggates.csv
+  python -m pertura.benchmark drug-targets --seeds 1
   python -m pertura.benchmark grn --seeds 10 --out grn.csv
   python -m pertura.benchmark grn-speed
   python -m pertura.benchmark grn-knockouts --seeds 3
@@ -68,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         "data",
         help=f"{', '.join(sorted(ALIASES))}, any loader of pertura.datasets, or l1000 (the paper's Table 1), "
         "compounds-tggates, compounds-tggates-all or compounds-ht115 (DrugAAE on compounds that are held out), "
-        "compounds-tggates-dose (on a dose that is), grn or grn-biobert "
+        "compounds-tggates-dose (on a dose that is), drug-targets (those that DrugAAE finds), grn or grn-biobert "
         "(networks of mouse dendritic cells, embeddings from GO or BioBERT), grn-speed (time of an epoch of InfoSEM), "
         "grn-knockouts (knock-outs it predicts from control cells), speed (training steps of SAMSVAE beside a bare loop)",
     )
