@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 from anndata import AnnData
+from scipy import sparse
 
-from pertura.benchmark import Screen, run_compounds, run_doses, summarise_compounds
+from pertura.benchmark import (
+    Screen,
+    run_compounds,
+    run_doses,
+    summarise_compounds,
+    tggates_conditions,
+    tggates_screen,
+)
+from pertura.benchmark._drug_targets import target_areas
 
 NAMES = [f"d{i:02d}" for i in range(12)]
 DOSES = {"Low": 0.04, "Middle": 0.2, "High": 1.0}
@@ -69,3 +80,33 @@ def test_held_out_dose(screen):
     assert error["interpolation in log dose"] < 1e-9 < error["DrugAAE"] < error["copy of High"]
     with pytest.raises(ValueError, match="`dose`"):
         run_doses(screen, dose=1.0)
+
+
+def test_target_areas(screen):
+    adata = screen.adata.copy()
+    near = np.zeros((15, 15))
+    near[:3, 3:] = near[3:, :3] = 1.0  # three genes have all edges
+    adata.varp["ppi"] = sparse.csr_matrix(near)
+    known = pd.DataFrame(0.0, index=NAMES[:6], columns=adata.var_names)
+    known.iloc[:5, :3] = 1.0  # five drugs hit them; one hits a gene that no other drug does
+    known.iloc[5, 8] = 1.0
+    own = replace(screen, adata=adata, setup={**screen.setup, "ppi_key": "ppi"})
+    found = target_areas(own, known, screen.signatures["other"], 0, 1)
+    assert found["popularity"].tolist() == [1.0] * 5 + [pytest.approx(11 / 2 / 14)]
+    assert found["degree"].tolist() == [1.0] * 5 + [pytest.approx(11 / 2 / 14)]
+    assert set(found) == {"network", "signature", "neighbors", "degree", "popularity"} and found.notna().all().all()
+
+
+@pytest.mark.slow
+def test_hepatocytes(load_dataset):
+    load_dataset("tggates_hepatocytes")
+    load_dataset("repurposing_hub")
+    screen = tggates_screen()
+    assert list(screen.descriptions) == ["text", "8h High", "8h High + 24h Middle"]
+    options = {"seeds": 1, "n_folds": 2, "model": {}, "train": {"max_epochs": 2}}
+    found = run_compounds(screen, descriptions=["text", "8h High + 24h Middle"], **options)
+    pearson = summarise_compounds(found).set_index(["description", "method"])["pearson"]
+    text, both = pearson["text"], pearson["8h High + 24h Middle"]
+    assert text["DrugAAE"] > text["mean effect"] - 0.01
+    assert both["DrugAAE"] > both["ridge"] + 0.03 and both["DrugAAE"] > 0.6
+    assert len(tggates_conditions().effects) == 9

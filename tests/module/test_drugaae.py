@@ -13,6 +13,7 @@ from pertura.model._description import hill as hill_of_arrays
 from pertura.module import DrugAAE
 from pertura.module._drugaae import hill
 from pertura.nn import GeneEmbedding, fit_descriptions
+from pertura.nn._descriptions import DescriptionEncoder
 from pertura.nn._ridge import _LeaveOneOut, _slopes, correlations
 
 
@@ -33,6 +34,22 @@ def test_propagation_is_the_dense_formula():
         gamma = layer.step_logits.softmax(0)
         expected = start + gamma[0] * a @ start + gamma[1] * a @ a @ start + gamma[2] * a @ a @ a @ start
         torch.testing.assert_close(layer(), expected)
+
+
+def test_what_is_missing_of_a_description_is_left_out():
+    torch.manual_seed(0)
+    encoder, embedding = DescriptionEncoder(5, 3, 4), torch.randn(12, 5)
+    signature, text = torch.randn(3, 12), torch.randn(3, 3)
+    signature[1], text[2] = 0.0, 0.0  # row 1 has a text alone, row 2 a signature alone
+    v, s, t = encoder.eval()(signature, text, embedding)
+    gate = torch.sigmoid(encoder.gate(torch.cat([s, t], -1)))[0]
+    torch.testing.assert_close(v, torch.stack([gate * s[0] + (1 - gate) * t[0], t[1], s[2]]))
+    assert (encoder(torch.zeros(1, 12), torch.zeros(1, 3), embedding)[0] == 0).all()
+    # in training either is taken away from those that have both, and from them alone
+    both = encoder.train()(signature, text, embedding, (1.0, 0.0))[0]
+    torch.testing.assert_close(both, torch.stack([t[0], t[1], s[2]]))
+    both = encoder(signature, text, embedding, (0.0, 1.0))[0]
+    torch.testing.assert_close(both, torch.stack([s[0], t[1], s[2]]))
 
 
 def test_hill_is_0_at_0_and_1_at_1():

@@ -45,6 +45,8 @@ def test_optimisers():
     found = plan._optimizer(named)
     assert isinstance(found, torch.optim.RMSprop)
     assert sorted({group["lr"] for group in found.param_groups}) == pytest.approx([2e-5, 1e-4])
+    faster = AlternatingPlan(Module(), lr=1e-4, grn_lr_factor=5.0)._optimizer(named)
+    assert [group["lr"] for group in faster.param_groups] == pytest.approx([1e-4] * len(faster.param_groups))
     assert AlternatingPlan(Module())._optimizer(named).param_groups[0]["betas"] == (0.9, 0.9)
 
 

@@ -68,7 +68,7 @@ def run_compounds(
                     continue
                 held_out = [names[i] for i in np.sort(part)]
                 keys = {"description": description, "seed": seed, "fold": fold}
-                found = _fold(screen, table, held_out, description, seed, model, train)
+                found = _fold(screen, table, names, held_out, description, seed, model, train)
                 rows += [{**keys, **row, "reproducible": screen.reproducible.get(row["compound"])} for row in found]
                 logger.info("%s, seed %d, fold %d of %d", description, seed, fold + 1, n_folds)
                 if path is not None:
@@ -144,24 +144,24 @@ def _conditions(screen: Screen, description: str) -> list[str]:
 def _fold(
     screen: Screen,
     table: pd.DataFrame,
+    names: Sequence[str],
     held_out: Sequence[str],
     description: str,
     seed: int,
     model: Mapping[str, Any] | None,
     train: Mapping[str, Any] | None,
 ) -> list[dict[str, Any]]:
-    """Scores of all methods under all conditions."""
-    conditions, out = _conditions(screen, description), set(held_out)
+    """Scores of all methods under all conditions; ridge and neighbour learn of compounds whose description is complete."""
+    conditions, known = _conditions(screen, description), set(names) - set(held_out)
     found: dict[str, NDArray] = {}
     chosen: dict[str, Any] = {}
     if model is not None:
         found, chosen = _drugaae(screen, table, held_out, conditions, seed, model, train or {})
     rows = []
-    described = (table != 0).any(axis=1) if screen.descriptions[description] else pd.Series(True, index=table.index)
     for condition in conditions:
         effect = screen.effects[condition]
         asked = [n for n in held_out if n in effect.index]
-        learned = [n for n in effect.index if n not in out and described[n]]
+        learned = [n for n in effect.index if n in known]
         x, target, new = (
             table.loc[learned].to_numpy(float),
             effect.loc[learned].to_numpy(),

@@ -1,8 +1,8 @@
-"""What is known of perturbations: features and their kinds, effects in closed form, embeddings, targets."""
+"""What is known of perturbations: features and their kinds, effects in closed form, embeddings."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -14,6 +14,7 @@ from pertura.nn._ridge import fit_descriptions
 
 from ._arguments import check_whole
 from ._engine import Question
+from ._targets import TargetMixin
 
 if TYPE_CHECKING:
     from pertura.module._drugaae import DrugAAE as Module
@@ -203,7 +204,7 @@ def _signature_scale(
     return np.maximum(scale, 0.1 * np.sqrt((scale**2).mean())) + 1e-6
 
 
-class DescriptionMixin:
+class DescriptionMixin(TargetMixin):
     """What a model that reads descriptions can say of perturbations and genes."""
 
     module: Module
@@ -267,18 +268,11 @@ class DescriptionMixin:
         check_whole("n_neighbors", n_neighbors)
         self._check_if_trained(warn=False, message="The model is not trained. Call `train()` first.")
         self._check_representable(perturbation)
-        names, features, own = self._described()
+        names, unit = self._unit_descriptions()
         if perturbation not in names:
             raise ValueError(f"`perturbation`: {perturbation!r} is not a single perturbation. Ask for its members.")
-        values = own if not features.shape[1] else features
-        values = values.cpu().numpy().astype(np.float64)
-        if features.shape[1]:
-            blocks = _blocks(self.module.n_text, [g.numpy() for g in self.module.signature_genes])
-            parts = [values[:, b] / (np.sqrt((values[:, b] ** 2).sum(1).mean()) + 1e-12) for b in blocks]
-            values = np.concatenate(parts, axis=1)
         at = names.index(perturbation)
-        norm = np.linalg.norm(values, axis=1)
-        similarity = values @ values[at] / np.maximum(norm * norm[at], 1e-12)
+        similarity = unit @ unit[at]
         trained = np.flatnonzero(self.module.observed.cpu().numpy())
         trained = trained[trained != at]
         order = trained[np.argsort(-similarity[trained], kind="stable")][:n_neighbors]
@@ -288,6 +282,17 @@ class DescriptionMixin:
         top = float(max(similarity[order].max(initial=0.0), 0.0))
         table.attrs = {"reliability": 1.0 if measured else top * summary["share"], "gain": summary["gain"]}
         return table
+
+    def _unit_descriptions(self) -> tuple[list[str], NDArray[np.float64]]:
+        """Names, and descriptions of length 1, each kind scaled as a whole; measured effects where there are no features."""
+        names, features, own = self._described()
+        values = own if not features.shape[1] else features
+        values = values.cpu().numpy().astype(np.float64)
+        if features.shape[1]:
+            blocks = _blocks(self.module.n_text, [g.numpy() for g in self.module.signature_genes])
+            parts = [values[:, b] / (np.sqrt((values[:, b] ** 2).sum(1).mean()) + 1e-12) for b in blocks]
+            values = np.concatenate(parts, axis=1)
+        return names, values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
 
     def _asked(self, questions: list[Question], ci: float | None, options: dict[str, Any]) -> dict[str, Any]:
         """Provenance of a result, with the reliability of each single perturbation (NaN for combinations)."""
@@ -299,94 +304,3 @@ class DescriptionMixin:
             for q, one in zip(questions, single, strict=True)
         ]
         return found
-
-    def get_drug_target_scores(
-        self,
-        perturbation: str | list[str] | None = None,
-        *,
-        method: Literal["network", "signature"] = "network",
-        dose: float | None = None,
-        damping: float = 0.5,
-        n_steps: int = 3,
-    ) -> pd.DataFrame:
-        """Genes ranked as targets of drugs.
-
-        Scores, not probabilities: compare them with the popularity of targets and their degree in the network.
-
-        Parameters
-        ----------
-        perturbation
-            Names; `None`: all trained ones.
-        method
-            ``"network"``: predicted absolute effect of a gene's neighbourhood in the network, in units of what all drugs do
-            there; ``"signature"``: similarity of the drug's vector to that of a signature in which the gene alone is changed.
-        dose
-            In the registered unit.
-        damping, n_steps
-            Of the walk over the network: chance to go on, and number of steps.
-
-        Returns
-        -------
-        DataFrame, perturbations x genes; the higher, the more likely a target.
-        """
-        if method not in ("network", "signature"):
-            raise ValueError(f"`method` must be 'network' or 'signature', got {method!r}.")
-        self._check_if_trained(warn=False, message="The model is not trained. Call `train()` first.")
-        names = list(self._discrepancy.trained) if perturbation is None else perturbation
-        questions = self._questions(names, dose)
-        labels = [q.label for q in questions]
-        score = self._by_network(questions, damping, n_steps) if method == "network" else self._by_signature(labels)
-        return pd.DataFrame(score, index=pd.Index(labels, name="perturbation"), columns=self.gene_names)
-
-    @torch.no_grad()
-    def _by_network(self, questions: list[Question], damping: float, n_steps: int) -> NDArray[np.float32]:
-        genes, module = self.module.genes, self.module
-        effect = torch.as_tensor(self._linear_effects(questions)).abs().to(module.features.device)
-        every = module.effects[module.observed].mean(1) @ module.basis.mT
-        unit = every.abs().mean(0) if len(every) and module.n_effect else effect.mean(0)
-        value = (effect / (unit + 0.1 * unit.mean() + 1e-9)).mT
-        total = step = value
-        degree = torch.ones(len(value), device=value.device)
-        spread = degree
-        if len(genes.weights):
-            for i in range(1, n_steps + 1):
-                step, degree = genes.propagate(step), genes.propagate(degree[:, None])[:, 0]
-                total, spread = total + damping**i * step, spread + damping**i * degree
-        # a gene with many neighbours collects much of everything: in units of what it would collect of a constant
-        return (total / spread[:, None]).mT.cpu().numpy().astype(np.float32)
-
-    @torch.no_grad()
-    def _linear_effects(self, questions: list[Question]) -> NDArray[np.float32]:
-        """Mean predicted effect of each question over some control cells, of the model or of an average context."""
-        from ._engine import encode
-
-        module = self.module
-        result = []
-        for question in questions:
-            action = encode(self.vocabulary, question).to(module.features.device)
-            contexts = torch.arange(module.n_contexts, device=module.features.device)
-            n = len(contexts)
-            wide = type(action)(
-                action.codes.expand(n, -1),
-                action.dose.expand(n, -1),
-                None if action.features is None else action.features.expand(n, -1, -1),
-            )
-            shift, effect = module.describe(wide, contexts)
-            q = module.decoder_out(module.decoder(module._with_batch(shift, torch.zeros_like(contexts))))
-            zero = module.decoder_out(
-                module.decoder(module._with_batch(torch.zeros_like(shift), torch.zeros_like(contexts)))
-            )
-            added = (q - zero) @ module.genes().mT
-            if module.native_scale != "counts":
-                added = added * module.likelihood.unit
-            result.append((added + effect @ module.basis.mT).mean(0).cpu().numpy())
-        return np.stack(result)
-
-    @torch.no_grad()
-    def _by_signature(self, labels: list[str]) -> NDArray[np.float32]:
-        module = self.module
-        table = self.get_drug_embedding()
-        v = torch.as_tensor(table.loc[labels].drop(columns="trained").to_numpy(np.float32)).to(module.features.device)
-        knocked = module.drugs.read_signature(-5.0 * torch.eye(module.n_genes, device=v.device), module.genes())
-        similarity = torch.nn.functional.normalize(v, dim=-1) @ torch.nn.functional.normalize(knocked, dim=-1).mT
-        return similarity.abs().cpu().numpy()

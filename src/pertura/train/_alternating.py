@@ -26,6 +26,8 @@ class AlternatingPlan(PyroPlan):
         ``"adam"`` (with decoupled weight decay) or ``"rmsprop"``.
     betas
         Decay of Adam's moments.
+    grn_lr_factor
+        Multiplies the learning rates in ``lr_factors``.
     n_epochs_networks, n_epochs_grn
         Epochs of each part in turn; 0 of both trains everything at once.
     loss_fn, lr, weight_decay, n_epochs_kl_warmup, n_steps_kl_warmup, min_kl_weight, max_kl_weight, lr_schedule
@@ -38,6 +40,7 @@ class AlternatingPlan(PyroPlan):
         *,
         optimizer: str = "adam",
         betas: tuple[float, float] = (0.9, 0.9),
+        grn_lr_factor: float = 1.0,
         n_epochs_networks: int = 0,
         n_epochs_grn: int = 0,
         loss_fn: ELBO | None = None,
@@ -68,7 +71,17 @@ class AlternatingPlan(PyroPlan):
             self.optim = torch.optim.RMSprop
         else:
             self.optim_kwargs["betas"] = tuple(betas)
+        self.grn_lr_factor = grn_lr_factor
         self.n_epochs_networks, self.n_epochs_grn = n_epochs_networks, n_epochs_grn
+
+    def _optimizer(self, named: list[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
+        optimizer = super()._optimizer(named)
+        prefixes = tuple(self.module.lr_factors)
+        own = {id(parameter) for name, parameter in named if name.startswith(prefixes)}
+        for group in optimizer.param_groups:
+            if id(group["params"][0]) in own:
+                group["lr"] *= self.grn_lr_factor
+        return optimizer
 
     def waits(self, epoch: int) -> str | None:
         """Which part is not trained in an epoch: ``"grn"``, ``"networks"`` or `None`."""
