@@ -148,7 +148,12 @@ MODELS = [
         "model.CRADLEVAE",
         init={"n_latent": 4, "n_hidden": 16},
         train={"max_epochs": 3, "batch_size": 64},
-        wrong_init={"counterfactual_weight": -1.0, "class_balance": "yes", "preset": "best"},
+        wrong_init={
+            "counterfactual_weight": -1.0,
+            "class_balance": "yes",
+            "match_quality": "yes",
+            "preset": "best",
+        },
         own_setup=("qc_key",),
     ),
     Spec(

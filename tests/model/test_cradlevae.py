@@ -3,6 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from pertura import datasets
 from pertura.model import CRADLEVAE
@@ -34,7 +38,9 @@ def screen():
 def trained(screen):
     adata = screen.copy()
     CRADLEVAE.setup_anndata(adata, **KEYS)
-    model = CRADLEVAE(adata, n_latent=6)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = CRADLEVAE(adata, n_latent=6)
     model.train(max_epochs=60, **QUIET)
     return model
 
@@ -62,6 +68,27 @@ def test_predictions_with_the_artefact_removed(trained):
     np.testing.assert_allclose(own.X[passed].mean(0), removed.X[passed].mean(0), atol=0.15)
     with pytest.raises(ValueError, match="`artefact`"):
         trained.predict_perturbation(name, artefact="doubled")
+
+
+def _told_apart(states, failed):
+    """AUC of a linear classifier on held-out fifths."""
+    classifier = make_pipeline(StandardScaler(), LogisticRegression())
+    return cross_val_score(classifier, states, failed, scoring="roc_auc", cv=5).mean()
+
+
+def test_the_basal_state_does_not_tell_quality(trained):
+    """Near chance; where the encoder sees failed cells as they are, .80 of draws and 1.00 of means (docs/trust.md)."""
+    module, failed = trained.module, trained.adata.obs["failed"].to_numpy()
+    (cells,) = trained._cells(trained.adata_manager, np.arange(len(failed)), len(failed))
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        globals_ = module.draw_globals(1)
+        posterior = module.basal(cells, module.moves(globals_, cells, cells.action))
+        draw, mean = torch.normal(posterior.loc, posterior.scale)[0].numpy(), posterior.loc[0].numpy()
+        expression = module.normalised(cells.x).numpy()
+    assert _told_apart(expression, failed) > 0.95
+    assert _told_apart(draw, failed) < 0.6
+    assert _told_apart(mean, failed) < 0.75
 
 
 def test_the_counterfactual_is_of_the_same_perturbation_and_the_other_label(trained):
@@ -98,4 +125,5 @@ def test_wrong_labels_and_settings(screen):
     CRADLEVAE.setup_anndata(adata, **KEYS)
     with pytest.raises(ValueError, match="`effect`"):
         CRADLEVAE(adata, effect="conditional")
-    assert CRADLEVAE(adata, preset="paper").module.class_balance
+    module = CRADLEVAE(adata, preset="paper").module
+    assert module.class_balance and not module.match_quality

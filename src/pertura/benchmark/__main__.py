@@ -15,12 +15,14 @@ from ._compounds import run_compounds, summarise_compounds
 from ._dataset import ALIASES, KINDS
 from ._doses import run_doses
 from ._drug_targets import drug_targets
+from ._few_cells import FEW_CELLS, FEW_CELLS_METRICS, default_models, run_few_cells, summarise_few_cells
 from ._grn import beeline_data, grn_models, run_grn, summarise_grn
 from ._grn_model import grn_knockouts, grn_speed, summarise_knockouts
 from ._l1000 import run_l1000, summarise_l1000
 from ._runner import DEFAULT_METRICS, run
 from ._screens import ht115_screen, tggates_conditions, tggates_screen
 from ._spec import parse_model
+from ._speed import run_speed
 from ._summary import summarise
 
 #: Screen, protocol, epochs, and correlation of replicates above which compounds are also reported by themselves.
@@ -36,12 +38,15 @@ _TABLES = {
     "drug-targets": lambda seeds: drug_targets(seeds=seeds),
     "grn-speed": lambda seeds: grn_speed(),
     "grn-knockouts": lambda seeds: summarise_knockouts(grn_knockouts(seeds=seeds)),
+    "speed": lambda seeds: run_speed(),
 }
 _EPILOG = """\
 examples:
   python -m pertura.benchmark kang --seeds 3 --models PertVAE --out kang.csv
   python -m pertura.benchmark kang --models PertVAE PertVAE:preset=paper Linear --seeds 1
   python -m pertura.benchmark norman --split unseen_combination --models Additive PertVAE --out norman.csv
+  python -m pertura.benchmark papalexi --seeds 3 --cells 10 20 50 all --out papalexi.csv
+  python -m pertura.benchmark speed
   python -m pertura.benchmark l1000 --seeds 3 --out l1000.csv
   python -m pertura.benchmark compounds-tggates --seeds 5 --out tggates.csv
   python -m pertura.benchmark drug-targets --seeds 1
@@ -68,12 +73,23 @@ def _parser() -> argparse.ArgumentParser:
         "compounds-tggates, compounds-tggates-all or compounds-ht115 (DrugAAE on compounds that are held out), "
         "compounds-tggates-dose (on a dose that is), drug-targets (those that DrugAAE finds), grn or grn-biobert "
         "(networks of mouse dendritic cells, embeddings from GO or BioBERT), grn-speed (time of an epoch of InfoSEM), "
-        "grn-knockouts (knock-outs it predicts from control cells)",
+        "grn-knockouts (knock-outs it predicts from control cells), speed (training steps of SAMSVAE beside a bare loop)",
     )
-    parser.add_argument("--models", nargs="+", metavar="MODEL", help="default: PertVAE; grn: all")
-    parser.add_argument("--split", default="unseen_context", choices=KINDS, help="question (default: %(default)s)")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        metavar="MODEL",
+        help="default: PertVAE; few_cells: SAMSVAE beside a conditional VAE; grn: all",
+    )
+    parser.add_argument(
+        "--split",
+        choices=(*KINDS, FEW_CELLS),
+        help="question (default: unseen_context; few_cells for papalexi: half of the cells, thinned to --cells of each "
+        "perturbation, against the other half)",
+    )
+    parser.add_argument("--cells", nargs="+", default=["10", "20", "50", "all"], metavar="N", help="of few_cells")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: %(default)s)")
-    parser.add_argument("--metrics", nargs="+", default=list(DEFAULT_METRICS), metavar="METRIC")
+    parser.add_argument("--metrics", nargs="+", metavar="METRIC", help="default: those of the question")
     parser.add_argument("--out", metavar="CSV", help="file of results, continued if it exists")
     parser.add_argument("--plot", metavar="PNG", help="figure of the summary")
     parser.add_argument("--skip-errors", action="store_true", help="leave models out of splits they refuse")
@@ -94,7 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     options = parser.parse_args(argv)
-    if options.plot and (options.data in ("l1000", *_NETWORKS, *_TABLES, *_COMPOUNDS)):
+    split = options.split or (FEW_CELLS if options.data == "papalexi" else "unseen_context")
+    if options.plot and (options.data in ("l1000", *_NETWORKS, *_TABLES, *_COMPOUNDS) or split == FEW_CELLS):
         parser.error(f"--plot draws summaries of held-out conditions; {options.data} has none.")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -114,13 +131,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             screen, protocol, epochs, agreeing = _COMPOUNDS[options.data]
             found = protocol(screen(), seeds=options.seeds, model={}, train={"max_epochs": epochs}, out=options.out)
             table = summarise_compounds(found, agreeing=agreeing)
+        elif split == FEW_CELLS:
+            results = run_few_cells(
+                options.data,
+                models if options.models else default_models(),
+                sizes=[None if text == "all" else _whole(text) for text in options.cells],
+                seeds=options.seeds,
+                metrics=options.metrics or FEW_CELLS_METRICS,
+                out=options.out,
+                on_error="skip" if options.skip_errors else "raise",
+            )
+            table = summarise_few_cells(results)
         else:
             results = run(
                 options.data,
                 models,
-                splits=options.split,
+                splits=split,
                 seeds=options.seeds,
-                metrics=options.metrics,
+                metrics=options.metrics or DEFAULT_METRICS,
                 out=options.out,
                 on_error="skip" if options.skip_errors else "raise",
             )
@@ -142,6 +170,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         figure.savefig(options.plot, dpi=150)
         plt.close(figure)
     return 0
+
+
+def _whole(text: str) -> int:
+    if not text.isdigit():
+        raise ValueError(f"`--cells` takes whole numbers or 'all', got {text!r}.")
+    return int(text)
 
 
 def _grn(data: str, names: Sequence[str] | None, seeds: int, out: str | None) -> pd.DataFrame:

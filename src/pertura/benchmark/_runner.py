@@ -19,7 +19,7 @@ from pertura.metrics import Metric
 
 from ._dataset import Dataset, resolve_splits
 from ._resources import Resources
-from ._score import INTERVAL, TRAIN, Task, ask, benchmark_metric, make_tasks, score, score_ceiling
+from ._score import INTERVAL, LIKELIHOOD, TRAIN, Task, ask, benchmark_metric, make_tasks, score, score_ceiling
 from ._spec import Factory, ModelSpec, digest, resolve_models
 
 logger = logging.getLogger(__name__)
@@ -72,6 +72,7 @@ def run(
     level: float = 0.9,
     n_halves: int = 50,
     max_controls: int = 2000,
+    max_asked: int | None = None,
     out: str | Path | None = None,
     on_error: Literal["raise", "skip"] = "raise",
     progress: bool = True,
@@ -113,6 +114,9 @@ def run(
         Random halvings of the held-out cells for the rows with model ``"ceiling"``; 0 leaves them out.
     max_controls
         Start from a random subset of the control cells of a context that has more.
+    max_asked
+        Ask models for their effects (``get_perturbation_effect``) on so many of these, all perturbations at once, instead of for the
+        means of predicted cells. An effect shares no noise of the held-out control cells with the measured one, and asking is faster.
     out
         CSV file to write after every run; runs that are in it already are not repeated.
     on_error
@@ -156,7 +160,7 @@ def run(
     if on_error not in ("raise", "skip"):
         raise ValueError(f"`on_error` must be 'raise' or 'skip', got {on_error!r}.")
     results = _Results(out)
-    protocol = (dataset.keys, top, level, max_controls, n_halves)
+    protocol = (dataset.keys, top, level, max_controls, n_halves, *([] if max_asked is None else [max_asked]))
     plan: list[tuple[Split, str, int, str]] = []
     for split in chosen_splits:
         held = (split.kind, split.test.tobytes(), split.train.tobytes())
@@ -181,6 +185,7 @@ def run(
                 seed=0,
                 with_reference=with_reference,
                 with_train=any(m.name.endswith(TRAIN) for m in wanted),
+                max_asked=max_asked,
             )
             current = split
         about = dict(zip(_RUN, (dataset.name, split.kind, split.name, name, seed), strict=True))
@@ -219,7 +224,8 @@ def _one(
                 "seed": seed,
                 "options": dict(getattr(factory, "predict", {})),
                 "intervals": any(m.name.startswith(INTERVAL) for m in metrics),
-                "cells": any(m.needs == "cells" for m in metrics),
+                "cells": any(m.needs == "cells" and m is not LIKELIHOOD for m in metrics),
+                "likelihood": LIKELIHOOD in metrics,
             }
             predictions = [ask(model, task, **asked) for task in tasks]
     if factory is not None:

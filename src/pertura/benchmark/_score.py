@@ -24,6 +24,16 @@ from ._spec import Predictor
 logger = logging.getLogger(__name__)
 
 INTERVAL = ("interval_coverage", "interval_width", "interval_score")
+LIKELIHOOD = Metric(
+    "log_likelihood",
+    None,
+    True,
+    "cells",
+    lambda: None,
+    "Importance-weighted log likelihood per held-out cell (IWELBO).",
+)
+# cells of a condition, and draws for each, that the likelihood is averaged over
+_LIKELIHOOD_CELLS, _LIKELIHOOD_DRAWS = 50, 50
 # genes with the largest effects in the training contexts, as a user would have to choose them
 TRAIN = "_top_train"
 _LABEL, _CONTEXT = "perturbation", "context"
@@ -35,6 +45,8 @@ def benchmark_metric(name: str | Metric, top: int) -> Metric:
     The interval metrics take the suffix ``"_top"`` as well, those of means ``"_top_train"``: the genes with the largest effects in
     the training contexts instead of the held-out one.
     """
+    if name == LIKELIHOOD.name:
+        return LIKELIHOOD
     base = name.removesuffix(TRAIN) if isinstance(name, str) else ""
     if base != name and base in METRICS and METRICS[base].needs == "mean":
         return replace(METRICS[base], name=name)
@@ -63,6 +75,10 @@ class Task:
         Training cells on the scale of the evaluation, for metrics that compare with the mean perturbed profile.
     train_effect
         Mean absolute effect over the training contexts, perturbation x genes; for metrics on the genes that respond there.
+    rows
+        Positions of the cells of `truth` in the data set.
+    asked
+        Ask for effects on these of the control cells; `None`: for the means of predictions from all of them.
     """
 
     dataset: Dataset
@@ -71,6 +87,8 @@ class Task:
     dose: str
     reference: pd.DataFrame | None
     train_effect: pd.DataFrame | None = None
+    rows: NDArray[np.intp] | None = None
+    asked: NDArray[np.bool_] | None = None
 
     def top_in_training(self, perturbation: str, top: int) -> NDArray[np.bool_] | None:
         """Genes with the largest effects in the training contexts; `None` where it was not measured in any."""
@@ -103,7 +121,14 @@ class Task:
 
 
 def make_tasks(
-    dataset: Dataset, split: Split, *, max_controls: int, seed: int, with_reference: bool, with_train: bool = False
+    dataset: Dataset,
+    split: Split,
+    *,
+    max_controls: int,
+    seed: int,
+    with_reference: bool,
+    with_train: bool = False,
+    max_asked: int | None = None,
 ) -> list[Task]:
     """Tasks of a split, one per dose.
 
@@ -137,19 +162,29 @@ def make_tasks(
         if not own.any():
             continue
         base = np.sort(np.concatenate([controls[c] for c in np.unique(context[own])]))
+        rows = np.concatenate([np.flatnonzero(own), base])
         tasks.append(
             Task(
                 dataset=dataset,
-                truth=_labelled(dataset, np.concatenate([np.flatnonzero(own), base])),
+                truth=_labelled(dataset, rows),
                 controls=dataset.rows(base),
                 dose=str(value),
                 reference=reference,
                 train_effect=train_effect,
+                rows=rows,
+                asked=None if max_asked is None else _some_of_each(context[base], max_asked, rng),
             )
         )
     if not tasks:
         raise ValueError(f"`splits`: no held-out context of {split.name!r} has control cells to start from.")
     return tasks
+
+
+def _some_of_each(groups: NDArray[np.str_], n: int, rng: np.random.Generator) -> NDArray[np.bool_]:
+    order = rng.permutation(len(groups))
+    rank = np.empty(len(groups), dtype=np.intp)
+    rank[order] = pd.Series(groups[order]).groupby(groups[order]).cumcount().to_numpy()
+    return rank < n
 
 
 def _train_effect(train: AnnData, control: str) -> pd.DataFrame:
@@ -174,6 +209,7 @@ class Prediction:
     low: pd.DataFrame | None
     high: pd.DataFrame | None
     cells: AnnData | None
+    log_likelihood: pd.Series | None = None
 
 
 def ask(
@@ -185,17 +221,22 @@ def ask(
     options: dict[str, Any],
     intervals: bool,
     cells: bool,
+    likelihood: bool = False,
 ) -> Prediction:
     """Predict each condition from the control cells of its context."""
     dose = _one_dose(task.dose)
     asked = {"seed": seed, **options} | ({} if dose is None else {"dose": dose})
+    known = _log_likelihood(model, task, seed) if likelihood and hasattr(model, "get_marginal_ll") else None
+    if task.asked is not None:
+        return replace(_ask_effects(model, task, level, asked, cells), log_likelihood=known)
     intervals = intervals and hasattr(model, "get_perturbation_effect")
     genes = task.truth.var_names
     context = task.truth.obs[_CONTEXT].reindex(task.controls.obs_names).to_numpy(dtype=str)
     mean, low, high, drawn = {}, {}, {}, []
     for perturbation, name in task.conditions:
         key = (perturbation, name)
-        query = task.controls[context == name].copy()
+        here = context == name
+        query = task.controls[here].copy()
         predicted = model.predict_perturbation(perturbation, adata=query, return_anndata=True, ci=None, **asked)
         mean[key] = np.asarray(predicted.to_df()[genes].mean(axis=0), dtype=np.float64)
         if intervals:
@@ -213,7 +254,44 @@ def ask(
         pd.DataFrame(list(t.values()), pd.MultiIndex.from_tuples(t, names=[_LABEL, _CONTEXT]), genes) if t else None
         for t in (mean, low, high)
     ]
-    return Prediction(*frame, concat(drawn) if drawn else None)
+    return Prediction(*frame, concat(drawn) if drawn else None, known)
+
+
+def _ask_effects(model: Any, task: Task, level: float, asked: dict[str, Any], cells: bool) -> Prediction:
+    """Effects of all perturbations at once, from some control cells of each context."""
+    genes = task.truth.var_names
+    context = task.truth.obs[_CONTEXT].reindex(task.controls.obs_names).to_numpy(dtype=str)
+    control = task.truth[task.controls.obs_names].X
+    frames, drawn = {"lfc_mean": [], "ci_low": [], "ci_high": []}, []
+    for name in dict.fromkeys(c for _, c in task.conditions):
+        here = context == name
+        query = task.controls[here & task.asked].copy()
+        names = [p for p, c in task.conditions if c == name]
+        table = model.get_perturbation_effect(names, adata=query, ci=level, **asked)
+        keys = pd.MultiIndex.from_product([names, [name]], names=[_LABEL, _CONTEXT])
+        for column, found in frames.items():
+            wide = table.pivot(index=_LABEL, columns="gene", values=column).loc[names, genes]
+            found.append(pd.DataFrame(wide.to_numpy(), keys, genes))
+        frames["lfc_mean"][-1] += np.asarray(control[here].mean(axis=0)).ravel()
+        if cells:
+            draw = model.predict_perturbation(
+                names, adata=query, return_anndata=True, ci=None, **{**asked, "n_samples": 1}
+            )
+            obs = pd.DataFrame({_LABEL: draw.obs[_LABEL].astype(str).to_numpy(), _CONTEXT: name}, draw.obs_names)
+            drawn.append(AnnData(draw[:, genes].X.copy(), obs, pd.DataFrame(index=genes)))
+    return Prediction(*(pd.concat(f) for f in frames.values()), concat(drawn, index_unique="-") if cells else None)
+
+
+def _log_likelihood(model: Any, task: Task, seed: int) -> pd.Series:
+    """Mean over some held-out cells of each condition."""
+    rng = np.random.default_rng(seed)
+    label, context = (task.truth.obs[k].to_numpy(dtype=str) for k in (_LABEL, _CONTEXT))
+    chosen = [np.flatnonzero((label == p) & (context == c)) for p, c in task.conditions]
+    chosen = [rng.choice(r, min(len(r), _LIKELIHOOD_CELLS), replace=False) for r in chosen]
+    cells = task.dataset.rows(task.rows[np.concatenate(chosen)])
+    value = model.get_marginal_ll(cells, n_samples=_LIKELIHOOD_DRAWS, seed=seed)
+    which = pd.MultiIndex.from_tuples(task.conditions).repeat([len(r) for r in chosen])
+    return pd.Series(value, which).groupby(level=[0, 1]).mean()
 
 
 def _one_dose(text: str) -> float | None:
@@ -236,6 +314,12 @@ def score(prediction: Prediction, task: Task, metrics: Sequence[Metric], *, top:
     own = [m for m in metrics if _is_interval(m)]
     if own:
         frames.append(_score_intervals(prediction, task, own, top, level))
+    if LIKELIHOOD in metrics:
+        keys = pd.MultiIndex.from_tuples(task.conditions)
+        known = prediction.log_likelihood
+        value = np.full(len(keys), np.nan) if known is None else known.reindex(keys).to_numpy()
+        lines = {"condition": keys.get_level_values(0), "context": keys.get_level_values(1)}
+        frames.append(pd.DataFrame({**lines, "metric": LIKELIHOOD.name, "value": value}))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -244,7 +328,7 @@ def _is_interval(metric: Metric) -> bool:
 
 
 def _is_special(metric: Metric) -> bool:
-    return _is_interval(metric) or metric.name.endswith(TRAIN)
+    return _is_interval(metric) or metric.name.endswith(TRAIN) or metric is LIKELIHOOD
 
 
 def _score_train(

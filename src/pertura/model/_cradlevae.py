@@ -38,10 +38,12 @@ class CRADLEVAE(SAMSVAE):
         As in :class:`SAMSVAE`. Which cells failed is registered with ``qc_key``; without it all cells passed.
     counterfactual_weight
         Weight per cell of the counterfactual loss: the basal state of a cell, had its label been the other, is that of the mean
-        profile of training cells of the same perturbation with the other label. The basal states of simulated failed and passed
-        cells come closer with it but can still be told apart (``docs/trust.md``).
+        profile of training cells of the same perturbation with the other label.
     class_balance
         Weigh the expression of cells that passed by the fraction of failed ones in the minibatch, and vice versa.
+    match_quality
+        Give the encoder failed cells with each gene's mean and spread brought to those of passed training cells. Without (the paper)
+        the basal states of simulated failed and passed cells are easily told apart, with it hardly (``docs/trust.md``).
     preset
         ``"paper"``: that of :class:`SAMSVAE` with `class_balance`. Where the published code is not well defined (whose cells are
         counterfactual, a divergence that is none, a loss that grows with the minibatch), the intended definitions are used.
@@ -60,7 +62,13 @@ class CRADLEVAE(SAMSVAE):
     """
 
     _module_cls = Module
-    _paper: ClassVar[dict[str, Any]] = {**_PAPER, "n_layers": 2, "class_balance": True, "counterfactual_weight": 0.1}
+    _paper: ClassVar[dict[str, Any]] = {
+        **_PAPER,
+        "n_layers": 2,
+        "class_balance": True,
+        "counterfactual_weight": 0.1,
+        "match_quality": False,
+    }
     _query_columns = (*QueryMixin._query_columns, "qc_key")
 
     def __init__(
@@ -70,11 +78,16 @@ class CRADLEVAE(SAMSVAE):
         *,
         counterfactual_weight: float | None = None,
         class_balance: bool | None = None,
+        match_quality: bool | None = None,
         preset: Literal["paper"] | None = None,
         **options: Any,
     ) -> None:
         super(SAMSVAE, self).__init__(adata, registry)
-        own: dict[str, Any] = {"counterfactual_weight": counterfactual_weight, "class_balance": class_balance}
+        own: dict[str, Any] = {
+            "counterfactual_weight": counterfactual_weight,
+            "class_balance": class_balance,
+            "match_quality": match_quality,
+        }
         self._build({**own, **options}, preset)
         self._artefact_removed = False
         self.init_params_ = self._get_init_params(locals())
@@ -84,8 +97,8 @@ class CRADLEVAE(SAMSVAE):
         super()._check_options(given)
         if "counterfactual_weight" in given:
             check_number("counterfactual_weight", given["counterfactual_weight"], least=0)
-        if "class_balance" in given:
-            check_flag("class_balance", given["class_balance"])
+        for name in {"class_balance", "match_quality"} & given.keys():
+            check_flag(name, given[name])
         if given.get("effect", "sparse") not in ("sparse", "dense"):
             raise ValueError(f"`effect` of {cls.__name__} must be 'sparse' or 'dense', got {given['effect']!r}.")
 
@@ -133,25 +146,43 @@ class CRADLEVAE(SAMSVAE):
 
     @torch.no_grad()
     def _initialise(self, data: PerturbationDataModule) -> None:
-        """As of SAMSVAE, and the mean profiles of passed and failed training cells of each perturbation."""
+        """As of SAMSVAE, and what passed and failed training cells of each perturbation look like."""
         super()._initialise(data)
         module = self.module
         if self._argument("qc_key") is None:
             return
-        number, total = torch.zeros_like(module.profile_cells), torch.zeros_like(module.profile)
+        number, total = torch.zeros_like(module.profile_cells), torch.zeros_like(module.profile, dtype=torch.float64)
+        square = torch.zeros_like(total)
         for tensors in data.iterate(data.train_idx):
             tensors.pop("n_pairs")
             cells = Cells.from_tensors({k: v.to(number.device) for k, v in tensors.items()})
             group, failed = module.group(cells.action), cells.qc[:, 0].long()
             at = torch.where(group >= 0)[0]
             where = (group[at], failed[at])
-            u = module.normalised(cells.x[at]) * module.input_scale + module.input_mean
+            u = (module.normalised(cells.x[at]) * module.input_scale + module.input_mean).double()
             total.index_put_(where, u, accumulate=True)
+            square.index_put_(where, u**2, accumulate=True)
             number.index_put_(where, torch.ones(len(at), device=number.device), accumulate=True)
         module.profile.copy_(total / number.clamp(min=1.0)[..., None])
         module.profile_cells.copy_(number)
         if not number[:, 1].any() or not number[:, 0].any():
             logger.warning("All training cells have the same quality label: there is no artefact to learn.")
+        self._initialise_quality(square - total**2 / number.clamp(min=1.0)[..., None])
+
+    def _initialise_quality(self, within: torch.Tensor) -> None:
+        """Mean and spread of passed and failed cells within perturbations; `within`: sums of squares about the means."""
+        module, number = self.module, self.module.profile_cells
+        weight = number.prod(1) / number.sum(1).clamp(min=1.0)
+        if not weight.any():
+            return
+        centre = torch.einsum("g,gqi->qi", weight / weight.sum(), module.profile)
+        module.quality_centre.copy_((centre - module.input_mean) / module.input_scale)
+        freedom = (number - 1.0).clamp(min=0.0).sum(0)
+        if freedom.min() < 10:
+            return
+        # a gene that hardly varies in failed cells must not be blown up
+        sd = (within.sum(0) / freedom[:, None]).clamp(min=0.0).sqrt() + 0.05 * module.input_scale
+        module.quality_ratio.copy_((sd[0] / sd[1]).clamp(max=1.0))
 
     def _effect_rows(self, train_idx: NDArray[np.int64]) -> NDArray[np.int64]:
         """Effects are measured between cells that passed, where there are any of a perturbation and of controls."""

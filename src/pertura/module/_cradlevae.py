@@ -15,6 +15,9 @@ and the basal state of a cell, had its label been the other, is that of cells of
 
 :math:`x'_i` the mean profile of those cells in the training data. The published code takes other cells for them, drops the variance of
 the second normal from the KL and sums over the batch; none of this is repeated.
+
+An encoder that is given the expression of failed cells passes on what they have in common, whatever the counterfactual loss says.
+By default it is therefore given failed cells with each gene's mean and spread within perturbations brought to those of passed cells.
 """
 
 from __future__ import annotations
@@ -57,6 +60,8 @@ class CRADLEVAE(SAMSVAE):
         :math:`\beta`.
     class_balance
         Weigh the expression of cells that passed by the fraction of failed cells in the minibatch, and vice versa, as the paper does.
+    match_quality
+        Give the encoder failed cells with the mean and spread of passed ones, and not the artefact; the paper's sees the cell as it is.
     """
 
     def __init__(
@@ -67,16 +72,21 @@ class CRADLEVAE(SAMSVAE):
         *,
         counterfactual_weight: float = 1.0,
         class_balance: bool = False,
+        match_quality: bool = True,
         **options: Any,
     ) -> None:
         super().__init__(n_genes, n_perturbations, n_batch, **options)
         self.counterfactual_weight, self.class_balance = counterfactual_weight, class_balance
+        self.match_quality = match_quality
         self.effect_artefact_loc = nn.Parameter(torch.zeros(self.n_latent))
         self.effect_artefact_log_sd = nn.Parameter(torch.full((self.n_latent,), -1.0))
         # normalised mean profiles of passed and failed training cells: of controls, of each perturbation, of combinations
         n_groups = 1 + len(self.residual)
         self.register_buffer("profile", torch.zeros(n_groups, 2, n_genes))
         self.register_buffer("profile_cells", torch.zeros(n_groups, 2))
+        # of failed cells less passed ones within groups, and the ratio of passed cells' spread to theirs; units of the encoder's input
+        self.register_buffer("quality_centre", torch.zeros(2, n_genes))
+        self.register_buffer("quality_ratio", torch.ones(n_genes))
 
     def _moves_width(self) -> int:
         return self.n_shift + self.n_latent
@@ -132,6 +142,16 @@ class CRADLEVAE(SAMSVAE):
             loss = self.counterfactual_weight * self.counterfactual(cells, globals_)
             pyro.factor("counterfactual", loss, has_rsample=True)
 
+    def basal_given(self, u: Tensor, cells: Cells, shift: Tensor, failed: Tensor | None = None) -> dist.Normal:
+        """q(z | x, perturbation, quality); `failed` says whose expression `u` is, by default the cells' own."""
+        if not self.match_quality:
+            return super().basal_given(u, cells, shift)
+        failed = self._failed(cells) if failed is None else failed
+        passed_centre, failed_centre = self.quality_centre
+        u = torch.where(failed > 0, (u - failed_centre) * self.quality_ratio + passed_centre, u)
+        own, artefact = shift.split([self.n_shift, self.n_latent], dim=-1)
+        return super().basal_given(u, cells, beside(own, torch.zeros_like(artefact)))
+
     def counterfactual(self, cells: Cells, globals_: dict[str, Tensor]) -> Tensor:
         """Divergence of basal states from those of cells of the other quality, summed over cells; mean over draws."""
         other = (1.0 - cells.qc).long()[:, 0]
@@ -140,7 +160,7 @@ class CRADLEVAE(SAMSVAE):
         moved = self._moved(globals_, cells.action, 1.0 - cells.qc)
         u = (self.profile[group.clamp(min=0), other] - self.input_mean) / self.input_scale
         factual = self.basal_given(self.normalised(cells.x), cells, moved)
-        divergence = kl_divergence(self.basal_given(u, cells, moved), factual).sum(-1) * known
+        divergence = kl_divergence(self.basal_given(u, cells, moved, 1.0 - cells.qc), factual).sum(-1) * known
         return divergence.sum(-1).mean()
 
     def group(self, action: Action) -> Tensor:

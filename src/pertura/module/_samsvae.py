@@ -381,6 +381,7 @@ class SAMSVAE(PerturbationModule):
         z = posterior.sample()
         prior = torch.distributions.Normal(shift if self.effect == "svae+" else 0.0, 1.0)
         h = self._decoded(self.state(z, shift), cells.batch)
+        # without measured residuals: the basal state of a perturbed cell has taken up what its shift left over
         log_p = self.likelihood(h, cells.library).log_prob(cells.x)
         return log_p + (prior.log_prob(z) - posterior.log_prob(z)).sum(-1)
 

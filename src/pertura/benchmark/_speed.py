@@ -1,0 +1,167 @@
+"""Training throughput beside a bare PyTorch loop of the same networks, in the same process and at the same time."""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from pertura.data._constants import KEYS
+from pertura.module import SAMSVAE as Module
+
+from ._dataset import Dataset
+from ._few_cells import papalexi_screen
+from ._runner import quiet
+
+_WARM_UP = 10
+
+
+def run_speed(data: Any = "papalexi", *, n_steps: int = 200, batch_size: int = 256, **options: Any) -> pd.DataFrame:
+    """Time training steps of SAMSVAE, each followed by a step of a bare loop with a copy of its networks.
+
+    The bare loop draws a minibatch from a dense tensor in memory, evaluates the same negative ELBO (one draw, written out with
+    :mod:`torch.distributions`), clips gradients and steps Adam; no Pyro, Lightning, AnnData or logging. Steps alternate, so that whatever
+    else the machine does slows both.
+
+    Parameters
+    ----------
+    data
+        What :func:`~pertura.benchmark.run` takes.
+    n_steps
+        Steps of each, after some that are not counted.
+    batch_size
+        Cells per step.
+    **options
+        Arguments of :class:`~pertura.model.SAMSVAE`, except those that change the ELBO beyond the mean-field guide.
+
+    Returns
+    -------
+    One row: ``model``, ``batch_size``, ``n_genes``, median milliseconds per step of ``model_ms`` and ``bare_ms``, training cells per
+    second of both, and ``ratio`` with the quartiles of the ratio of neighbouring steps.
+    """
+    from pertura.model import SAMSVAE
+
+    dataset = papalexi_screen() if isinstance(data, str) and data == "papalexi" else Dataset.of(data)
+    adata = dataset.rows(np.arange(dataset.adata.n_obs))
+    SAMSVAE.setup_anndata(adata, **dataset.keys)
+    model = SAMSVAE(adata, **options)
+    timer = _Alternate(model, batch_size, n_steps)
+    n_batches = max(1, round(adata.n_obs / batch_size))
+    # effects are not measured after so short a training
+    model._after_training = lambda train_idx: None
+    with quiet():
+        model.train(
+            max_epochs=int(np.ceil((n_steps + _WARM_UP) / n_batches)),
+            batch_size=batch_size,
+            accelerator="cpu",
+            enable_progress_bar=False,
+            callbacks=[timer],
+        )
+    own, bare = np.array(timer.seconds).T[:, _WARM_UP:]
+    low, ratio, high = np.quantile(own / bare, [0.25, 0.5, 0.75])
+    return pd.DataFrame(
+        {
+            "model": ["SAMSVAE"],
+            "batch_size": batch_size,
+            "n_genes": adata.n_vars,
+            "model_ms": 1e3 * np.median(own),
+            "bare_ms": 1e3 * np.median(bare),
+            "model_cells_per_s": batch_size / np.median(own),
+            "bare_cells_per_s": batch_size / np.median(bare),
+            "ratio": ratio,
+            "ratio_low": low,
+            "ratio_high": high,
+        }
+    )
+
+
+class _Alternate(Callback):
+    """After each training step a bare one; what is between two callbacks is the model's, loading included."""
+
+    def __init__(self, model: Any, batch_size: int, n_steps: int) -> None:
+        self.model, self.batch_size, self.n_steps = model, batch_size, n_steps
+        self.seconds: list[tuple[float, float]] = []
+
+    def on_train_start(self, *args: Any) -> None:
+        tensors = next(iter(self.model._data_module(*self._every(), self.model.adata.n_obs, 0).train_dataloader()))
+        self.bare = BareLoop(copy.deepcopy(self.model.module), tensors, self.batch_size)
+        self.start = time.perf_counter()
+
+    def _every(self) -> tuple[np.ndarray, np.ndarray]:
+        rows = np.arange(self.model.adata.n_obs)
+        return rows, rows[:0]
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        now = time.perf_counter()
+        own = now - self.start
+        self.bare.step()
+        self.start = time.perf_counter()
+        self.seconds.append((own, self.start - now))
+        if len(self.seconds) >= self.n_steps + _WARM_UP:
+            trainer.should_stop = True
+
+
+class BareLoop:
+    """SAMS-VAE with mean-field and correlated guides, one perturbation per cell and a count likelihood, without any framework.
+
+    Parameters
+    ----------
+    module
+        Networks and parameters; trained further.
+    tensors
+        All cells, as a loader gives them.
+    batch_size
+        Cells per step.
+    """
+
+    def __init__(self, module: Module, tensors: dict[str, Tensor], batch_size: int) -> None:
+        plain = module.effect == "sparse" and module.effect_network is None and module.native_scale == "counts"
+        if not plain or module.effect_features is not None:
+            raise ValueError("`options`: the bare loop is that of sparse effects with a mean-field guide on counts.")
+        self.module, self.batch_size = module, batch_size
+        self.x, self.library = tensors[KEYS.X], tensors[KEYS.LIBRARY]
+        self.code = tensors[KEYS.PERTURBATION][:, 0].long()
+        self.batch = tensors[KEYS.BATCH].long().flatten()
+        self.optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3)
+
+    def loss(self, rows: Tensor) -> Tensor:
+        """Negative ELBO per cell of one minibatch."""
+        m, x, code = self.module, self.x[rows], self.code[rows]
+        batch = m._one_hot_batch(self.batch[rows])
+        noise = torch.rand_like(m.mask_logits).clamp(1e-6, 1 - 1e-6)
+        soft = torch.sigmoid(m.mask_logits + noise.log() - (-noise).log1p())
+        mask = (soft > 0.5).float() + soft - soft.detach()
+        q_effect = torch.distributions.Normal(m.effect_loc, m.effect_log_sd.exp() + 1e-4, validate_args=False)
+        effect = q_effect.rsample()
+        p_effect = torch.distributions.Normal(0.0, m.effect_log_prior_sd.exp(), validate_args=False)
+        prior = torch.logit(torch.tensor(m.mask_prior))
+        kl = mask * (m.mask_logits - prior) - F.softplus(m.mask_logits) + F.softplus(prior)
+        kl = kl + q_effect.log_prob(effect) - p_effect.log_prob(effect)
+        shift = (mask * effect)[code.clamp(min=0)] * (code >= 0)[:, None]
+        h = m.encoder(m.normalised(x), batch, shift)
+        scale = (m.basal_log_variance(h).clamp(max=10.0).exp() + 1e-4).sqrt()
+        q = torch.distributions.Normal(m.basal_loc(h), scale, validate_args=False)
+        z = q.rsample()
+        state = z + shift
+        if m.decoder is not None:
+            state = m.decoder(state, batch)
+        elif batch is not None:
+            state = torch.cat([state, batch], dim=-1)
+        p_z = torch.distributions.Normal(0.0, 1.0, validate_args=False)
+        local = m.likelihood(state, self.library[rows]).log_prob(x) + (p_z.log_prob(z) - q.log_prob(z)).sum(-1)
+        return -local.mean() + kl.sum() / len(self.x)
+
+    def step(self) -> None:
+        """One step of training."""
+        rows = torch.randint(len(self.x), (self.batch_size,))
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss(rows).backward()
+        torch.nn.utils.clip_grad_norm_(self.module.parameters(), 100.0)
+        self.optimizer.step()
