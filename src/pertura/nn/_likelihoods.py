@@ -88,6 +88,11 @@ class CountLikelihood(nn.Module):
         return library * per_10k / per_10k.sum(-1, keepdim=True)
 
     @property
+    def linear(self) -> nn.Linear:
+        """The layer that reads h."""
+        return self.activation
+
+    @property
     def theta(self) -> Tensor:
         """Inverse dispersion, ``(n_genes,)``."""
         return self.log_theta.clamp(-5.0, 8.0).exp()
@@ -141,6 +146,11 @@ class GaussianLikelihood(nn.Module):
             self.unit.copy_(scale.clamp(min=1e-3))
             self.loc.bias.copy_(mean / self.unit)
             self.log_scale.zero_()
+
+    @property
+    def linear(self) -> nn.Linear:
+        """The layer that reads h."""
+        return self.loc
 
     def _parameters_of(self, h: Tensor) -> tuple[Tensor, Tensor]:
         log_scale = self.log_scale if self.log_scale_slope is None else self.log_scale + self.log_scale_slope(h)
