@@ -127,7 +127,9 @@ def test_validation_has_no_warm_up(plan, monkeypatch):
 def test_the_mean_of_an_epoch_is_over_cells(plan, monkeypatch):
     made = plan()
     logged = []
-    monkeypatch.setattr(made, "log", lambda name, value, **options: logged.append((float(value), options["batch_size"])))
+    monkeypatch.setattr(
+        made, "log", lambda name, value, **options: logged.append((float(value), options["batch_size"]))
+    )
     batches = [torch.tensor([[1.0], [3.0]]), torch.tensor([[8.0]])]
     losses = [float(made.training_step({KEYS.X: x}, i)) for i, x in enumerate(batches)]
     made.on_train_epoch_end()

@@ -19,6 +19,7 @@ from ._few_cells import FEW_CELLS, FEW_CELLS_METRICS, default_models, run_few_ce
 from ._grn import beeline_data, grn_models, run_grn, summarise_grn
 from ._grn_model import grn_knockouts, grn_speed, summarise_knockouts
 from ._l1000 import run_l1000, summarise_l1000
+from ._norman import norman_pairs, norman_singles
 from ._runner import DEFAULT_METRICS, run
 from ._screens import ht115_screen, tggates_conditions, tggates_screen
 from ._spec import parse_model
@@ -38,6 +39,8 @@ _TABLES = {
     "drug-targets": lambda seeds: drug_targets(seeds=seeds),
     "grn-speed": lambda seeds: grn_speed(),
     "grn-knockouts": lambda seeds: summarise_knockouts(grn_knockouts(seeds=seeds)),
+    "norman-pairs": lambda seeds: norman_pairs(seeds=seeds),
+    "norman-singles": lambda seeds: norman_singles(seeds=seeds),
     "speed": lambda seeds: run_speed(),
 }
 _EPILOG = """\
@@ -46,6 +49,7 @@ examples:
   python -m pertura.benchmark kang --models PertVAE PertVAE:preset=paper Linear --seeds 1
   python -m pertura.benchmark norman --split unseen_combination --models Additive PertVAE --out norman.csv
   python -m pertura.benchmark papalexi --seeds 3 --cells 10 20 50 all --out papalexi.csv
+  python -m pertura.benchmark norman-pairs --seeds 3
   python -m pertura.benchmark speed
   python -m pertura.benchmark l1000 --seeds 3 --out l1000.csv
   python -m pertura.benchmark compounds-tggates --seeds 5 --out tggates.csv
@@ -73,7 +77,8 @@ def _parser() -> argparse.ArgumentParser:
         "compounds-tggates, compounds-tggates-all or compounds-ht115 (DrugAAE on compounds that are held out), "
         "compounds-tggates-dose (on a dose that is), drug-targets (those that DrugAAE finds), grn or grn-biobert "
         "(networks of mouse dendritic cells, embeddings from GO or BioBERT), grn-speed (time of an epoch of InfoSEM), "
-        "grn-knockouts (knock-outs it predicts from control cells), speed (training steps of SAMSVAE beside a bare loop)",
+        "grn-knockouts (knock-outs it predicts from control cells), norman-pairs (of genes that were seen alone), norman-singles "
+        "(genes that were not, embeddings from GO), speed (training steps of SAMSVAE beside a bare loop)",
     )
     parser.add_argument(
         "--models",
