@@ -80,7 +80,8 @@ def qc_flags(
             own = light[batch == code].copy()
             # with a threshold of its own, Scrublet needs scikit-image; it keeps a seventh of the genes
             n_components = int(np.clip(min(own.n_obs, own.n_vars // 7) - 1, 1, 30))
-            sc.pp.scrublet(own, random_state=seed, threshold=1.0, n_prin_comps=n_components, verbose=False)
+            with np.errstate(invalid="ignore"):
+                sc.pp.scrublet(own, random_state=seed, threshold=1.0, n_prin_comps=n_components, verbose=False)
             threshold = _split(own.uns["scrublet"]["doublet_scores_sim"])
             flags.loc[own.obs_names, "doublet"] = own.obs["doublet_score"].to_numpy() > threshold
     flags["failed"] = flags.any(axis=1)
