@@ -19,7 +19,7 @@ LOCAL_FILES = Path(__file__).parents[2] / "shared" / "data"
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """In parallel, tests that share a trained model run in one process, and those of a file."""
-    if not config.pluginmanager.hasplugin("xdist"):
+    if not getattr(config.option, "loadgroup", False):  # as xdist sets it in its processes
         return
     for item in items:
         spec = item.callspec.params.get("spec") if hasattr(item, "callspec") else None
