@@ -123,6 +123,7 @@ _WRONG_SAMSVAE = {
     "likelihood": "poisson",
     "link_sharpness": 0.0,
     "normalise_input": "yes",
+    "rotate_shifts": "yes",
     "n_particles": 0,
     "effect_lr_factor": 0.0,
     "preset": "best",

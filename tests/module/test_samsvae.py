@@ -121,3 +121,44 @@ def test_residuals_add_up_and_a_registered_pair_has_its_own():
     action = Action(torch.tensor([[1, -1], [0, 3], [1, 3]]), torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 1.0]]))
     offset = module.offset(action, {})
     torch.testing.assert_close(offset[:, 0], torch.tensor([1.0, 3.0, 1.0 + 3.0 + 4.0]))
+
+
+@pytest.mark.parametrize("options", [{}, {"n_layers": 1}, {"likelihood": "normal"}])
+def test_a_rotation_leaves_what_is_decoded(options):
+    """Shifts under new coordinates decode to what they did; masks start where shifts are large."""
+    module = _module(**options)
+
+    def mean(h):
+        return module.likelihood.linear(h)
+
+    batch, cells = torch.zeros(PERTURBATIONS).long(), _cells()
+    with torch.no_grad():
+        table = module.mask_logits.sigmoid() * module.effect_loc
+        before, seen = mean(module._decoded(table, batch)), module.basal(cells, table[[0] * N])
+        state = mean(module._decoded(seen.loc, cells.batch))
+        r = module.rotate()
+        turned = module.effect_loc
+        torch.testing.assert_close(mean(module._decoded(turned, batch)), before, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(r @ r.T, torch.eye(3), atol=1e-5, rtol=0)
+        after = module.basal(cells, turned[[0] * N])
+        torch.testing.assert_close(mean(module._decoded(after.loc, cells.batch)), state, atol=1e-4, rtol=1e-4)
+    assert (turned.abs() ** 4).sum() >= (table.abs() ** 4).sum()
+    assert (module.mask_logits.argmax(1) == turned.abs().argmax(1)).all()
+
+
+def test_rotation_comes_once_and_only_where_shifts_have_free_coordinates():
+    module = _module()
+    for progress in (0.0, 0.2, 0.4):
+        assert bool(module.rotated) == (progress > 0.4)
+        module.on_step(progress)
+    assert bool(module.rotated) and not module._can_rotate()
+    for options in (
+        {"effect": "dense"},
+        {"effect_guide": "correlated"},
+        {"interactions": True},
+        {"rotate_shifts": False},
+    ):
+        module = _module(**options)
+        module.on_step(0.2)
+        module.on_step(0.4)
+        assert not bool(module.rotated)

@@ -1,8 +1,10 @@
+import numpy as np
 import pytest
 import torch
+from scipy.stats import poisson
 
 from pertura.nn import CountLikelihood, GaussianLikelihood
-from pertura.nn._likelihoods import NegativeBinomial
+from pertura.nn._likelihoods import NegativeBinomial, poisson_quantile
 
 
 def _count(beta=1.0, n_genes=6):
@@ -102,3 +104,28 @@ def test_quick_negative_binomial_is_the_negative_binomial():
         strict=True,
     ):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.01, 0.7, 11.9, 12.0, 60.0, 2000.0])
+def test_poisson_quantiles_are_those_of_scipy(rate):
+    torch.manual_seed(0)
+    u = torch.rand(4000)
+    count = poisson_quantile(torch.full_like(u, rate), u).numpy()
+    expected = poisson.ppf(u.double().numpy(), rate)
+    assert np.abs(count - expected).max() <= (rate >= 12)
+    assert (count != expected).mean() < 0.02
+
+
+def test_the_same_noise_serves_two_rates():
+    """The difference of two predictions is the change of the rate: its variance is that of the added counts, not of both."""
+    likelihood = _count(n_genes=40)
+    h, library, noise = torch.randn(1, 3), torch.full((1, 1), 400.0), torch.ones(1, 40)
+    means = []
+    for offset in (0.0, torch.full((40,), 0.1) * (torch.arange(40) % 2)):
+        torch.manual_seed(1)
+        draws = [likelihood.predict(h, library, noise, offset) for _ in range(300)]
+        means.append(torch.cat(draws))
+    difference = means[1] - means[0]
+    change = (means[1].mean(0) - means[0].mean(0)).abs()
+    assert (difference.var(0) < 3 * change + 0.1).all()
+    assert difference.var(0).mean() < 0.3 * (means[0].var(0) + means[1].var(0)).mean()

@@ -50,3 +50,17 @@ def test_values_that_are_no_counts(cells):
     cells.X = np.log1p(cells.X)
     with pytest.raises(ValueError, match="counts"):
         qc_flags(cells)
+
+
+def test_planted_doublets_are_flagged():
+    """Sums of two cells of different kinds."""
+    rng = np.random.default_rng(0)
+    profiles = rng.gamma(0.5, size=(3, 300))
+    cells = rng.poisson(4 * profiles[np.repeat([0, 1, 2], 80)])
+    pairs = cells[rng.integers(80, size=16)] + cells[80 + rng.integers(80, size=16)]
+    names = [f"c{i}" for i in range(256)]
+    adata = AnnData(np.concatenate([cells, pairs]).astype(np.float32), obs=pd.DataFrame(index=names))
+    doublet = qc_flags(adata, doublets=True)["doublet"].to_numpy()
+    assert doublet[240:].mean() > 0.6
+    assert doublet[:240].mean() < 0.05
+    assert not qc_flags(adata)["doublet"].any()

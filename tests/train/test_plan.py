@@ -114,6 +114,7 @@ def test_validation_has_no_warm_up(plan, monkeypatch):
     monkeypatch.setattr(made, "log", lambda name, value, **options: logged.update({name: (float(value), options)}))
     batch = {KEYS.X: torch.tensor([[1.0], [3.0]])}
     made.training_step(batch, 0)
+    made.on_train_epoch_end()
     made.validation_step(batch, 0)
     assert made.module.weights[0] < 1e-5 and made.module.weights[1] == 1.0
     expected = -dist.Normal(made.module.layer.bias[0], 1.0).log_prob(batch[KEYS.X]).mean()
@@ -121,6 +122,21 @@ def test_validation_has_no_warm_up(plan, monkeypatch):
         value, options = logged[name]
         assert abs(value - float(expected)) < 1e-5, "per cell"
         assert options["batch_size"] == 2 and options["on_epoch"]
+
+
+def test_the_mean_of_an_epoch_is_over_cells(plan, monkeypatch):
+    made = plan()
+    logged = []
+    monkeypatch.setattr(
+        made, "log", lambda name, value, **options: logged.append((float(value), options["batch_size"]))
+    )
+    batches = [torch.tensor([[1.0], [3.0]]), torch.tensor([[8.0]])]
+    losses = [float(made.training_step({KEYS.X: x}, i)) for i, x in enumerate(batches)]
+    made.on_train_epoch_end()
+    assert logged == [(pytest.approx((2 * losses[0] + losses[1]) / 3, rel=1e-5), 3)]
+    made.training_step({KEYS.X: batches[1]}, 0)
+    made.on_train_epoch_end()
+    assert logged[1] == (pytest.approx(losses[1], rel=1e-5), 1), "epochs start anew"
 
 
 def test_module_sees_progress_and_the_size_of_the_data(plan, monkeypatch):

@@ -14,6 +14,7 @@ from ._few_cells import few_cells_splits, papalexi_screen, run_few_cells, summar
 from ._grn import GRN_SPLITS, GivenNetwork, NetworkModel, Scorer, beeline_data, grn_models, run_grn, summarise_grn
 from ._grn_model import grn_knockouts, grn_speed, summarise_knockouts
 from ._l1000 import run_l1000, summarise_l1000
+from ._norman import norman_pairs, norman_screen, norman_singles
 from ._planted import run_planted, summarise_planted
 from ._runner import DEFAULT_METRICS, run
 from ._screens import Screen, ht115_screen, tggates_conditions, tggates_screen
@@ -42,6 +43,9 @@ __all__ = [
     "make_splits",
     "measured_effect",
     "papalexi_screen",
+    "norman_pairs",
+    "norman_screen",
+    "norman_singles",
     "parse_model",
     "run",
     "run_compounds",

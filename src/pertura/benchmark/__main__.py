@@ -19,6 +19,7 @@ from ._few_cells import FEW_CELLS, FEW_CELLS_METRICS, default_models, run_few_ce
 from ._grn import beeline_data, grn_models, run_grn, summarise_grn
 from ._grn_model import grn_knockouts, grn_speed, summarise_knockouts
 from ._l1000 import run_l1000, summarise_l1000
+from ._norman import norman_pairs, norman_singles
 from ._planted import run_planted, summarise_planted
 from ._runner import DEFAULT_METRICS, run
 from ._screens import ht115_screen, tggates_conditions, tggates_screen
@@ -40,6 +41,8 @@ _TABLES = {
     "grn-speed": lambda seeds: grn_speed(),
     "grn-planted": lambda seeds: summarise_planted(run_planted(seeds=seeds, train={"max_epochs": 20})),
     "grn-knockouts": lambda seeds: summarise_knockouts(grn_knockouts(seeds=seeds)),
+    "norman-pairs": lambda seeds: norman_pairs(seeds=seeds),
+    "norman-singles": lambda seeds: norman_singles(seeds=seeds),
     "speed": lambda seeds: run_speed(),
 }
 _EPILOG = """\
@@ -48,6 +51,7 @@ examples:
   python -m pertura.benchmark kang --models PertVAE PertVAE:preset=paper Linear --seeds 1
   python -m pertura.benchmark norman --split unseen_combination --models Additive PertVAE --out norman.csv
   python -m pertura.benchmark papalexi --seeds 3 --cells 10 20 50 all --out papalexi.csv
+  python -m pertura.benchmark norman-pairs --seeds 3
   python -m pertura.benchmark speed
   python -m pertura.benchmark l1000 --seeds 3 --out l1000.csv
   python -m pertura.benchmark compounds-tggates --seeds 5 --out tggates.csv
@@ -77,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         "compounds-tggates-dose (on a dose that is), drug-targets (those that DrugAAE finds), grn or grn-biobert "
         "(networks of mouse dendritic cells, embeddings from GO or BioBERT), grn-speed (time of an epoch of InfoSEM), "
         "grn-knockouts (knock-outs it predicts from control cells), grn-planted (GPOVAE on simulated networks), "
+        "norman-pairs (of genes that were seen alone), norman-singles (genes that were not, embeddings from GO), "
         "speed (training steps of SAMSVAE beside a bare loop)",
     )
     parser.add_argument(

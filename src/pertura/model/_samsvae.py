@@ -31,6 +31,7 @@ _PAPER = {
     "prior_sd_E": 1.0,
     "link_sharpness": 1.0,
     "normalise_input": False,
+    "rotate_shifts": False,
     "shrinkage": False,
     "n_particles": 5,
     "effect_lr_factor": 1.0,
@@ -76,6 +77,9 @@ class SAMSVAE(ObservedEffectsMixin, PerturbationModel):
         See :class:`pertura.nn.CountLikelihood`.
     normalise_input
         Whether the encoder sees counts per 10,000 rather than raw counts.
+    rotate_shifts
+        Turn the latent space once in training, to where shifts are in few dimensions; without it (the paper) planted masks are not
+        found (``docs/trust.md``). Only ``effect="sparse"`` with a mean-field guide and without `interactions` is turned.
     n_particles
         Draws per cell and step of training.
     effect_lr_factor
@@ -114,6 +118,7 @@ class SAMSVAE(ObservedEffectsMixin, PerturbationModel):
         likelihood: Literal["nb", "normal"] | None = None,
         link_sharpness: float | None = None,
         normalise_input: bool | None = None,
+        rotate_shifts: bool | None = None,
         n_particles: int | None = None,
         effect_lr_factor: float | None = None,
         preset: Literal["paper"] | None = None,
@@ -190,7 +195,7 @@ class SAMSVAE(ObservedEffectsMixin, PerturbationModel):
             check_number("mask_prior", given["mask_prior"], above=0, below=1)
         for name in {"prior_sd_E", "link_sharpness", "effect_lr_factor"} & given.keys():
             check_number(name, given[name], above=0)
-        for name in {"interactions", "shrinkage", "normalise_input"} & given.keys():
+        for name in {"interactions", "shrinkage", "normalise_input", "rotate_shifts"} & given.keys():
             check_flag(name, given[name])
 
     # -- training ---------------------------------------------------------------------------------------------------

@@ -94,6 +94,12 @@ class CRADLEVAE(SAMSVAE):
     def _state_width(self) -> int:
         return self.n_latent + self._moves_width()
 
+    def _shift_columns(self) -> slice:
+        return slice(self.n_latent, self.n_latent + self.n_shift)
+
+    def _rotate_basal(self, r: Tensor) -> None:
+        pass  # has coordinates of its own
+
     def state(self, z: Tensor, shift: Tensor) -> Tensor:
         """[basal; perturbation; artefact]."""
         return beside(z, shift)

@@ -111,6 +111,9 @@ class GPOVAE(CRADLEVAE):
         # shifts of genes need no decoder
         return 2 * self.n_latent if self.objective == "resolvent" else super()._state_width()
 
+    def _can_rotate(self) -> bool:
+        return False  # coordinates are genes
+
     @property
     def column_genes(self) -> Tensor:
         """The gene of each latent coordinate of a perturbation, ``(n_shift,)``."""

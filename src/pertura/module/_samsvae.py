@@ -27,11 +27,12 @@ from pertura.nn._masks import StraightThroughBernoulli
 from pertura.nn._mlp import ResidualMLP
 
 from ._base import Action, Basal, Cells, PerturbationModule
+from ._rotation import RotatedShiftsMixin
 
 EFFECTS = ("sparse", "dense", "svae+", "conditional")
 
 
-class SAMSVAE(PerturbationModule):
+class SAMSVAE(RotatedShiftsMixin, PerturbationModule):
     r"""Generative model and guide of SAMS-VAE.
 
     Parameters
@@ -58,6 +59,8 @@ class SAMSVAE(PerturbationModule):
         ``"nb"`` or ``"normal"``; see :class:`~pertura.nn.CountLikelihood`.
     normalise_input
         Whether the encoder sees counts per 10,000, or raw counts as in the paper, both as standardised log1p.
+    rotate_shifts
+        See :class:`~pertura.module._rotation.RotatedShiftsMixin`.
     n_features
         Number of features of a perturbation; 0 where none were registered. Features shift the prior mean of E.
     n_combinations, order
@@ -84,6 +87,7 @@ class SAMSVAE(PerturbationModule):
         likelihood: Literal["nb", "normal"] = "nb",
         link_sharpness: float = 3.0,
         normalise_input: bool = True,
+        rotate_shifts: bool = True,
         n_features: int = 0,
         n_combinations: int = 0,
         order: int = 1,
@@ -110,6 +114,7 @@ class SAMSVAE(PerturbationModule):
             self.likelihood = GaussianLikelihood(n_decoded, n_genes)
         self.native_scale = self.likelihood.native_scale
         self._make_effects(effect_guide, prior_sd_E, interactions, n_features, n_hidden)
+        self._prepare_rotation(rotate_shifts)
 
         self.register_buffer("input_mean", torch.zeros(n_genes))
         self.register_buffer("input_scale", torch.ones(n_genes))

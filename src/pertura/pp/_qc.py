@@ -39,7 +39,8 @@ def qc_flags(
     mitochondrial
         How the names of mitochondrial genes begin, in any case; without such genes that criterion is left out.
     doublets
-        Whether Scrublet (:func:`scanpy.pp.scrublet`) looks for doublets, batch by batch.
+        Whether Scrublet (:func:`scanpy.pp.scrublet`) looks for doublets, batch by batch. A cell is one where its score is above the
+        value that best splits those of simulated doublets in two (Otsu): doublets of unlike cells score high, of like ones low.
     seed
         Of Scrublet.
 
@@ -77,8 +78,12 @@ def qc_flags(
     if doublets:
         for code in np.unique(batch):
             own = light[batch == code].copy()
-            sc.pp.scrublet(own, random_state=seed)
-            flags.loc[own.obs_names, "doublet"] = own.obs["predicted_doublet"].to_numpy(bool)
+            # with a threshold of its own, Scrublet needs scikit-image; it keeps a seventh of the genes
+            n_components = int(np.clip(min(own.n_obs, own.n_vars // 7) - 1, 1, 30))
+            with np.errstate(invalid="ignore"):
+                sc.pp.scrublet(own, random_state=seed, threshold=1.0, n_prin_comps=n_components, verbose=False)
+            threshold = _split(own.uns["scrublet"]["doublet_scores_sim"])
+            flags.loc[own.obs_names, "doublet"] = own.obs["doublet_score"].to_numpy() > threshold
     flags["failed"] = flags.any(axis=1)
     return flags
 
@@ -89,3 +94,13 @@ def _distance(values: pd.Series, batch: np.ndarray) -> np.ndarray:
     deviation = values - grouped.transform("median")
     sd = _MAD_TO_SD * deviation.abs().groupby(batch).transform("median")
     return np.divide(deviation, sd, out=np.zeros(len(values)), where=sd.to_numpy() > 0)
+
+
+def _split(scores: np.ndarray) -> float:
+    """Threshold between two groups with the largest variance between them (Otsu 1979)."""
+    ordered = np.sort(np.asarray(scores, dtype=np.float64))
+    below = np.arange(1, len(ordered))
+    total = np.cumsum(ordered)
+    low, high = total[:-1] / below, (total[-1] - total[:-1]) / (len(ordered) - below)
+    at = int(np.argmax(below * (len(ordered) - below) * (high - low) ** 2))
+    return float(ordered[at : at + 2].mean())

@@ -97,8 +97,8 @@ class AdversarialPlan(PyroPlan):
             found = self.discriminator_loss(self.module.shown(loc), target)
             self._step(discriminator, found)
         self.n_steps += 1
-        self._log("elbo_train", loss.detach(), n_cells)
-        self._log("discriminator_train", found.detach(), n_cells)
+        self._count("elbo_train", loss.detach(), n_cells)
+        self._count("discriminator_train", found.detach(), n_cells)
 
     def discriminator_loss(self, shown: Tensor, target: Tensor) -> Tensor:
         """Cross-entropy, classes weighted, and the penalty of steep gradients."""
@@ -117,7 +117,8 @@ class AdversarialPlan(PyroPlan):
         optimizer.step()
 
     def on_train_epoch_end(self) -> None:
-        """Learning rates fall with the epochs."""
+        """Means of the epoch; learning rates fall with the epochs."""
+        super().on_train_epoch_end()
         for scheduler in self._schedulers:
             scheduler.step()
 
