@@ -108,6 +108,21 @@ def _f1(mask, found):
     return 2 * hits[rows, columns].sum() / (mask.sum() + found.sum())
 
 
+def test_an_unseen_perturbation_is_the_mean_where_features_say_nothing():
+    adata, _, _ = planted_counts(seed=2, n_perturbations=8)
+    names = [f"P{t:02d}" for t in range(8)]
+    adata.uns["known"] = pd.DataFrame(np.random.default_rng(0).normal(size=(8, 2)), index=names)
+    seen = adata[adata.obs["perturbation"] != "P07"].copy()
+    options = {"perturbation_key": "perturbation", "control": "control", "perturbation_features_key": "known"}
+    SAMSVAE.setup_anndata(seen, **options)
+    model = SAMSVAE(seen, n_latent=2)
+    model.train(max_epochs=3, **QUIET)
+    own = predicted_effects(model, names)[seen.var_names]
+    mean = own.loc[names[:-1]].mean()
+    assert np.corrcoef(own.loc["P07"], mean)[0, 1] > 0.9
+    assert 0.5 < own.loc["P07"].std() / mean.std() < 1.5
+
+
 def test_log_likelihood_of_a_cell_knows_its_perturbation(planted):
     model, _, _ = planted
     own = model.get_marginal_ll(n_samples=20)

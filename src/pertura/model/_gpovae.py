@@ -79,6 +79,7 @@ class GPOVAE(NetworkMixin, CRADLEVAE):
     >>> model.get_perturbation_effect("IRF7", indices=np.flatnonzero(adata.obs["perturbation"] == "control"))
     """
 
+    _describes_unseen = False  # the network does
     _module_cls = Module
     _paper: ClassVar[dict[str, Any]] = {
         **CRADLEVAE._paper,

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pertura.nn._ridge import fit_descriptions
+
 from ._engine import Question
 from ._measured import MeasuredEffects
 from ._shrinkage import Halves, Matrix, shrink
@@ -26,6 +28,8 @@ _STEPS, _PROBE = 4, 0.2
 
 class ObservedEffectsMixin:
     """Sets a module's ``residual`` from the measured effects of the training cells."""
+
+    _describes_unseen = True
 
     @torch.no_grad()
     def _fit_residuals(self: PerturbationModel, train_idx: NDArray[np.int64], seed: int = 0) -> None:
@@ -41,7 +45,18 @@ class ObservedEffectsMixin:
             if slope is None:
                 slope = self._slope(measured)
             which = np.array([rows[measured.members[i]] for i in chosen])
-            self._match(measured, chosen, which, slope, beyond=rows is pairs)
+            unique, found = self._match(measured, chosen, which, slope, beyond=rows is pairs)
+            if rows is singles and self._describes_unseen and self.module.effect_features is not None:
+                self._describe(unique, found)
+
+    def _describe(self: PerturbationModel, rows: NDArray[np.int64], effects: Matrix) -> None:
+        """Effects of perturbations that were not seen: the mean, and of their features what left-out ones bear out."""
+        module = self.module
+        features = module.features[torch.as_tensor(rows, device=module.features.device)].cpu().numpy()
+        found = fit_descriptions(features, effects, [slice(0, features.shape[1])])
+        module.described.copy_(torch.as_tensor(found.intercept))
+        module.described_weight.copy_(torch.as_tensor(found.weight))
+        module.described_sd.copy_(torch.as_tensor(np.sqrt(((effects - found.left_out) ** 2).mean(0))))
 
     def _match(
         self: PerturbationModel,
@@ -51,10 +66,14 @@ class ObservedEffectsMixin:
         slope: Callable[[Matrix, Matrix], Matrix],
         *,
         beyond: bool,
-    ) -> None:
+    ) -> tuple[NDArray[np.int64], Matrix]:
         """Choose residuals by which the predicted means become the posterior means of the effects.
 
         `beyond`: effects are shrunk towards what is predicted now (the sum of the members'), not towards 0.
+
+        Returns
+        -------
+        Rows of the residual, and the effects in its units, ``(n_rows, n_genes)``.
         """
         module = self.module
         # conditions of one perturbation (contexts, doses) share its residual
@@ -74,8 +93,9 @@ class ObservedEffectsMixin:
             residual = np.clip(residual, -6, 6)
             module.residual[at] = torch.as_tensor(residual).to(module.residual)
             current = share @ measured.predicted(chosen)
-        sd = np.minimum(sd / slope(level, level + current), 2.0)
-        module.residual_sd[at] = torch.as_tensor(sd).to(module.residual_sd)
+        unit = slope(level, level + current)
+        module.residual_sd[at] = torch.as_tensor(np.minimum(sd / unit, 2.0)).to(module.residual_sd)
+        return unique, np.clip(target / unit, -6, 6)
 
     def _slope(self: PerturbationModel, measured: MeasuredEffects) -> Callable[[Matrix, Matrix], Matrix]:
         """By how much the mean on the default scale moves with the residual of a gene.

@@ -214,6 +214,7 @@ class SAMSVAE(ObservedEffectsMixin, PerturbationModel):
         # the shift is trained without what was added after an earlier training
         module.residual.zero_()
         module.residual_sd.zero_()
+        module.described.zero_()
         if self.is_trained_:
             return
         module.input_mean.zero_()

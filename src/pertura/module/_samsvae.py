@@ -121,6 +121,10 @@ class SAMSVAE(RotatedShiftsMixin, PerturbationModule):
         # effects on genes beyond the latent shift, set from measured effects after training
         self.register_buffer("residual", torch.zeros(n_perturbations + n_combinations, n_genes))
         self.register_buffer("residual_sd", torch.zeros(n_perturbations + n_combinations, n_genes))
+        # the same of perturbations that were not seen, from their features: of features of 0, by feature, and its sd
+        self.register_buffer("described", torch.zeros(n_genes))
+        self.register_buffer("described_weight", torch.zeros(n_features, n_genes))
+        self.register_buffer("described_sd", torch.zeros(n_genes))
         self.register_buffer("combinations", torch.full((n_combinations, max(order, 1)), -1))
 
     def _table_height(self) -> int:
@@ -292,7 +296,7 @@ class SAMSVAE(RotatedShiftsMixin, PerturbationModule):
             # sum over pairs of U_s o U_t: half of the squared sum less the sum of squares
             each = strength[..., None] * self.effect_interaction[code]
             total = total + 0.5 * (each.sum(-2).square() - each.square().sum(-2))
-        if action.features is not None and self.effect_features is not None:
+        if action.features is not None and self.effect_features is not None and not self.described.any():
             unknown = (action.codes == UNKNOWN) * action.dose
             described = self.effect_features(action.features) * self.mask_rate_overall()
             total = total + (unknown[..., None] * described).sum(-2)
@@ -324,6 +328,10 @@ class SAMSVAE(RotatedShiftsMixin, PerturbationModule):
             same = same * strength.masked_fill(codes < 0, torch.inf).amin(-1, keepdim=True).clamp(max=1.0)
             mean = mean + same @ self.residual[self.n_perturbations :]
             variance = variance + same.square() @ self.residual_sd[self.n_perturbations :].square()
+        if action.features is not None and self.described.any():
+            unknown = ((codes == UNKNOWN) * dose)[..., None]
+            own = action.features[: len(codes)].to(mean) @ self.described_weight + self.described
+            mean, variance = mean + (unknown * own).sum(-2), variance + (unknown * self.described_sd).square().sum(-2)
         return mean + globals_["residual_noise"] * variance.sqrt() if "residual_noise" in globals_ else mean
 
     # -- counterfactuals --------------------------------------------------------------------------------------------
