@@ -27,6 +27,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """In parallel, numba (scanpy's neighbours) gives each process as many threads as there are cores."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        import torch
+
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture(autouse=True)
 def global_seed() -> Iterator[None]:
     """No function of the package may change the seed that the user set for all of scvi-tools."""
     from scvi import settings
