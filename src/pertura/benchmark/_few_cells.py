@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy.stats import norm
 
 from pertura.data import Split
+from pertura.metrics import bootstrap_interval
 from pertura.metrics._pseudobulk import moments
 
 from ._dataset import Dataset
@@ -180,7 +181,6 @@ def summarise_few_cells(results: pd.DataFrame, *, active: Sequence[str] = ACTIVE
     interval over perturbations, and ``sd``, that of the mean over halves.
     """
     rows = []
-    rng = np.random.default_rng(0)
     for (split, metric), frame in results.groupby(["split", "metric"], sort=False):
         values = frame.groupby(["model", "perturbation"], sort=False)["value"].mean().unstack("perturbation")
         simple = [m for m in ("TrainingMean", "GenewiseEB") if m in values.index]
@@ -196,15 +196,8 @@ def summarise_few_cells(results: pd.DataFrame, *, active: Sequence[str] = ACTIVE
                 "sd": halves.std(),
             }
             if best is not None and metric == "pearson_effect" and model != CEILING:
-                gain = (own - best).dropna().to_numpy()
-                drawn = gain[rng.integers(len(gain), size=(2000, len(gain)))].mean(1)
-                row |= dict(
-                    zip(
-                        ("gain", "gain_low", "gain_high"),
-                        (gain.mean(), *np.quantile(drawn, [0.025, 0.975])),
-                        strict=True,
-                    )
-                )
+                gain = bootstrap_interval(own, best, level=0.95)
+                row |= dict(zip(("gain", "gain_low", "gain_high"), gain, strict=True))
             rows.append(row)
     return pd.DataFrame(rows)
 

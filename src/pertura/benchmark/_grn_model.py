@@ -12,9 +12,9 @@ import pandas as pd
 import torch
 from anndata import AnnData
 from pyro.infer import TraceMeanField_ELBO
-from scipy import stats
 from torch import Tensor
 
+from pertura.metrics import bootstrap_interval, pearson_effect
 from pertura.module._infosem import InfoSEM, Inputs
 
 logger = logging.getLogger(__name__)
@@ -196,20 +196,14 @@ def _compared(
     regression = -(base[:, at].mean() * slope)[others]
     order = np.random.default_rng(0).permutation(len(treated))
     halves = [treated[part].mean(0) - base[i::2].mean(0) for i, part in enumerate(np.array_split(order, 2))]
-    r = _pearson(halves[0][others], halves[1][others])
-    top = np.argsort(-np.abs(measured))[:50]
+    none = np.zeros(adata.n_vars)
+    r = float(pearson_effect(halves[0], halves[1], none, genes=others))
     row: dict[str, Any] = {"n_cells": len(treated)}
     for name, values in (("sem", sem[others]), ("regression", regression)):
-        row[f"pearson_{name}"] = _pearson(values, measured)
-        row[f"pearson_top_{name}"] = _pearson(values[top], measured[top])
+        row[f"pearson_{name}"] = float(pearson_effect(values, measured, none[others]))
+        row[f"pearson_top_{name}"] = float(pearson_effect(values, measured, none[others], top=50))
         row[f"size_{name}"] = float(np.sqrt(np.mean(values**2)))
     return {**row, "size_measured": float(np.sqrt(np.mean(measured**2))), "ceiling": 2 * r / (1 + r)}
-
-
-def _pearson(a: np.ndarray, b: np.ndarray) -> float:
-    if a.std() == 0 or b.std() == 0:
-        return 0.0
-    return float(stats.pearsonr(a, b)[0])
 
 
 def summarise_knockouts(results: pd.DataFrame, *, n_resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
@@ -230,7 +224,7 @@ def summarise_knockouts(results: pd.DataFrame, *, n_resamples: int = 2000, seed:
     for kind in ("pearson", "pearson_top"):
         table[f"{kind}_difference"] = table[f"{kind}_sem"] - table[f"{kind}_regression"]
     table = table.drop(columns=["seed", "n_cells"])
-    drawn = np.random.default_rng(seed).integers(len(table), size=(n_resamples, len(table)))
-    means = table.to_numpy()[drawn].mean(1)
-    low, high = np.quantile(means, [0.025, 0.975], axis=0)
-    return pd.DataFrame({"metric": table.columns, "mean": table.mean().to_numpy(), "ci_low": low, "ci_high": high})
+    intervals = [bootstrap_interval(v, level=0.95, n_resamples=n_resamples, seed=seed) for v in table.to_numpy().T]
+    return pd.DataFrame(intervals, columns=["mean", "ci_low", "ci_high"]).assign(metric=table.columns)[
+        ["metric", "mean", "ci_low", "ci_high"]
+    ]

@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from scipy import sparse
 
+from pertura.metrics import pearson_effect
+
 logger = logging.getLogger(__name__)
 
 #: What the prior network holds: nothing, the true edges, half of them, or as many between the wrong genes.
@@ -101,7 +103,8 @@ class _Planted:
     def knockouts(self, predicted: NDArray[np.float64]) -> dict[str, float]:
         truth = self.effects.to_numpy()
         error = ((predicted - truth)[self.others] ** 2).mean()
-        pearson = [_pearson(p[m], t[m]) for p, t, m in zip(predicted, truth, self.others, strict=True)]
+        none = np.zeros(truth.shape[1])
+        pearson = [pearson_effect(p, t, none, genes=m) for p, t, m in zip(predicted, truth, self.others, strict=True)]
         return {"pearson": float(np.mean(pearson)), "mse": float(error)}
 
     def simple_methods(self) -> Iterator[dict[str, Any]]:
@@ -169,10 +172,6 @@ class _Planted:
             right.data[generator.random(right.nnz) < 0.5] = 0.0
             right.eliminate_zeros()
         return right
-
-
-def _pearson(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    return float(np.corrcoef(a, b)[0, 1]) if a.std() > 0 and b.std() > 0 else 0.0
 
 
 def summarise_planted(results: pd.DataFrame) -> pd.DataFrame:
