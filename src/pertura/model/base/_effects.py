@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
-from ._discrepancy import Discrepancy
-from ._engine import Question
+from pertura.data._perturbation import Perturbation
+from pertura.effects._discrepancy import Discrepancy
 
 # sums of one pass over the cells may hold this many numbers (256 MiB)
 _BUDGET = 2**25
@@ -23,23 +23,23 @@ class EffectSums:
 
     Parameters
     ----------
-    n_questions, n_samples, n_genes
+    n_perturbations, n_samples, n_genes
         Sizes.
     codes
         Contexts that are present.
     """
 
-    def __init__(self, n_questions: int, n_samples: int, n_genes: int, codes: NDArray[np.int64]) -> None:
+    def __init__(self, n_perturbations: int, n_samples: int, n_genes: int, codes: NDArray[np.int64]) -> None:
         self.codes = codes
-        self._shape = (n_questions, n_samples, len(codes), n_genes)
+        self._shape = (n_perturbations, n_samples, len(codes), n_genes)
         self.control = np.zeros(self._shape[1:])
         self.perturbed = np.zeros(self._shape)
         self.library = np.zeros((len(codes), 1))
         self.number = np.zeros((len(codes), 1))
 
     @staticmethod
-    def questions_per_pass(n_samples: int, n_genes: int, n_contexts: int) -> int:
-        """How many questions the budget allows at once."""
+    def per_pass(n_samples: int, n_genes: int, n_contexts: int) -> int:
+        """How many perturbations the budget allows at once."""
         return max(1, _BUDGET // (n_samples * n_genes * n_contexts))
 
     def weights(self, context: NDArray[np.int64], counted: NDArray[np.bool_], like: Tensor) -> Tensor:
@@ -56,9 +56,9 @@ class EffectSums:
         """Draws of unperturbed expression, ``(n_samples, n_cells, n_genes)``."""
         self.control += (weights @ x).cpu().numpy()
 
-    def add(self, question: int, weights: Tensor, x: Tensor) -> None:
+    def add(self, which: int, weights: Tensor, x: Tensor) -> None:
         """Draws under one of the perturbations."""
-        self.perturbed[question] += (weights @ x).cpu().numpy()
+        self.perturbed[which] += (weights @ x).cpu().numpy()
 
     def means(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
         """Control, perturbed, and library means; divides the sums in place."""
@@ -70,7 +70,7 @@ class EffectSums:
 
 def effect_table(
     sums: EffectSums,
-    questions: Sequence[Question],
+    perturbations: Sequence[Perturbation],
     *,
     contexts: Sequence[str],
     genes: pd.Index,
@@ -86,28 +86,28 @@ def effect_table(
     before = control.mean(0)
     names = genes.to_numpy(dtype=object)
     tables = []
-    for q, question in enumerate(questions):
+    for q, perturbation in enumerate(perturbations):
         change = perturbed[q] - control
         effect, after = change.mean(0), perturbed[q].mean(0)
         spread = change.std(0, ddof=1) if len(change) > 1 else np.zeros_like(effect)
         for c, code in enumerate(sums.codes):
             unit = discrepancy.unit(scale, before[c], library[c])
-            sd = np.sqrt(spread[c] ** 2 + discrepancy.variance(question, contexts[code], effect[c], unit))
+            sd = np.sqrt(spread[c] ** 2 + discrepancy.variance(perturbation, contexts[code], effect[c], unit))
             safe = np.maximum(sd, 1e-12)
             columns = {
-                "perturbation": question.label,
-                "dose": question.dose_text,
+                "perturbation": perturbation.label,
+                "dose": perturbation.dose_text,
                 "context": contexts[code],
                 "gene": names,
                 "lfc_mean": effect[c],
                 "lfc_sd": sd,
                 "ci_low": effect[c] - z * sd,
                 "ci_high": effect[c] + z * sd,
-                "proba_de": stats.norm.sf((delta - effect[c]) / safe) + stats.norm.cdf((-delta - effect[c]) / safe),
+                "proba_de": stats.norm.sf((delta - np.abs(effect[c])) / safe),
                 "log2fc": log2_fold_change(before[c], after[c], scale),
                 "mean_control": before[c],
                 "mean_perturbed": after[c],
-                "novelty": discrepancy.novelty(question, contexts[code]),
+                "novelty": discrepancy.novelty(perturbation, contexts[code]),
             }
             if not has_dose:
                 columns.pop("dose")

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from scipy import stats
 
 if TYPE_CHECKING:
-    from ._engine import Question
-    from ._summaries import Predicted
+    from pertura.data._perturbation import Perturbation
+
+    from ._predict import Predicted
 
 PROVENANCE = "pertura"
 PREDICTION = "prediction"  # key of the provenance in an AnnData that pertura made
@@ -99,7 +100,7 @@ def write(
     table: pd.DataFrame,
     asked: dict[str, Any],
 ) -> None:
-    """Put one prediction into the user's AnnData; rows that were not asked are NaN."""
+    """Put one prediction into the user's AnnData; rows that were not predicted are NaN."""
     clear(user, key)
     genes = pd.Index(user.var_names.astype(str)).get_indexer(model.gene_names)
     everything = len(rows) == user.n_obs and np.array_equal(rows, np.arange(user.n_obs))
@@ -117,9 +118,9 @@ def write(
         matrix = np.full((user.n_obs, values.shape[1]), np.nan, np.float32)
         matrix[rows] = values
         user.obsm[name] = matrix
-    context_key = model._argument("context_key")
+    context_key = model.registered.argument("context_key")
     params = {
-        "groupby": context_key or model._argument("perturbation_key") or "perturbation",
+        "groupby": context_key or model.registered.argument("perturbation_key") or "perturbation",
         "reference": model.vocabulary.control,
         "method": f"pertura.{type(model).__name__}",
         "use_raw": False,
@@ -136,7 +137,7 @@ def as_anndata(
     model: Any,
     user: AnnData,
     rows: NDArray[np.int64],
-    questions: Sequence[Question],
+    perturbations: Sequence[Perturbation],
     predicted: Predicted,
     novelty: NDArray[np.object_],
     asked: dict[str, Any],
@@ -146,20 +147,20 @@ def as_anndata(
     Parameters
     ----------
     novelty
-        Of each question and cell, ``(n_questions, n_cells)``.
+        Of each perturbation and cell, ``(n_perturbations, n_cells)``.
     """
-    n, n_cells, has_dose = len(questions), len(rows), model.vocabulary.has_dose
+    n, n_cells, has_dose = len(perturbations), len(rows), model.vocabulary.has_dose
     own = user.obs.iloc[rows]
     own = own[[c for c in own.columns if not str(c).startswith(("_scvi", "_pertura"))]]
     obs = own.iloc[np.tile(np.arange(n_cells), n)].copy()
-    labels = np.repeat(np.array([q.label for q in questions], dtype=object), n_cells)
-    doses = np.repeat(np.array([q.dose_text for q in questions], dtype=object), n_cells)
-    columns = {"perturbation": (model._argument("perturbation_key") or "perturbation", pd.Categorical(labels))}
+    labels = np.repeat(np.array([q.label for q in perturbations], dtype=object), n_cells)
+    doses = np.repeat(np.array([q.dose_text for q in perturbations], dtype=object), n_cells)
+    columns = {"perturbation": (model.registered.argument("perturbation_key") or "perturbation", pd.Categorical(labels))}
     if has_dose:
-        columns["dose"] = (model._argument("dose_key"), doses)
+        columns["dose"] = (model.registered.argument("dose_key"), doses)
     names = obs.index.to_numpy()
     for name, (key, values) in columns.items():
-        # the question goes where the user looks for it, the measured value stays beside it
+        # the predicted perturbation goes where the user looks for it, the measured one stays beside it
         for column in dict.fromkeys((name, name if str(key).startswith("_pertura") else key)):
             if column in obs:
                 obs[f"{column}_measured"] = obs[column].array
@@ -199,7 +200,7 @@ def contexts_as_anndata(
     obs = pd.DataFrame(index=pd.RangeIndex(len(first)))
     for name in (name for name in keys if name in first):
         # under its plain name, and under the user's own
-        for column in dict.fromkeys((name, model._argument(keys[name]) or name)):
+        for column in dict.fromkeys((name, model.registered.argument(keys[name]) or name)):
             if not str(column).startswith("_pertura"):
                 obs[column] = pd.Categorical(first[name].astype(str))
     obs["novelty"] = pd.Categorical(first["novelty"])
