@@ -49,7 +49,14 @@ class Progress:
         if shown and rank_zero_only.rank == 0 and logging.getLogger("scvi").level < logging.ERROR:
             # scvi-tools shows training with tqdm in both of its styles
             self._bar = track(
-                None, "Training", style="tqdm", total=100.0, bar_format=_FORMAT, mininterval=0, miniters=0, smoothing=0.05
+                None,
+                "Training",
+                style="tqdm",
+                total=100.0,
+                bar_format=_FORMAT,
+                mininterval=0,
+                miniters=0,
+                smoothing=0.05,
             )
             # lines of a log file are not overwritten
             plain = type(self._bar).__name__ == "tqdm" and not sys.stdout.isatty()
@@ -100,7 +107,6 @@ class Progress:
         if self._bar is not None:
             self._bar.set_description_str(name, refresh=False)
             self._draw()
-            self._bar.refresh()
 
     def advance(self, n: float = 1) -> None:
         """Report further steps of this stage."""

@@ -61,7 +61,7 @@ class Trainer(ScviTrainer):
             self.interrupted = by_user
             if not by_user or self.world_size > 1:
                 self.error = error
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             if getattr(settings, "mlflow_set_tracking_uri", ""):  # the run is logged as failed
                 raise
             self.error = error
