@@ -84,6 +84,7 @@ class DrugAAE(PerturbationModule):
     """
 
     no_weight_decay = {"likelihood.log_theta", "genes.step_logits"}
+    discriminator_parameters = ("discriminator.",)
 
     def __init__(
         self,
@@ -305,6 +306,16 @@ class DrugAAE(PerturbationModule):
         target = target.sum(1).clamp(max=1).to(action.dose)
         target[:, -1] = (~present.any(1)).to(target)
         return target / target.sum(1, keepdim=True)
+
+    def discriminator_input(self, cells: Cells) -> Tensor:
+        """Basal state as the discriminator is given it, ``(n_cells, n_state)``."""
+        return self.shown(self.encode(cells, self.describe(cells.action, cells.context)[1])[0])
+
+    def discriminator_loss(self, given: Tensor, cells: Cells) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of the perturbation, and weights that make rare perturbations count as much, both ``(n_cells,)``."""
+        target = self.labels(cells.action)
+        entropy = -(target * self.discriminator(given).log_softmax(-1)).sum(-1)
+        return entropy, target @ (1.0 / self.class_share.clamp(min=1e-6))
 
     def shown(self, loc: Tensor) -> Tensor:
         """What the discriminator sees: locations of the guide, standardised over the minibatch.

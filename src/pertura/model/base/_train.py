@@ -7,18 +7,22 @@ import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+import pandas as pd
 from anndata import AnnData
+from lightning.pytorch.callbacks import ProgressBar
 from numpy.typing import NDArray
 from scvi import settings
 from scvi.data import AnnDataManager
-from scvi.train import TrainRunner
+from scvi.dataloaders._data_splitting import validate_data_split
 
 from pertura.data._constants import UNKNOWN
 from pertura.data._datamodule import PerturbationDataModule
 from pertura.module._base import PerturbationModule
 from pertura.train._plan import PyroPlan
+from pertura.train._progress import EpochProgress, Progress
+from pertura.train._trainer import TrainRunner, quiet
 
-from ._arguments import check_flag, check_whole
+from ._arguments import check_flag, check_number, check_whole
 from ._calibration import calibrate
 from ._engine import seeded
 from ._query import QueryMixin
@@ -30,14 +34,19 @@ Rows = NDArray[np.int64]
 
 
 class TrainingMixin(QueryMixin):
-    """``train``, and what a model may say about it."""
+    """``train``, and what a model may say about it.
+
+    While it trains, ``self._progress`` is the bar that the user sees. Methods that read or measure much name what they do there.
+    """
 
     module: PerturbationModule
     adata: AnnData | None
     adata_manager: AnnDataManager | None
     calibration_: dict[str, Any] | None
+    history_: dict[str, pd.DataFrame] | None
     is_trained_: bool
     _training_plan_cls: ClassVar[type] = PyroPlan
+    _progress: Progress = Progress()
 
     def train(
         self,
@@ -57,6 +66,13 @@ class TrainingMixin(QueryMixin):
     ) -> None:
         """Train the model.
 
+        A bar shows everything from the first read to the last measured effect (``enable_progress_bar=False`` hides it). Ctrl-C, or
+        "interrupt" in a notebook, stops after the current step: the model keeps what it has learned, measures its effects and can
+        be used. A second one skips the measuring. Training a trained model goes on from its parameters, at the weight of the
+        divergences and the temperatures that it had reached, with a new optimizer and learning rate schedule.
+
+        Lightning's messages on devices and loaders are shown where ``scvi.settings.verbosity`` is `logging.DEBUG`.
+
         Parameters
         ----------
         max_epochs
@@ -73,14 +89,15 @@ class TrainingMixin(QueryMixin):
         lr
             Learning rate; short for ``plan_kwargs={"lr": lr}``.
         seed
-            Of the split, the order of cells and the draws; by default ``scvi.settings.seed``, else 0. Parameters are
-            initialised when the model is made: set ``scvi.settings.seed`` before that for a run that repeats.
+            Seed of the split, the order of cells and the draws; by default ``scvi.settings.seed``, else 0. Parameters are
+            initialized when the model is made: set ``scvi.settings.seed`` before that for a run that repeats.
         datasplitter_kwargs
             ``{"external_indexing": [train, validation, test]}`` imposes a split by row numbers.
         plan_kwargs
             Arguments of :class:`~pertura.train.PyroPlan`.
         **trainer_kwargs
-            Arguments of :class:`scvi.train.Trainer`, such as ``gradient_clip_val`` or ``early_stopping_patience``.
+            Arguments of :class:`scvi.train.Trainer`, such as ``gradient_clip_val`` or ``early_stopping_patience``. With
+            ``simple_progress_bar=False``, or a progress bar among ``callbacks``, that bar replaces pertura's.
 
         Raises
         ------
@@ -88,6 +105,13 @@ class TrainingMixin(QueryMixin):
             For wrong arguments, before anything is trained.
         FloatingPointError
             When the loss is no longer finite.
+        KeyboardInterrupt
+            When the user stops it before the first step, or while effects are measured.
+
+        Warns
+        -----
+        UserWarning
+            When the user stops it, with the number of epochs that were trained.
         """
         if self.adata is None:
             raise ValueError("`adata`: the model was loaded without data. Load it with `adata=` to train it.")
@@ -102,6 +126,42 @@ class TrainingMixin(QueryMixin):
         train_idx, val_idx = self._split(train_size, validation_size, validates, seed, datasplitter_kwargs)
         if early_stopping and not len(val_idx):
             raise ValueError("`early_stopping` needs validation cells: set `train_size` below 1.")
+        trainer_kwargs = {**self._trainer_defaults(), **trainer_kwargs}
+        callbacks = list(
+            trainer_kwargs.pop("callbacks", None) or []
+        )  # the trainer would append to the caller's own list
+        shown = (
+            trainer_kwargs.get("enable_progress_bar", True) and trainer_kwargs.get("progress_bar_refresh_rate", 1) != 0
+        )
+        shown = shown and trainer_kwargs.get("simple_progress_bar", True)
+        shown = shown and not any(isinstance(callback, ProgressBar) for callback in callbacks)
+        try:
+            with Progress(shown) as self._progress:
+                if shown:
+                    callbacks.append(EpochProgress(self._progress))
+                    trainer_kwargs["simple_progress_bar"] = False
+                self._progress.part("prepare")
+                self._progress.stage("Reading data")
+                self._check_trainable(train_idx)
+                batch_size = batch_size or self._default_batch_size(len(train_idx))
+                data = self._data_module(train_idx, val_idx, batch_size, seed)
+                runner = self._runner(
+                    data,
+                    plan_kwargs,
+                    max_epochs,
+                    accelerator=accelerator,
+                    devices=devices,
+                    early_stopping=early_stopping,
+                    callbacks=callbacks,
+                    **trainer_kwargs,
+                )
+                self._run(runner, data, seed)
+                self._finish(runner, train_idx)
+        finally:
+            self.__dict__.pop("_progress", None)
+
+    def _check_trainable(self, train_idx: Rows) -> None:
+        """Raise unless the model knows what was done to its training cells."""
         self.adata_manager.validate()
         unknown = (self._actions(self.adata_manager, train_idx)[0] == UNKNOWN).any(1)
         if unknown.any():
@@ -109,39 +169,81 @@ class TrainingMixin(QueryMixin):
                 f"`adata`: {int(unknown.sum())} training cells carry perturbations that the model does not know. "
                 "Make a new model of these data."
             )
-        batch_size = batch_size or self._default_batch_size(len(train_idx))
-        data = self._data_module(train_idx, val_idx, batch_size, seed)
-        trainer_kwargs = {**self._trainer_defaults(), **trainer_kwargs}
-        # a plan that moves its optimisers itself clips gradients itself
+
+    def _runner(
+        self,
+        data: PerturbationDataModule,
+        plan_kwargs: dict[str, Any],
+        max_epochs: int | None,
+        **trainer_kwargs: Any,
+    ) -> TrainRunner:
+        """Plan and trainer."""
+        # a plan that moves its optimizers itself clips gradients itself
         for name in ("gradient_clip_val", "gradient_clip_algorithm"):
             if name in trainer_kwargs and name in inspect.signature(self._training_plan_cls.__init__).parameters:
                 plan_kwargs[name] = trainer_kwargs.pop(name)
         # the samplers give each process its share themselves
         trainer_kwargs.setdefault("use_distributed_sampler", False)
-        if len(val_idx):
+        if data.n_val:
             trainer_kwargs.setdefault("check_val_every_n_epoch", 1)
-        if "callbacks" in trainer_kwargs:  # the trainer would append to the caller's own list
-            trainer_kwargs["callbacks"] = list(trainer_kwargs["callbacks"])
         if max_epochs is None:
             max_epochs = self._default_max_epochs(len(data.train_dataloader()))
-        runner = TrainRunner(
-            self,
-            training_plan=self._training_plan_cls(self.module, **plan_kwargs),
-            data_splitter=data,
-            max_epochs=int(max_epochs),
-            accelerator=accelerator,
-            devices=devices,
-            early_stopping=early_stopping,
-            **trainer_kwargs,
-        )
-        with warnings.catch_warnings(), seeded(seed, runner.device):
-            # one process on few cores: more loader workers would not help
-            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-            warnings.filterwarnings("ignore", message=".*The number of training batches.*")
+        if self.is_trained_:
+            plan_kwargs.setdefault(
+                "min_kl_weight", min(self._reached("kl_weight"), plan_kwargs.get("max_kl_weight", 1.0))
+            )
+        plan = self._training_plan_cls(self.module, **plan_kwargs)
+        if self.is_trained_:
+            plan.annealed = self._reached("annealing")
+        with quiet():
+            return TrainRunner(
+                self, training_plan=plan, data_splitter=data, max_epochs=int(max_epochs), **trainer_kwargs
+            )
+
+    def _reached(self, name: str) -> float:
+        """Where earlier training ended: what it logged last, or the end of the schedule where it logged nothing."""
+        history = self.history_ if isinstance(self.history_, dict) else {}
+        return float(history[name].iloc[-1, 0]) if name in history else 1.0
+
+    def _run(self, runner: TrainRunner, data: PerturbationDataModule, seed: int) -> None:
+        """All epochs, or those until the user stops them."""
+        before = self.history_
+        with quiet(), seeded(seed, runner.device):
             self._initialise(data)
             self.module.train()  # after an earlier training or loading it is in evaluation mode, and Lightning leaves it
-            runner()
-        self._after_training(train_idx)
+            try:
+                runner()
+            finally:
+                own = getattr(runner.trainer.logger, "history", None)
+                if isinstance(own, dict) and runner.trainer.is_global_zero:
+                    self.history_ = _joined(before if isinstance(before, dict) else {}, own)
+
+    def _finish(self, runner: TrainRunner, train_idx: Rows) -> None:
+        """What follows the last step, after a stop by the user as well."""
+        trainer, progress = runner.trainer, self._progress
+        epochs = f"{round(trainer.n_epochs, 1):g}"
+        progress.ends_with(f"Trained {epochs} epochs")
+        if trainer.interrupted:
+            left = max(1, round(trainer.max_epochs - trainer.n_epochs))
+            progress.ends_with(f"Stopped after {epochs} of {trainer.max_epochs} epochs")
+            with progress.aside():
+                warnings.warn(
+                    f"Training was stopped after {epochs} of {trainer.max_epochs} epochs. The model keeps what it has learned "
+                    "and now measures its effects (another Ctrl-C skips that). "
+                    f"`train(max_epochs={left})` goes on from here.",
+                    stacklevel=settings.warnings_stacklevel + 1,
+                )
+        progress.part("finish")
+        progress.stage("Measuring effects")
+        try:
+            self._after_training(train_idx)
+        except KeyboardInterrupt:
+            warnings.warn(
+                "The effects of the trained model were not measured: its predictions lack what is measured, and their "
+                "intervals are too narrow. `train(max_epochs=1)` measures them.",
+                stacklevel=settings.warnings_stacklevel + 1,
+            )
+            raise
 
     def _plan_arguments(self, given: Any, lr: Any) -> dict[str, Any]:
         known = inspect.signature(self._training_plan_cls.__init__).parameters
@@ -180,24 +282,19 @@ class TrainingMixin(QueryMixin):
             raise ValueError(f"`datasplitter_kwargs` takes 'external_indexing', got {', '.join(map(repr, own))}.")
         if indexing is not None:
             return _external(indexing, n)
-        for name, size in (("train_size", train_size), ("validation_size", validation_size)):
-            if size is not None and (isinstance(size, bool) or not isinstance(size, (int, float, np.number))):
-                raise ValueError(f"`{name}` must be a fraction of the cells, got {size!r}.")
-        if validation_size is not None and not 0 <= validation_size < 1:
-            raise ValueError(f"`validation_size` must be at least 0 and below 1, got {validation_size}.")
-        if train_size is None:
-            train_size = 0.9 if validates else 1.0
-            train_size = train_size if validation_size is None else 1.0 - validation_size
-        if not 0 < train_size <= 1:
-            raise ValueError(f"`train_size` must be above 0 and at most 1, got {train_size}.")
-        if validation_size is None:
-            validation_size = 1.0 - train_size
-        if validation_size > 1 - train_size + 1e-9:
-            raise ValueError(
-                f"`validation_size` must be at most 1 - train_size = {1 - train_size:g}, got {validation_size}."
-            )
+        if train_size is not None:
+            check_number("train_size", train_size, above=0)
+        if validation_size is not None:
+            check_number("validation_size", validation_size, least=0, below=1)
+        share = train_size
+        if share is None:
+            share = 1.0 - (validation_size if validation_size is not None else 0.1 if validates else 0.0)
+            validation_size = None  # the rest
+        try:
+            n_train, n_val = validate_data_split(n, share, validation_size)
+        except ValueError as error:
+            raise ValueError(f"`train_size` is {share:g}, `validation_size` {validation_size}: {error}.") from error
         order = np.random.default_rng(seed).permutation(n)
-        n_train, n_val = max(1, round(train_size * n)), round(validation_size * n)
         return np.sort(order[:n_train]), np.sort(order[n_train : n_train + n_val])
 
     # -- what a model may say ---------------------------------------------------------------------------------------
@@ -227,8 +324,19 @@ class TrainingMixin(QueryMixin):
         self.calibration_ = calibrate(self, train_idx)
 
 
+def _joined(before: dict[str, pd.DataFrame], now: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """History of all training, epochs numbered on. scvi-tools drops what only the later training logged."""
+    n_before = max((int(values.index.max()) + 1 for values in before.values() if len(values)), default=0)
+    later = {name: values.set_axis(values.index + n_before) for name, values in now.items()}
+    joined = {
+        name: pd.concat([part[name] for part in (before, later) if name in part])
+        for name in dict.fromkeys([*before, *later])
+    }
+    return {name: values.rename_axis(index="epoch") for name, values in joined.items()}
+
+
 def _external(indexing: Any, n: int) -> tuple[Rows, Rows]:
-    """Rows of an imposed split."""
+    """Rows of an imposed split, of which some cells may be no part; scvi-tools' own check refuses that."""
     message = (
         "`datasplitter_kwargs['external_indexing']` must be [train, validation, test] with row numbers below "
         f"{n} that do not overlap, and train must not be empty."
