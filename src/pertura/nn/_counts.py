@@ -15,6 +15,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
+_compiled = njit(nogil=True, cache=True, error_model="numpy")
+
 _TARGET_SUM = 1e4
 # Means that differ by less than the rounding of a decoder in float32 are the same mean.
 _SAME = 1e-5
@@ -32,36 +34,58 @@ _NODES = np.exp(_STEP * np.arange(math.floor(-26.0 / _STEP), math.ceil(2.6 / _ST
 _WEIGHTS = _STEP * np.exp(-_NODES)
 
 
-@njit(nogil=True, cache=True)
-def _stabilized(x: float, mean: float, mean2: float, theta: float) -> float:
-    """The count at which asinh(sqrt((x + 3/8) / theta)) is as far from that of its mean as before; a real number.
+@_compiled
+def _moved(value: float, before: float, after: float, theta: float) -> float:
+    """The value as far from `after` as it was from `before`, measured by asinh(sqrt(. / theta)); 0 where there is none.
 
     exp(asinh(a)) is a + sqrt(1 + a^2), so that no transcendental function is needed.
     """
-    at, before, after = (x + _OFFSET) / theta, (mean + _OFFSET) / theta, (mean2 + _OFFSET) / theta
-    e = (math.sqrt(at) + math.sqrt(1.0 + at)) * (math.sqrt(after) + math.sqrt(1.0 + after))
+    value, before, after = value / theta, before / theta, after / theta
+    e = (math.sqrt(value) + math.sqrt(1.0 + value)) * (math.sqrt(after) + math.sqrt(1.0 + after))
     e /= math.sqrt(before) + math.sqrt(1.0 + before)
     if e <= 1.0:
         return 0.0
     half = 0.5 * (e - 1.0 / e)
-    return max(half * half * theta - _OFFSET, 0.0)
+    return half * half * theta
 
 
-@njit(nogil=True, cache=True)
+@_compiled
+def _stabilized(x: float, mean: float, mean2: float, theta: float) -> float:
+    """Count under mean2 by the variance-stabilizing coupling, a real number; 3/8 as in Anscombe's transformation."""
+    return max(_moved(x + _OFFSET, mean, mean2, theta) - _OFFSET, 0.0)
+
+
+@_compiled
 def _anchor(x: float, mean: float, theta: float, max_mean: float) -> tuple[int, float]:
     """A count and a mean on the path of the stabilizing coupling at which probabilities can be summed."""
     if x <= _LARGE_COUNT and mean <= max_mean:
         return int(x), mean
     count = math.floor(min(_stabilized(x, mean, max_mean, theta), float(_LARGE_COUNT)))
-    # the mean at which this cell would have that count: mean and count change places
-    return int(count), min(_stabilized(mean, x, count, theta), max_mean)
+    # the mean at which this cell would have that count: counts and means change places
+    return int(count), min(_moved(mean, x + _OFFSET, count + _OFFSET, theta), max_mean)
 
 
-@njit(nogil=True, cache=True)
+@_compiled
+def _zeros(step: float, size: float, theta: float) -> float:
+    """(1 + step / size)^-theta: the probability of 0 for (mean, theta), and the ratio of two of them for (mean2 - mean, mean + theta).
+
+    By series where they are short, which most entries of sparse counts are; their error is below 2e-6.
+    """
+    half = step / (2.0 * size + step)
+    square = half * half
+    exponent = 2.0 * theta * half * (1.0 + square * (1.0 / 3.0 + square * (0.2 + square * (1.0 / 7.0))))
+    if 0.0 <= half < 0.25 and exponent < 0.4:
+        e = -exponent
+        tail = e * (1.0 / 24.0 + e * (1.0 / 120.0 + e * (1.0 / 720.0 + e * (1.0 / 5040.0))))
+        return 1.0 + e * (1.0 + e * (0.5 + e * (1.0 / 6.0 + tail)))
+    return math.exp(-theta * math.log(1.0 + step / size))
+
+
+@_compiled
 def _below(x: int, mean: float, theta: float) -> tuple[float, float]:
     """F(x - 1) and the probability of x."""
     q = mean / (mean + theta)
-    probability = math.exp(-theta * math.log(1.0 + mean / theta))
+    probability = _zeros(mean, theta, theta)
     below = 0.0
     for k in range(x):
         below += probability
@@ -69,7 +93,7 @@ def _below(x: int, mean: float, theta: float) -> tuple[float, float]:
     return below, probability
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _value(k: float, factor: float, table: np.ndarray) -> float:
     """log1p(factor k), or k where the factor is 0."""
     if k < _N_TABLE:
@@ -77,7 +101,7 @@ def _value(k: float, factor: float, table: np.ndarray) -> float:
     return math.log1p(factor * k) if factor > 0.0 else k
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _value_between(y: float, low: float, high: float, factor: float, table: np.ndarray) -> float:
     """Integral of the value of floor(y + v) over v from low to high, both within 0 and 1."""
     k = math.floor(y)
@@ -85,7 +109,7 @@ def _value_between(y: float, low: float, high: float, factor: float, table: np.n
     return (high - low - up) * _value(k, factor, table) + up * _value(k + 1.0, factor, table)
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _overlap_mean(
     below: float,
     width: float,
@@ -124,7 +148,7 @@ def _overlap_mean(
         k += 1
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _mean_of_one(
     x: float, mean: float, mean2: float, theta: float, max_mean: float, factor: float, table: np.ndarray
 ) -> float:
@@ -142,11 +166,11 @@ def _mean_of_one(
     if width < _SATURATED * below:
         return _value_between(_stabilized(x, mean, mean2, theta), 0.0, 1.0, factor, table)
     bounded = min(mean2, max_mean)
-    probability = math.exp(-theta * math.log(1.0 + bounded / theta))
+    probability = _zeros(bounded, theta, theta)
     return _overlap_mean(below, width, probability, mean2, theta, max_mean, factor, table)
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _replay_of_one(x: float, mean: float, mean2: float, theta: float, max_mean: float, v: float) -> float:
     """Count under mean2 at the position v within the interval of x."""
     if not (mean >= 0.0 and mean2 >= 0.0 and mean + mean2 < math.inf):
@@ -162,7 +186,7 @@ def _replay_of_one(x: float, mean: float, mean2: float, theta: float, max_mean: 
     bounded = min(mean2, max_mean)
     q = bounded / (bounded + theta)
     wanted = below + v * width
-    probability = math.exp(-theta * math.log(1.0 + bounded / theta))
+    probability = _zeros(bounded, theta, theta)
     cumulative, k = probability, 0
     while cumulative < wanted and not (k > bounded and probability < 1e-17 * cumulative):
         probability *= (k + theta) / (k + 1.0) * q
@@ -171,14 +195,14 @@ def _replay_of_one(x: float, mean: float, mean2: float, theta: float, max_mean: 
     return math.floor(_stabilized(k, max_mean, mean2, theta) + v) if mean2 > max_mean else float(k)
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _fill(factor: float, table: np.ndarray) -> None:
     """The values of small counts."""
     for k in range(_N_TABLE):
         table[k] = math.log1p(factor * k) if factor > 0.0 else k
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _conditional_mean(
     first: int,
     last: int,
@@ -209,8 +233,8 @@ def _conditional_mean(
                         continue
                     if m >= 0.0 and m2 <= max_mean[gene]:
                         # F2(0) / F(0): relative to F(0), nothing saturates
-                        ratio = math.exp(-th * math.log(1.0 + (m2 - m) / (m + th)))
-                        if ratio * (1.0 + th * m2 / (m2 + th)) >= 1.0:
+                        ratio = _zeros(m2 - m, m + th, th)
+                        if ratio * (m2 + th + th * m2) >= m2 + th:
                             result[gene] = (1.0 - ratio) * table[1]
                         else:
                             result[gene] = _overlap_mean(0.0, 1.0, ratio, m2, th, max_mean[gene], scale, table)
@@ -218,7 +242,7 @@ def _conditional_mean(
                 result[gene] = _mean_of_one(count, m, m2, th, max_mean[gene], scale, table)
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _replay(
     first: int,
     last: int,
@@ -246,7 +270,7 @@ def _replay(
                 )
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _expected(
     first: int, last: int, mean: np.ndarray, theta: np.ndarray, factor: np.ndarray, out: np.ndarray
 ) -> None:
@@ -274,7 +298,7 @@ def _expected(
                 if m < 6.0:
                     # few counts have nearly all of the probability
                     q = m / (m + th)
-                    probability = math.exp(-th * math.log(1.0 + m / th))
+                    probability = _zeros(m, th, th)
                     left, total, k = 1.0 - probability, 0.0, 0
                     while left > 3e-4 and k < 30:
                         probability *= (k + th) / (k + 1.0) * q
