@@ -185,11 +185,11 @@ class SAMSVAE(PerturbationModel):
 
     def _initialize(self, data: PerturbationDataModule, table: ConditionTable) -> None:
         if not self.is_trained_:
-            self._standardize(table)
+            self._standardize(data, table)
         if getattr(self.module, "gene_effects", None) is not None:
             fit_gene_effects(self, table)
 
-    def _finish(self, table: ConditionTable) -> None:
+    def _complete(self, table: ConditionTable) -> None:
         if getattr(self.module, "gene_effects", None) is not None:
             refine_gene_effects(self, table)
 

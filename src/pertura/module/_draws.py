@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro
+import pyro.poutine.util
 import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
@@ -36,7 +37,7 @@ class _Draws(Messenger):
         self.n_draws, self.values, self.noise = n_draws, values, noise
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["done"] or msg["is_observed"]:
+        if msg["done"] or msg["is_observed"] or pyro.poutine.util.site_is_subsample(msg):
             return
         name, fn = msg["name"], msg["fn"]
         if name in self.values:
@@ -100,7 +101,7 @@ def run(
 
 def is_latent(site: Mapping[str, Any]) -> bool:
     """Whether a site of a trace is a latent variable."""
-    return site["type"] == "sample" and not site["is_observed"]
+    return site["type"] == "sample" and not site["is_observed"] and not pyro.poutine.util.site_is_subsample(site)
 
 
 def is_local(site: Mapping[str, Any], plate: str = "cells") -> bool:

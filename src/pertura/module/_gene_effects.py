@@ -197,7 +197,8 @@ class GeneEffects(nn.Module):
         if not self.is_counts:
             return
         steps = torch.linspace(_LOW, _HIGH, _N_GRID, device=base.device)
-        reached = torch.stack([likelihood.of_activation(activation + s, library).expectation("log1p", library).mean(0) for s in steps], 1)
+        moved = [likelihood.moved_by(activation, library, step).expectation("log1p", library).mean(0) for step in steps]
+        reached = torch.stack(moved, 1)
         # where the decoder is off the measured mean of controls, change counts and not level
         start = _interpolate(torch.zeros_like(base)[:, None], steps.expand_as(reached), reached)
         levels = torch.linspace(0.0, _TOP, _N_LEVELS, device=base.device).expand(self.n_genes, -1)

@@ -71,7 +71,7 @@ class LatentModule(PerturbationModule):
         self.input_mean.copy_(mean)
         # a gene that hardly varies must not enter the encoder blown up
         self.input_scale.copy_(sd.clamp(min=0.2 * float(sd.square().mean().sqrt()) + 1e-6))
-        self.likelihood.initialise(raw_mean.float(), raw_sd.float())
+        self.likelihood.initialize(raw_mean.float(), raw_sd.float())
 
     def normalized(self, x: Tensor) -> Tensor:
         """Counts as log1p of counts per 10,000 (or of counts); other values as they are."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas as pd
+import torch
 from anndata import AnnData
 from lightning.pytorch.callbacks import ProgressBar
 from numpy.typing import NDArray
@@ -15,25 +17,28 @@ from scvi import settings
 from scvi.data import AnnDataManager
 from scvi.dataloaders._data_splitting import validate_data_split
 
-from pertura.data._constants import UNKNOWN
+from pertura.data._constants import KEYS, UNKNOWN
 from pertura.data._datamodule import PerturbationDataModule
+from pertura.data._perturbation import Perturbation
+from pertura.effects import ConditionTable, calibrate
+from pertura.effects._table import Moments
 from pertura.module._base import PerturbationModule
 from pertura.train._plan import PyroPlan
 from pertura.train._progress import EpochProgress, Progress
 from pertura.train._trainer import TrainRunner, quiet
 
-from ._arguments import check_flag, check_number, check_whole
-from ._calibration import calibrate
-from ._engine import seeded
-from ._query import QueryMixin
+from ._arguments import check_flag, check_number, check_whole, resolve_seed
+from ._predict import Settings, mean_effects, seeded
+from ._query import Query
 
 if TYPE_CHECKING:
-    from ._base import PerturbationModel
+    from ._model import PerturbationModel
 
 Rows = NDArray[np.int64]
+_MAX_CONTROLS = 200
 
 
-class TrainingMixin(QueryMixin):
+class TrainingMixin:
     """``train``, and what a model may say about it.
 
     While it trains, ``self._progress`` is the bar that the user sees. Methods that read or measure much name what they do there.
@@ -47,6 +52,8 @@ class TrainingMixin(QueryMixin):
     is_trained_: bool
     _training_plan_cls: ClassVar[type] = PyroPlan
     _progress: Progress = Progress()
+    # what is measured beside the shared table; see `ConditionTable.measure`
+    _table_options: ClassVar[dict[str, Any]] = {}
 
     def train(
         self,
@@ -121,7 +128,7 @@ class TrainingMixin(QueryMixin):
             check_whole("batch_size", batch_size)
         check_flag("early_stopping", early_stopping)
         plan_kwargs = self._plan_arguments(plan_kwargs, lr)
-        seed = self._seed(seed)
+        seed = resolve_seed(seed)
         validates = early_stopping or trainer_kwargs.get("check_val_every_n_epoch") is not None
         train_idx, val_idx = self._split(train_size, validation_size, validates, seed, datasplitter_kwargs)
         if early_stopping and not len(val_idx):
@@ -155,15 +162,16 @@ class TrainingMixin(QueryMixin):
                     callbacks=callbacks,
                     **trainer_kwargs,
                 )
-                self._run(runner, data, seed)
-                self._finish(runner, train_idx)
+                table = self._measure(train_idx, data)
+                self._run(runner, data, table, seed)
+                self._finish(runner, train_idx, table)
         finally:
             self.__dict__.pop("_progress", None)
 
     def _check_trainable(self, train_idx: Rows) -> None:
         """Raise unless the model knows what was done to its training cells."""
         self.adata_manager.validate()
-        unknown = (self._actions(self.adata_manager, train_idx)[0] == UNKNOWN).any(1)
+        unknown = (self._registered_cells(train_idx).actions[0] == UNKNOWN).any(1)
         if unknown.any():
             raise ValueError(
                 f"`adata`: {int(unknown.sum())} training cells carry perturbations that the model does not know. "
@@ -205,11 +213,11 @@ class TrainingMixin(QueryMixin):
         history = self.history_ if isinstance(self.history_, dict) else {}
         return float(history[name].iloc[-1, 0]) if name in history else 1.0
 
-    def _run(self, runner: TrainRunner, data: PerturbationDataModule, seed: int) -> None:
+    def _run(self, runner: TrainRunner, data: PerturbationDataModule, table: ConditionTable, seed: int) -> None:
         """All epochs, or those until the user stops them."""
         before = self.history_
         with quiet(), seeded(seed, runner.device):
-            self._initialise(data)
+            self._initialize(data, table)
             self.module.train()  # after an earlier training or loading it is in evaluation mode, and Lightning leaves it
             try:
                 runner()
@@ -218,7 +226,7 @@ class TrainingMixin(QueryMixin):
                 if isinstance(own, dict) and runner.trainer.is_global_zero:
                     self.history_ = _joined(before if isinstance(before, dict) else {}, own)
 
-    def _finish(self, runner: TrainRunner, train_idx: Rows) -> None:
+    def _finish(self, runner: TrainRunner, train_idx: Rows, table: ConditionTable) -> None:
         """What follows the last step, after a stop by the user as well."""
         trainer, progress = runner.trainer, self._progress
         epochs = f"{round(trainer.n_epochs, 1):g}"
@@ -236,7 +244,7 @@ class TrainingMixin(QueryMixin):
         progress.part("finish")
         progress.stage("Measuring effects")
         try:
-            self._after_training(train_idx)
+            self._after_training(train_idx, table)
         except KeyboardInterrupt:
             warnings.warn(
                 "The effects of the trained model were not measured: its predictions lack what is measured, and their "
@@ -303,8 +311,30 @@ class TrainingMixin(QueryMixin):
         """Plain minibatches; models that compare pairs override this."""
         return PerturbationDataModule(self.adata_manager, train_idx, val_idx, batch_size=batch_size, seed=seed)
 
-    def _initialise(self, data: PerturbationDataModule) -> None:
-        """Set what the module takes from the data before the first training."""
+    def _measure(self, train_idx: Rows, data: PerturbationDataModule) -> ConditionTable:
+        """Means of all training conditions, in one pass over the training cells."""
+        return ConditionTable.measure(
+            self.adata_manager,
+            train_idx,
+            max_dose=np.asarray(self.vocabulary.max_dose, dtype=np.float64),
+            n_contexts=len(self.contexts),
+            dataset=data.dataset,
+            **self._table_options,
+        )
+
+    def _initialize(self, data: PerturbationDataModule, table: ConditionTable) -> None:
+        """Set what the module takes from the data before training."""
+
+    def _standardize(self, data: PerturbationDataModule, table: ConditionTable) -> None:
+        """Standardization of an encoder's input, and where the decoder starts."""
+        module, moments = self.module, table.normalized
+        if self.registered.is_counts and not module.normalize_input:
+            moments = _moments_of_log_counts(data)
+        parts = (moments.mean, np.sqrt(moments.variance), table.raw.mean, np.sqrt(table.raw.variance))
+        module.standardize(*(torch.as_tensor(part, dtype=torch.float32) for part in parts))
+
+    def _complete(self, table: ConditionTable) -> None:
+        """Set what the module takes from the data once it is trained."""
 
     def _plan_defaults(self) -> dict[str, Any]:
         return {}
@@ -318,10 +348,46 @@ class TrainingMixin(QueryMixin):
     def _default_max_epochs(self, n_batches: int) -> int:
         return int(np.clip(round(10_000 / n_batches), 10, 400))
 
-    def _after_training(self: PerturbationModel, train_idx: Rows) -> None:
-        """Measure how far effects are from the training data, for honest intervals."""
+    def _after_training(self: PerturbationModel, train_idx: Rows, table: ConditionTable) -> None:
+        """Complete the module, and measure how far its effects are from those of the training data."""
         self.module.eval()
-        self.calibration_ = calibrate(self, train_idx)
+        self._complete(table)
+        cells, rng = self._registered_cells(train_idx), np.random.default_rng(0)
+        scale = self.registered.default_scale
+
+        def predict(context: int, perturbations: Sequence[Perturbation]) -> NDArray[np.float64]:
+            """Effects on some controls of a context."""
+            rows = cells.rows[cells.is_control & (cells.context == context)]
+            rows = rows if len(rows) <= _MAX_CONTROLS else np.sort(rng.choice(rows, _MAX_CONTROLS, replace=False))
+            return mean_effects(self._predictor(cells.at(rows), Settings(4, scale, 0)), perturbations)
+
+        # an effect has `n_latent` free coordinates for `n_genes` genes: as projections do, the model took up that share of
+        # the noise of the measured effects
+        share = 0.0 if self._draws_effects else min(1.0, self.module.n_latent / len(self.gene_names))
+        self.calibration_ = calibrate(
+            table,
+            predict,
+            self.registered.vocabulary,
+            self.contexts,
+            scale=scale,
+            # bulk: replicates are few, and a profile is a mean already
+            min_cells=10 if self.registered.is_counts else 2,
+            noise_share=share,
+        )
+
+    def _registered_cells(self: PerturbationModel, rows: Rows) -> Query:
+        """Some of the model's own cells."""
+        return Query(self.registered, self.adata_manager, self.adata, rows)
+
+
+def _moments_of_log_counts(data: PerturbationDataModule) -> Moments:
+    """Mean and variance over training cells of log1p of counts."""
+    total = square = 0.0
+    for tensors in data.iterate(data.train_idx):
+        x = tensors[KEYS.X].double().log1p()
+        total, square = total + x.sum(0).numpy(), square + x.square().sum(0).numpy()
+    mean = total / data.n_train
+    return Moments(mean, np.maximum(square / data.n_train - mean**2, 0.0))
 
 
 def _joined(before: dict[str, pd.DataFrame], now: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
