@@ -271,9 +271,7 @@ def _replay(
 
 
 @_compiled
-def _expected(
-    first: int, last: int, mean: np.ndarray, theta: np.ndarray, factor: np.ndarray, out: np.ndarray
-) -> None:
+def _expected(first: int, last: int, mean: np.ndarray, theta: np.ndarray, factor: np.ndarray, out: np.ndarray) -> None:
     n_draws, _, n_genes = out.shape
     n_nodes = len(_NODES)
     table, transform = np.empty(_N_TABLE), np.empty(n_nodes)
@@ -466,7 +464,5 @@ def expected(mean: Tensor, theta: Tensor, scale: str = "counts", depth: Tensor |
     shape = _broadcast(mean)
     out = np.empty((shape[:-2].numel(), *shape[-2:]), dtype=np.float32)
     factor = _factor(scale, depth, shape)
-    _by_cells(
-        _expected, shape[-2], out.size, _draws_first(mean, shape), _of_genes(theta, shape[-1]), factor, out
-    )
+    _by_cells(_expected, shape[-2], out.size, _draws_first(mean, shape), _of_genes(theta, shape[-1]), factor, out)
     return torch.from_numpy(out).view(mean.shape).to(mean)
