@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import gammaln, xlogy
-from scipy.stats import nbinom, poisson
 from scipy.stats import gamma as gamma_distribution
+from scipy.stats import nbinom, poisson
 
 from pertura.nn import _counts
 from pertura.nn._counts import conditional_mean, expected, replay
@@ -33,7 +33,17 @@ def _brute_force_mean(x, mean, mean2, theta, depth):
     return (np.diff(edges) * _g(k, depth)).sum() / (high - low)
 
 
-EXTREMES = [(50, 0.01), (0, 1000.0), (20_000, 1e4), (20_000, 0.3), (1, 1e-8), (0, 1e-8), (300, 290.0), (257, 1e5), (7, 3.0)]
+EXTREMES = [
+    (50, 0.01),
+    (0, 1000.0),
+    (20_000, 1e4),
+    (20_000, 0.3),
+    (1, 1e-8),
+    (0, 1e-8),
+    (300, 290.0),
+    (257, 1e5),
+    (7, 3.0),
+]
 
 
 @pytest.mark.parametrize("theta", [np.exp(-5), 0.3, 2.0, 100.0, np.exp(8)])
@@ -59,7 +69,7 @@ def test_a_mean_close_by_gives_nearly_the_counts_back(mean, theta):
     means, thetas = torch.full_like(x, mean), torch.full((400,), float(theta))
     for factor in (1.0 - 2e-5, 1.0 + 2e-5):
         found = conditional_mean(x, means, means * factor, thetas)
-        torch.testing.assert_close(found, x, rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(found, x, rtol=2e-3, atol=5e-3)
 
 
 @pytest.mark.parametrize("depth", [None, 900.0])
@@ -114,7 +124,13 @@ def test_more_expected_is_never_less_counted(x, mean, theta):
 
 @pytest.mark.parametrize(
     ("mean", "theta", "scale"),
-    [(0.5, 2.0, "counts"), (20.0, 0.4, "log1p"), (200.0, 5.0, "counts"), (900.0, 2000.0, "counts"), (2000.0, 1.0, "log1p")],
+    [
+        (0.5, 2.0, "counts"),
+        (20.0, 0.4, "log1p"),
+        (200.0, 5.0, "counts"),
+        (900.0, 2000.0, "counts"),
+        (2000.0, 1.0, "log1p"),
+    ],
 )
 @pytest.mark.parametrize("fold", [0.002, 0.3, 1.6, 9.0])
 def test_conditional_mean_is_the_mean_of_replays(mean, theta, scale, fold):
@@ -150,7 +166,7 @@ def test_counts_of_one_mean_become_counts_of_the_other(mean, theta, fold):
     low, high = after.ppf(levels - 0.015), after.ppf(levels + 0.015)
     quantiles = np.quantile(found, levels, method="inverted_cdf")
     assert ((quantiles >= low * 0.98 - 1) & (quantiles <= high * 1.02 + 1)).all()
-    if mean <= 30:
+    if max(mean, mean * fold) <= 250:
         edges = np.unique(after.ppf(np.linspace(0.05, 0.95, 12)))
         observed = np.bincount(np.searchsorted(edges, found), minlength=len(edges) + 1)
         probability = np.diff(np.concatenate([[0], after.cdf(edges), [1]]))
@@ -162,9 +178,9 @@ def test_counts_of_one_mean_become_counts_of_the_other(mean, theta, fold):
 
 def _brute_force_expected(mean, theta, depth):
     """Sum over all counts where that is possible, else a fine quadrature over the gamma of a Poisson's log."""
-    sd = np.sqrt(mean + mean**2 / theta)
-    if mean + 40 * sd < 2e6:
-        top = int(mean + 40 * sd + 60)
+    # the tail falls as exp(-k theta / mean)
+    top = int(mean + 12 * np.sqrt(mean + mean**2 / theta) + 30 * mean / theta + 60)
+    if top < 3e6:
         k = np.arange(top + 1)
         log_p = gammaln(k + theta) - gammaln(theta) - gammaln(k + 1.0)
         log_p += xlogy(k, mean / (mean + theta)) - theta * np.log1p(mean / theta)
@@ -212,9 +228,7 @@ def test_shapes_broadcast_over_draws_and_threads_agree(monkeypatch):
         one = conditional_mean(x, mean[draw], mean2[draw], theta, "log1p", depth[:, None])
         assert torch.equal(found[draw], one)
         assert torch.equal(replay(x, mean, mean2, theta, v)[draw], replay(x, mean[draw], mean2[draw], theta, v[draw]))
-        assert torch.equal(
-            expected(mean, theta, "log1p", depth)[draw], expected(mean[draw], theta, "log1p", depth)
-        )
+        assert torch.equal(expected(mean, theta, "log1p", depth)[draw], expected(mean[draw], theta, "log1p", depth))
     # one draw of the first mean serves all of the second, in any number of leading dimensions
     assert torch.equal(
         conditional_mean(x, mean[0], mean2.view(2, 3, 9, 4), theta).view(6, 9, 4),
@@ -222,11 +236,11 @@ def test_shapes_broadcast_over_draws_and_threads_agree(monkeypatch):
     )
     # a depth of each draw
     depths = torch.rand(6, 9, 1) * 1e3 + 500
-    assert torch.equal(
-        expected(mean, theta, "log1p", depths)[5], expected(mean[5], theta, "log1p", depths[5])
-    )
+    assert torch.equal(expected(mean, theta, "log1p", depths)[5], expected(mean[5], theta, "log1p", depths[5]))
     # a single cell without a leading dimension
-    assert torch.equal(conditional_mean(x[2], mean[0, 2], mean2[0, 2], theta), conditional_mean(x, mean[0], mean2[0], theta)[2])
+    assert torch.equal(
+        conditional_mean(x[2], mean[0, 2], mean2[0, 2], theta), conditional_mean(x, mean[0], mean2[0], theta)[2]
+    )
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     repeated = mean.repeat(1, 100, 20), mean2.repeat(1, 100, 20)
     many = conditional_mean(x.repeat(100, 20), *repeated, theta.repeat(20), "log1p", depth.repeat(100))

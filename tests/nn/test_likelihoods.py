@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 import torch
-from scipy.stats import poisson
+from scipy.stats import nbinom, poisson
 
 from pertura.nn import CountLikelihood, GaussianLikelihood
-from pertura.nn._likelihoods import NegativeBinomial, poisson_quantile
+from pertura.nn._likelihoods import NegativeBinomial, Point, poisson_quantile
 
 
 def _count(beta=1.0, n_genes=6):
@@ -129,3 +129,95 @@ def test_the_same_noise_serves_two_rates():
     change = (means[1].mean(0) - means[0].mean(0)).abs()
     assert (difference.var(0) < 3 * change + 0.1).all()
     assert difference.var(0).mean() < 0.3 * (means[0].var(0) + means[1].var(0)).mean()
+
+
+def _two_distributions(n_draws=3, n_cells=8, n_genes=5):
+    torch.manual_seed(0)
+    theta, means = torch.rand(n_genes) * 3 + 0.3, torch.rand(2, n_draws, n_cells, n_genes) * 4 + 0.05
+    return [NegativeBinomial(mean, theta).to_event(1).base_dist for mean in means]
+
+
+def test_a_cell_asked_for_its_own_distribution_gets_its_own_counts():
+    own, other = _two_distributions()
+    x, depth = own.sample()[0], torch.rand(8) * 500 + 100
+    noise = own.abduct(x)
+    assert torch.equal(own.replay(noise), x.expand(3, 8, 5))
+    assert torch.equal(own.conditional_mean(noise), x.expand(3, 8, 5))
+    on_log1p = own.conditional_mean(noise, "log1p", depth)
+    torch.testing.assert_close(on_log1p, torch.log1p(1e4 * x / depth[:, None]).expand(3, 8, 5))
+    assert not torch.equal(other.replay(noise), x.expand(3, 8, 5))
+
+
+def test_replays_share_the_noise_and_average_to_the_conditional_mean():
+    own, other = _two_distributions()
+    x, depth = own.sample()[0], torch.rand(8, 1) * 500 + 100
+    noise = own.abduct(x)
+    first = other.replay(noise)
+    assert torch.equal(first, other.replay(noise))
+    assert noise.v.shape == (3, 8, 5)
+    replays = torch.stack([other.replay(own.abduct(x)) for _ in range(4000)])
+    assert not torch.equal(replays[0], replays[1])
+    torch.testing.assert_close(replays.mean(0), other.conditional_mean(noise), atol=0.15, rtol=0.02)
+    on_log1p = torch.log1p(1e4 * replays / depth).mean(0)
+    torch.testing.assert_close(on_log1p, other.conditional_mean(noise, "log1p", depth), atol=0.12, rtol=0.02)
+
+
+def test_expectation_and_draws_are_of_one_distribution():
+    own, _ = _two_distributions(1, 2, 5)
+    depth = torch.tensor([300.0, 900.0])
+    draws = own.sample((50_000,))
+    torch.testing.assert_close(own.expectation("counts"), own.mean)
+    torch.testing.assert_close(draws.mean(0), own.expectation(), rtol=0.04, atol=0.02)
+    on_log1p = torch.log1p(1e4 * draws / depth[:, None]).mean(0)
+    torch.testing.assert_close(on_log1p, own.expectation("log1p", depth), rtol=0, atol=0.04)
+    # not the mean and variance alone: the probabilities of scipy
+    mean, theta = own._mean[0], own._theta
+    for k in range(4):
+        expected = nbinom.pmf(k, theta, theta / (theta + mean))
+        np.testing.assert_allclose((draws[:, 0] == k).float().mean(0), expected, atol=0.01)
+
+
+def test_expanded_distributions_keep_their_noise():
+    own, _ = _two_distributions(1, 8, 5)
+    x = own.sample()[0]
+    expanded = own.expand(torch.Size((4, 8, 5)))
+    assert torch.equal(expanded.replay(own.abduct(x)), x.expand(4, 8, 5))
+    gaussian = GaussianLikelihood(3, 5)(torch.randn(8, 3), torch.ones(8, 1)).base_dist.expand((4, 8, 5))
+    assert torch.equal(gaussian.expectation()[0], gaussian.expectation()[3])
+    point = Point(torch.rand(8, 5), "log1p").to_event(1).expand((4, 8)).base_dist
+    assert point.native_scale == "log1p"
+    assert point.expectation().shape == (4, 8, 5)
+
+
+def test_gaussian_distribution_keeps_the_residual():
+    torch.manual_seed(0)
+    likelihood = GaussianLikelihood(3, 5)
+    own, other = (likelihood(torch.randn(7, 3), torch.ones(7, 1)).base_dist for _ in range(2))
+    x = torch.randn(7, 5)
+    noise = own.abduct(x)
+    torch.testing.assert_close(own.replay(noise), x)
+    torch.testing.assert_close(other.replay(noise) - other.loc, (x - own.loc) * other.scale / own.scale)
+    assert torch.equal(other.conditional_mean(noise, scale="layer"), other.replay(noise))
+    assert torch.equal(other.expectation(scale="layer", depth=None), other.loc)
+    with pytest.raises(ValueError, match="scale='log1p'"):
+        other.expectation("log1p")
+
+
+def test_point_is_converted_between_scales():
+    counts, depth = torch.tensor([[0.0, 2.0], [5.0, 10.0]]), torch.tensor([1e4, 2e4])
+    point = Point(counts, "counts")
+    on_log1p = point.expectation("log1p", depth)
+    torch.testing.assert_close(on_log1p, torch.log1p(torch.tensor([[0.0, 2.0], [2.5, 5.0]])))
+    back = Point(on_log1p, "log1p")
+    for convert in (back.expectation, lambda scale, depth: back.replay(None, scale, depth)):
+        torch.testing.assert_close(convert("counts", depth[:, None]), counts)
+    torch.testing.assert_close(back.conditional_mean(point.abduct(counts), scale="counts", depth=depth), counts)
+    assert torch.equal(Point(-counts, "log1p").expectation("counts", depth), torch.zeros(2, 2))
+    assert torch.equal(Point(counts, "layer").expectation("log1p"), counts)
+    assert torch.equal(back.expectation(), on_log1p)
+    with pytest.raises(ValueError, match="depth is None"):
+        back.expectation("counts")
+    with pytest.raises(ValueError, match="'log1p' to 'layer'"):
+        back.expectation("layer")
+    with pytest.raises(ValueError, match="native_scale='tpm'"):
+        Point(counts, "tpm")

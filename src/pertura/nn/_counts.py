@@ -26,10 +26,12 @@ _LARGE_COUNT = 256
 _MAX_EXPONENT = 256.0
 # A count whose probability is below this share of F(x - 1) is too far in the upper tail to be told from its neighbors in float64.
 _SATURATED = 1e-8
+# Sums stop here: a quantile this far out is met where a mean is raised by orders of magnitude alone.
+_MAX_COUNT = 100_000
 _OFFSET = 0.375
 _N_TABLE = 64
 # Nodes of the trapezoid rule in log t; its error falls as exp(-pi^2 / step).
-_STEP = 0.9
+_STEP = 1.0
 _NODES = np.exp(_STEP * np.arange(math.floor(-26.0 / _STEP), math.ceil(2.6 / _STEP) + 1))
 _WEIGHTS = _STEP * np.exp(-_NODES)
 
@@ -128,12 +130,14 @@ def _overlap_mean(
     q = bounded / (bounded + theta)
     upper = below + width
     cumulative, k, low, total = probability, 0, below, 0.0
-    while cumulative <= below:
+    while cumulative <= below and k < _MAX_COUNT:
         probability *= (k + theta) / (k + 1.0) * q
         cumulative += probability
         k += 1
     while True:
-        last = cumulative >= upper - 1e-6 * width or (k > bounded and probability < 1e-17 * cumulative)
+        last = (
+            cumulative >= upper - 1e-6 * width or k >= _MAX_COUNT or (k > bounded and probability < 1e-17 * cumulative)
+        )
         high = upper if last else cumulative
         if mean2 > max_mean:
             y = _stabilized(k, max_mean, mean2, theta)
@@ -188,7 +192,7 @@ def _replay_of_one(x: float, mean: float, mean2: float, theta: float, max_mean: 
     wanted = below + v * width
     probability = _zeros(bounded, theta, theta)
     cumulative, k = probability, 0
-    while cumulative < wanted and not (k > bounded and probability < 1e-17 * cumulative):
+    while cumulative < wanted and k < _MAX_COUNT and not (k > bounded and probability < 1e-17 * cumulative):
         probability *= (k + theta) / (k + 1.0) * q
         cumulative += probability
         k += 1
@@ -200,6 +204,34 @@ def _fill(factor: float, table: np.ndarray) -> None:
     """The values of small counts."""
     for k in range(_N_TABLE):
         table[k] = math.log1p(factor * k) if factor > 0.0 else k
+
+
+@_compiled
+def _zeros_moved(
+    x: np.ndarray,
+    mean: np.ndarray,
+    mean2: np.ndarray,
+    theta: np.ndarray,
+    max_mean: np.ndarray,
+    value: float,
+    moved: np.ndarray,
+    done: np.ndarray,
+) -> None:
+    """What zeros become where it is no more than one, `value`; `done` says where.
+
+    Most entries of sparse counts. Without branches, so that the compiler vectorizes it: the series are those of `_zeros`.
+    """
+    for gene in range(len(x)):
+        m, m2, th = np.float64(mean[gene]), np.float64(mean2[gene]), np.float64(theta[gene])
+        step = max(m2 - m, 0.0)
+        half = step / (2.0 * (m + th) + step)
+        square = half * half
+        y = 2.0 * th * half * (1.0 + square * (1.0 / 3.0 + square * (0.2 + square * (1.0 / 7.0))))
+        # 1 - F2(0) / F(0)
+        left = y * (1.0 - y * (0.5 - y * (1.0 / 6.0 - y * (1.0 / 24.0 - y * (1.0 / 120.0 - y * (1.0 / 720.0))))))
+        moved[gene] = left * value
+        one = (half < 0.25) & (y < 0.4) & (left * (m2 + th + th * m2) <= th * m2) & (m2 <= max_mean[gene])
+        done[gene] = (x[gene] == 0.0) & (m >= 0.0) & ((m2 <= m) | (one & (m2 > m)))
 
 
 @_compiled
@@ -215,7 +247,7 @@ def _conditional_mean(
     out: np.ndarray,
 ) -> None:
     n_draws, _, n_genes = out.shape
-    table = np.empty(_N_TABLE)
+    table, done = np.empty(_N_TABLE), np.empty(n_genes, dtype=np.bool_)
     for cell in range(first, last):
         for draw in range(n_draws):
             scale = factor[draw if len(factor) > 1 else 0, cell]
@@ -224,22 +256,18 @@ def _conditional_mean(
             counts = x[draw if len(x) > 1 else 0, cell]
             means, means2 = mean[draw if len(mean) > 1 else 0, cell], mean2[draw if len(mean2) > 1 else 0, cell]
             result = out[draw, cell]
+            _zeros_moved(counts, means, means2, theta, max_mean, table[1], result, done)
             for gene in range(n_genes):
-                count = counts[gene]
+                if done[gene]:
+                    continue
+                count, limit = np.float64(counts[gene]), max_mean[gene]
                 m, m2, th = np.float64(means[gene]), np.float64(means2[gene]), np.float64(theta[gene])
-                if count == 0.0:
-                    if m2 <= m * (1.0 + _SAME):
-                        result[gene] = 0.0
-                        continue
-                    if m >= 0.0 and m2 <= max_mean[gene]:
-                        # F2(0) / F(0): relative to F(0), nothing saturates
-                        ratio = _zeros(m2 - m, m + th, th)
-                        if ratio * (m2 + th + th * m2) >= m2 + th:
-                            result[gene] = (1.0 - ratio) * table[1]
-                        else:
-                            result[gene] = _overlap_mean(0.0, 1.0, ratio, m2, th, max_mean[gene], scale, table)
-                        continue
-                result[gene] = _mean_of_one(count, m, m2, th, max_mean[gene], scale, table)
+                if count == 0.0 and 0.0 <= m < m2 <= limit:
+                    # relative to F(0), nothing saturates
+                    ratio = _zeros(m2 - m, m + th, th)
+                    result[gene] = _overlap_mean(0.0, 1.0, ratio, m2, th, limit, scale, table)
+                else:
+                    result[gene] = _mean_of_one(count, m, m2, th, limit, scale, table)
 
 
 @_compiled
@@ -298,12 +326,12 @@ def _expected(first: int, last: int, mean: np.ndarray, theta: np.ndarray, factor
                     q = m / (m + th)
                     probability = _zeros(m, th, th)
                     left, total, k = 1.0 - probability, 0.0, 0
-                    while left > 3e-4 and k < 30:
+                    while left > 4e-4 and k < 30:
                         probability *= (k + th) / (k + 1.0) * q
                         left -= probability
                         k += 1
                         total += probability * table[k]
-                    if left <= 3e-4:
+                    if left <= 4e-4:
                         out[draw, cell, gene] = total + left * table[k + 1]
                         continue
                 # log(1 + s x) is the integral of (1 - exp(-s x t)) exp(-t) / t, and E exp(-s x t) has a closed form
