@@ -193,9 +193,7 @@ def ridge_weights(
     return weights + slope - slope.mean()
 
 
-def choose_strength(
-    conditions: Conditions, effect: NDArray, gram: NDArray[np.float64], n_components: int
-) -> float:
+def choose_strength(conditions: Conditions, effect: NDArray, gram: NDArray[np.float64], n_components: int) -> float:
     """Strength of :func:`ridge_weights` that predicts the effects of each context best from the other contexts'.
 
     Parameters

@@ -268,7 +268,9 @@ def calibrate(
     if len(chosen) > _MAX_CONDITIONS:
         chosen = np.sort(np.random.default_rng(seed).choice(chosen, _MAX_CONDITIONS, replace=False))
     found = table.effects(adjust_depth=adjust_depth)
-    measured = _Measured([done[i] for i in chosen], table.context[treated[chosen]], found.effect[chosen], found.se[chosen])
+    measured = _Measured(
+        [done[i] for i in chosen], table.context[treated[chosen]], found.effect[chosen], found.se[chosen]
+    )
     predicted = np.zeros(measured.effect.shape)
     for context in np.unique(measured.context):
         own = np.flatnonzero(measured.context == context)
@@ -319,7 +321,9 @@ class _Measured:
 
     def additive(self, delimiter: str) -> tuple[float, float] | None:
         """Discrepancy of predicting a measured combination by the sum of its members."""
-        lookup = {(p.label, p.dose, c): i for i, (p, c) in enumerate(zip(self.perturbations, self.context, strict=True))}
+        lookup = {
+            (p.label, p.dose, c): i for i, (p, c) in enumerate(zip(self.perturbations, self.context, strict=True))
+        }
         combined = np.flatnonzero(self.frame["order"] > 1)
         weights = np.zeros((len(combined), len(self.frame)))
         complete = np.ones(len(combined), dtype=bool)

@@ -141,8 +141,8 @@ class MeasuredEffect(nn.Module):
         row = torch.tensor([self._row(kind) for kind in kinds.tolist()], device=codes.device)[which]
         at = torch.where(row >= 0)[0]
         if len(at):
-            weight[at[:, None], self.combinations[row[at] - self.n_perturbations].clamp(min=0)] -= (
-                own[at, None] * (self.combinations[row[at] - self.n_perturbations] >= 0)
+            weight[at[:, None], self.combinations[row[at] - self.n_perturbations].clamp(min=0)] -= own[at, None] * (
+                self.combinations[row[at] - self.n_perturbations] >= 0
             )
             weight[at, row[at]] += own[at]
         return weight, torch.where(row < 0, own, 0.0), unseen

@@ -683,7 +683,9 @@ def _add_groups(into: Matrix, group: NDArray[np.int64], x: Values) -> None:
         np.add.at(into.reshape(-1), at, x.data)
         return
     present, local = np.unique(group, return_inverse=True)  # a chunk may hold few of the groups
-    member = sparse.csr_matrix((np.ones(len(group)), (local.ravel(), np.arange(len(group)))), (len(present), len(group)))
+    member = sparse.csr_matrix(
+        (np.ones(len(group)), (local.ravel(), np.arange(len(group)))), (len(present), len(group))
+    )
     into[present] += member @ x
 
 

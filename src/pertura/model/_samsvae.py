@@ -156,7 +156,9 @@ class SAMSVAE(PerturbationModel):
         comparator = {"conditional": ConditionalVAE, "svae+": SVAEPlus}.get(options.effect)
         if comparator is not None:
             if options.effects == "measured":
-                raise ValueError(f"`effects='measured'` is not possible with `effect={options.effect!r}`: use 'latent'.")
+                raise ValueError(
+                    f"`effects='measured'` is not possible with `effect={options.effect!r}`: use 'latent'."
+                )
             own = {"mask_prior": options.mask_prior} if comparator is SVAEPlus else {}
             self.module = comparator(*sizes, likelihood=likelihood, **shared, **own)
         else:

@@ -36,7 +36,6 @@ from ._latent import Decoder, LatentModule, NormalEncoder
 from ._shifts import RotateOnce, SparseShifts, share_of_data
 
 
-
 class SAMSVAE(LatentModule):
     r"""Generative model and guide of SAMS-VAE.
 

@@ -74,9 +74,7 @@ class SparseShifts(nn.Module):
         else:
             self.loc = nn.Parameter(torch.zeros(n_rows, n_latent))
             self.log_sd = nn.Parameter(torch.full((n_rows, n_latent), -1.0))
-        self.log_prior_sd = nn.Parameter(
-            torch.full((n_latent,), prior_sd or 1.0).log(), requires_grad=prior_sd is None
-        )
+        self.log_prior_sd = nn.Parameter(torch.full((n_latent,), prior_sd or 1.0).log(), requires_grad=prior_sd is None)
         self.mask_logits = nn.Parameter(torch.zeros(n_rows, n_latent)) if masked else None
         self.register_buffer("prior_logits", torch.logit(torch.full((n_rows, n_latent), mask_prior)))
         self.interaction = nn.Parameter(0.05 * torch.randn(n_rows, n_latent)) if interactions else None

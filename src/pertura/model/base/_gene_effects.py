@@ -50,9 +50,7 @@ def fit_gene_effects(model: PerturbationModel, table: ConditionTable) -> None:
         site.set_curve(base, module.likelihood, start, library)
 
 
-def _start(
-    module: torch.nn.Module, table: ConditionTable, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _start(module: torch.nn.Module, table: ConditionTable, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Activations before training, of cells whose genes vary as they do among controls, and their library."""
     library = np.exp(np.asarray(table.sample.depth)[:, 0] + 8.0)
     at = np.argsort(library)[np.linspace(0, len(library) - 1, min(_MAX_STARTS, len(library))).astype(int)]
@@ -65,7 +63,9 @@ def _start(
 def refine_gene_effects(model: PerturbationModel, table: ConditionTable, seed: int = 0) -> None:
     """Fit the curve from effects to activations to control cells as the trained decoder sees them."""
     module = model.module
-    rows = model.train_indices[Query(model.registered, model.adata_manager, model.adata, model.train_indices).is_control]
+    rows = model.train_indices[
+        Query(model.registered, model.adata_manager, model.adata, model.train_indices).is_control
+    ]
     if not len(rows):
         return
     rng = np.random.default_rng(seed)

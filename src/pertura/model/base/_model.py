@@ -127,9 +127,7 @@ class PerturbationModel(TrainingMixin, BaseModelClass):
         if cls.__dict__.get("_setup_keys") and "setup_anndata" not in cls.__dict__:
             cls.setup_anndata = classmethod(_setup_with(cls._setup_keys))
 
-    def __init__(
-        self, adata: AnnData | MuData | None = None, registry: dict | None = None, **options: Any
-    ) -> None:
+    def __init__(self, adata: AnnData | MuData | None = None, registry: dict | None = None, **options: Any) -> None:
         if isinstance(adata, MuData):
             adata = registered_modality(adata)
         elif adata is not None and not isinstance(adata, AnnData):
@@ -383,7 +381,9 @@ class PerturbationModel(TrainingMixin, BaseModelClass):
     def _discrepancy(self) -> Discrepancy:
         """How far effects are from the truth, and questions from the data; made once per training."""
         key = (self.calibration_, self.vocabulary)
-        if self._fitted_discrepancy is None or any(a is not b for a, b in zip(self._fitted_discrepancy[0], key, strict=True)):
+        if self._fitted_discrepancy is None or any(
+            a is not b for a, b in zip(self._fitted_discrepancy[0], key, strict=True)
+        ):
             self._fitted_discrepancy = (key, self._make_discrepancy())
         return self._fitted_discrepancy[1]
 
@@ -729,7 +729,9 @@ class PerturbationModel(TrainingMixin, BaseModelClass):
             raise TypeError(f"{type(self).__name__}: unexpected argument {next(iter(given))!r}.")
         return {}
 
-    def _provenance(self, perturbations: Sequence[Perturbation], ci: float | None, settings: Settings) -> dict[str, Any]:
+    def _provenance(
+        self, perturbations: Sequence[Perturbation], ci: float | None, settings: Settings
+    ) -> dict[str, Any]:
         """What was asked, for ``uns``."""
         return {
             "perturbation": [p.label for p in perturbations],
@@ -835,7 +837,9 @@ def _setup_with(keys: tuple[SetupKey, ...]) -> Callable[..., None]:
 
     signature = inspect.signature(shared)
     parameters = list(signature.parameters.values())
-    own = [inspect.Parameter(k.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation="str | None") for k in keys]
+    own = [
+        inspect.Parameter(k.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation="str | None") for k in keys
+    ]
     at = next(i for i, p in enumerate(parameters) if p.name == "perturbation_features_key")
     setup_anndata.__signature__ = signature.replace(parameters=[*parameters[:at], *own, *parameters[at:]])
     lines = "".join(f"        {k.name}\n            {k.doc}\n" for k in keys)

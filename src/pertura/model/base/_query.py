@@ -182,9 +182,7 @@ def query(
     return asked
 
 
-def _transfer(
-    model: PerturbationModel, user: AnnData, rows: Rows, annotations: pd.DataFrame | None
-) -> QueryManager:
+def _transfer(model: PerturbationModel, user: AnnData, rows: Rows, annotations: pd.DataFrame | None) -> QueryManager:
     """Registered form of an AnnData that the model was not made with."""
     registered = model.registered
     layer = registered.argument("layer")

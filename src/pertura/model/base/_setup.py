@@ -52,6 +52,7 @@ def check_new(adata: AnnData, args: dict[str, Any], perturbation_optional: bool)
     names = sorted({m for label in labels for m in parse_label(label, control, delimiter)})
     return check_features(adata, args["perturbation_features_key"], names)
 
+
 def check_known(adata: AnnData, args: dict[str, Any], source: dict[str, Any]) -> pd.DataFrame | None:
     """Check data that a saved model is loaded with: the model's names, codes and features stay.
 

@@ -155,7 +155,9 @@ def as_anndata(
     obs = own.iloc[np.tile(np.arange(n_cells), n)].copy()
     labels = np.repeat(np.array([q.label for q in perturbations], dtype=object), n_cells)
     doses = np.repeat(np.array([q.dose_text for q in perturbations], dtype=object), n_cells)
-    columns = {"perturbation": (model.registered.argument("perturbation_key") or "perturbation", pd.Categorical(labels))}
+    columns = {
+        "perturbation": (model.registered.argument("perturbation_key") or "perturbation", pd.Categorical(labels))
+    }
     if has_dose:
         columns["dose"] = (model.registered.argument("dose_key"), doses)
     names = obs.index.to_numpy()
