@@ -207,7 +207,7 @@ class PerturbationModule(PyroBaseModuleClass):
     @property
     def list_obs_plate_vars(self) -> dict[str, Any]:
         """Observation plate, as scvi-tools asks for it."""
-        return {"name": _PLATE, "in": [0], "sites": {}, "event_dim": 1}
+        return {"name": "cells", "in": [0], "sites": {}, "event_dim": 1}
 
     def on_load(self, model: Any, **kwargs: Any) -> None:
         """Nothing to do: the state dict holds everything."""

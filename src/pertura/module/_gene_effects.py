@@ -73,15 +73,15 @@ class RowNormal(TorchDistribution):
     arg_constraints: dict[str, Any] = {}
     has_rsample = True
 
-    def __init__(self, n_genes: int, fixed: bool, device: torch.device, batch_shape: torch.Size = torch.Size()) -> None:
+    def __init__(self, n_genes: int, fixed: bool, device: torch.device, batch_shape: Sequence[int] = ()) -> None:
         self.n_genes, self.fixed, self.device = n_genes, fixed, device
-        super().__init__(batch_shape, torch.Size(), validate_args=False)
+        super().__init__(torch.Size(batch_shape), torch.Size(), validate_args=False)
 
     def expand(self, batch_shape: Sequence[int], _instance: None = None) -> RowNormal:
         """The same over a larger batch."""
-        return RowNormal(self.n_genes, self.fixed, self.device, torch.Size(batch_shape))
+        return RowNormal(self.n_genes, self.fixed, self.device, batch_shape)
 
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> RowNoise:
+    def rsample(self, sample_shape: Sequence[int] = ()) -> RowNoise:
         """Noise with a new seed."""
         n_draws = self.batch_shape[0] if self.batch_shape else 1
         seed = int(torch.randint(2**40, ()).item()) if self.fixed else None

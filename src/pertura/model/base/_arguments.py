@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from anndata import AnnData
+
 from numpy.typing import NDArray
 from scvi import settings
 
