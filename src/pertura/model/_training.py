@@ -207,7 +207,7 @@ class TrainingMixin(QueryMixin):
 
     def _run(self, runner: TrainRunner, data: PerturbationDataModule, seed: int) -> None:
         """All epochs, or those until the user stops them."""
-        before = self.history_
+        before = dict(self.history_) if isinstance(self.history_, dict) else {}  # scvi-tools changes it in place
         with quiet(), seeded(seed, runner.device):
             self._initialise(data)
             self.module.train()  # after an earlier training or loading it is in evaluation mode, and Lightning leaves it
@@ -216,7 +216,7 @@ class TrainingMixin(QueryMixin):
             finally:
                 own = getattr(runner.trainer.logger, "history", None)
                 if isinstance(own, dict) and runner.trainer.is_global_zero:
-                    self.history_ = _joined(before if isinstance(before, dict) else {}, own)
+                    self.history_ = _joined(before, own)
 
     def _finish(self, runner: TrainRunner, train_idx: Rows) -> None:
         """What follows the last step, after a stop by the user as well."""
