@@ -37,12 +37,16 @@ def screen():
     )
 
 
-@pytest.fixture(params=[SAMSVAE, PertVAE], ids=lambda cls: cls.__name__)
-def model(request, screen):
+def make(cls, screen):
     adata = screen.copy()
     keys = {"perturbation_key": "perturbation", "control": "control", "layer": "counts", "context_key": "cell_type"}
-    request.param.setup_anndata(adata, **keys)
-    return request.param(adata, n_latent=3)
+    cls.setup_anndata(adata, **keys)
+    return cls(adata, n_latent=3)
+
+
+@pytest.fixture
+def model(screen):
+    return make(SAMSVAE, screen)
 
 
 class At(pl.Callback):
@@ -85,7 +89,9 @@ def n_batches(model):
 
 
 @pytest.mark.parametrize("stop", [press, raise_interrupt])
-def test_stopped_model_keeps_what_it_has_learned(model, stop, capsys):
+@pytest.mark.parametrize("cls", [SAMSVAE, PertVAE])
+def test_stopped_model_keeps_what_it_has_learned(screen, cls, stop, capsys):
+    model = make(cls, screen)
     untrained = {k: v.clone() for k, v in model.module.state_dict().items()}
     before = signal.getsignal(signal.SIGINT)
     share = 1 + 2 / n_batches(model)

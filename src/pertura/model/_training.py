@@ -127,19 +127,19 @@ class TrainingMixin(QueryMixin):
         if early_stopping and not len(val_idx):
             raise ValueError("`early_stopping` needs validation cells: set `train_size` below 1.")
         trainer_kwargs = {**self._trainer_defaults(), **trainer_kwargs}
-        callbacks = list(
-            trainer_kwargs.pop("callbacks", None) or []
-        )  # the trainer would append to the caller's own list
-        shown = (
-            trainer_kwargs.get("enable_progress_bar", True) and trainer_kwargs.get("progress_bar_refresh_rate", 1) != 0
-        )
-        shown = shown and trainer_kwargs.get("simple_progress_bar", True)
-        shown = shown and not any(isinstance(callback, ProgressBar) for callback in callbacks)
+        # a copy: the trainer would append to the caller's own list
+        callbacks = list(trainer_kwargs.pop("callbacks", None) or [])
+        wanted = trainer_kwargs.get("enable_progress_bar", True)
+        wanted = wanted and trainer_kwargs.get("progress_bar_refresh_rate", 1) != 0
+        another = not trainer_kwargs.get("simple_progress_bar", True)
+        another = another or any(isinstance(callback, ProgressBar) for callback in callbacks)
+        shown = bool(wanted) and not another
+        if wanted:  # scvi-tools' own would be a second one
+            trainer_kwargs["simple_progress_bar"] = False
         try:
             with Progress(shown) as self._progress:
                 if shown:
                     callbacks.append(EpochProgress(self._progress))
-                    trainer_kwargs["simple_progress_bar"] = False
                 self._progress.part("prepare")
                 self._progress.stage("Reading data")
                 self._check_trainable(train_idx)
