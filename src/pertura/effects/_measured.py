@@ -133,7 +133,7 @@ class MeasuredEffect(nn.Module):
         known = strength * (codes >= 0)
         weight = self.mean.new_zeros(len(codes), len(self.mean))
         weight.scatter_add_(1, codes.clamp(min=0), known)
-        unseen = (strength * (codes == UNKNOWN)).square().sum(-1).sqrt()
+        unseen = torch.linalg.vector_norm(strength * (codes == UNKNOWN), dim=-1)
         own = strength.masked_fill(~present, torch.inf).amin(-1).clamp(max=1.0)
         own = torch.where(present.sum(-1) > 1, own, 0.0)
         # cells have few distinct combinations
