@@ -11,7 +11,7 @@ from scipy import sparse
 from torch import Tensor
 
 from pertura.data._vocabulary import dose_units
-from pertura.effects._contexts import Asked, Conditions, correlations
+from pertura.effects._contexts import Asked, Conditions, profile_correlations
 from pertura.effects._table import ConditionMeans
 from pertura.module._base import Action, Basal, Cells, PerturbationModule
 
@@ -79,7 +79,7 @@ class BaselineModule(PerturbationModule):
 
     def affinity(self, control: Tensor) -> Tensor:
         """How alike contexts are: correlation of control profiles with those of training, ``(n, n_contexts)``, on CPU."""
-        return torch.as_tensor(correlations(control.cpu().numpy(), self.control.cpu().numpy()))
+        return torch.as_tensor(profile_correlations(control.cpu().numpy(), self.control.cpu().numpy()))
 
     def representable(self, asked: Asked) -> bool:
         """Whether the estimator has a way to predict a perturbation."""

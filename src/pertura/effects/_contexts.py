@@ -147,7 +147,7 @@ class Conditions:
 # -- weights of contexts ------------------------------------------------------------------------------------------------
 
 
-def correlations(profiles: NDArray, others: NDArray) -> NDArray[np.float64]:
+def profile_correlations(profiles: NDArray, others: NDArray) -> NDArray[np.float64]:
     """Pearson correlation over genes of each profile with each of the others, ``(n, n_others)``; 0 if one is constant."""
     return _normalized(profiles) @ _normalized(others).T
 
