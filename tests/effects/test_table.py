@@ -10,8 +10,8 @@ from anndata import AnnData
 from scipy import sparse
 
 from pertura.data._cells import Expression
-from pertura.effects import _table
-from pertura.effects._table import control_means
+from pertura.effects import _sums, _table
+from pertura.effects._sums import control_means
 
 LABELS = {"A": (0,), "B": (1,), "A+B": (0, 1)}
 
@@ -166,7 +166,7 @@ def test_any_storage_in_any_chunks_is_the_same(screen, measure, storage, tmp_pat
     elif storage == "dask":
         dask = pytest.importorskip("dask.array")
         adata.X = dask.from_array(x.toarray(), chunks=(100, -1)).map_blocks(sparse.csr_matrix)
-    monkeypatch.setattr(_table, "_CHUNK_ENTRIES", 1)
+    monkeypatch.setattr(_sums, "_CHUNK_ENTRIES", 1)
     found = measure(adata, setup={"layer": None})
     for name in ("codes", "dose", "context", "n", "mean", "within", "depth", "per_batch", "slope", "spread"):
         np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-6, err_msg=name)
@@ -184,7 +184,7 @@ def test_the_order_of_cells_does_not_matter(screen, measure):
 
 
 def test_each_cell_is_read_once(screen, measure, monkeypatch):
-    monkeypatch.setattr(_table, "_CHUNK_ENTRIES", 1)
+    monkeypatch.setattr(_sums, "_CHUNK_ENTRIES", 1)
     read = []
 
     class Counted:
@@ -209,7 +209,7 @@ def test_each_cell_is_read_once(screen, measure, monkeypatch):
 
 
 def test_memory_does_not_grow_with_cells(screen, measure, monkeypatch):
-    monkeypatch.setattr(_table, "_CHUNK_ENTRIES", 1)
+    monkeypatch.setattr(_sums, "_CHUNK_ENTRIES", 1)
     monkeypatch.setattr(_table, "_MAX_SAMPLE", 50)
     peaks = []
     for times in (4, 40):

@@ -17,7 +17,8 @@ from pertura.data._perturbation import Perturbation
 from pertura.data._vocabulary import Vocabulary
 from pertura.effects._contexts import Asked, Conditions
 from pertura.effects._discrepancy import Discrepancy
-from pertura.effects._table import ConditionTable, control_means
+from pertura.effects._sums import control_means
+from pertura.effects._table import ConditionTable
 from pertura.model._base import PerturbationModel
 
 from ._module import BaselineModule
