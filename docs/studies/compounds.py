@@ -183,7 +183,7 @@ def summary(
 ) -> pd.DataFrame:
     """Means over compounds with 95 % intervals by condition, and the mean of a compound's conditions; paired gains."""
     found = found.assign(condition=(found["context"] + " " + found["dose"]).str.removeprefix("all").str.strip())
-    groups = {name: own for name, own in found.groupby("condition")}
+    groups = dict(iter(found.groupby("condition")))
     if len(groups) > 1:
         by = ["dataset", "split", "held_out", "perturbation", "model", "seed", "metric"]
         mean = found.groupby(by, sort=False, as_index=False)["value"].mean().assign(dose="", context="mean")

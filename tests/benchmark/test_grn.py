@@ -10,7 +10,7 @@ import pytest
 from anndata import AnnData
 
 from pertura import baseline
-from pertura.benchmark import GivenNetwork, NetworkModel, _grn, run_grn, summarize_grn
+from pertura.benchmark import GivenNetwork, NetworkModel, Results, _grn, run_grn, summarize_grn
 from pertura.benchmark import __main__ as _command
 from pertura.metrics import EdgeCandidates, auprc
 
@@ -193,7 +193,7 @@ def test_command_line(data, monkeypatch, capsys, tmp_path):
     assert _command.main(command) == 0
     printed = capsys.readouterr().out
     assert "unseen_both" in printed and "embedding cosine" in printed and "gain" in printed
-    assert len(pd.read_csv(out)) == 2 * (2 * (1 + 8) + 8)
+    assert len(Results(out).select(metric="auprc")) == 2 * (2 * (1 + 8) + 8)
     with pytest.raises(SystemExit):
         _command.main(["grn", "--models", "nothing"])
     assert "none of" in capsys.readouterr().err

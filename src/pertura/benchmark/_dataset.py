@@ -103,7 +103,9 @@ class Dataset:
         options = {"name": str(about.get("name", "adata")), **known, **given}
         for needed in ("perturbation_key", "control"):
             if needed not in options:
-                raise ValueError(f"`{needed}` is missing: `data` does not say it, so pass it.")
+                raise ValueError(
+                    f"`{needed}` is missing: `data` does not say it, so pass it (--{needed.replace('_', '-')} on the command line)."
+                )
         return cls(adata=data, **options)
 
     @property

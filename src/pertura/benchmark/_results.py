@@ -65,11 +65,13 @@ class Results:
         self.path = None if path is None else Path(path)
         self.table = pd.DataFrame(columns=COLUMNS)
         if self.path is not None and self.path.exists():
-            table = pd.read_csv(self.path, dtype=dict.fromkeys(_TEXT, str))
+            # a perturbation may be called "NA"; an empty number is missing
+            numbers = {c: [""] for c in COLUMNS if c not in _TEXT}
+            table = pd.read_csv(self.path, dtype=dict.fromkeys(_TEXT, str), keep_default_na=False, na_values=numbers)
             lacking = [c for c in COLUMNS if c not in table]
             if lacking:
                 raise ValueError(f"`out`: {str(self.path)!r} is no benchmark result, it lacks {lacking}.")
-            self.table = table.fillna(dict.fromkeys(_TEXT, ""))[COLUMNS]
+            self.table = table[COLUMNS]
 
     def has(self, run: Mapping[str, Any], *, settings: str = "", metrics: Sequence[str] = ()) -> bool:
         """Whether a run is in the table.
