@@ -172,7 +172,7 @@ class Screen:
     adata
         Profiles with ``obs["perturbation"]`` and ``obs["condition"]`` (empty in controls).
     name
-        Of the data set.
+        Name of the data set.
     effects
         Measured effects by condition, compounds x genes; all conditions, asked or not.
     descriptions

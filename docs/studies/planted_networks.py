@@ -1,4 +1,4 @@
-"""Is a planted network found by GPOVAE, and are knock-outs foretold that nobody made.
+"""Is a planted network found by GPOVAE, and are knock-outs predicted that nobody made.
 
 Screens of :func:`pertura.datasets.simulate` in which every fourth regulator was never perturbed. The prior network holds nothing, the
 true edges, half of them, or as many between the wrong genes.

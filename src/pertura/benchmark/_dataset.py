@@ -181,7 +181,7 @@ def make_splits(dataset: Dataset, kind: str, *, seed: int = 0, **options: Any) -
         ``"unseen_context"`` (:func:`~pertura.data.leave_context_out`), ``"unseen_perturbation"``,
         ``"unseen_combination"``, ``"unseen_dose"`` or ``"held_out_cells"``.
     seed
-        Of the random choices.
+        Seed of the random choices.
     **options
         Further arguments of the function in :mod:`pertura.data`.
     """

@@ -90,9 +90,9 @@ class NetworkModel:
     splits
         Kinds of splits that it is scored on; `None`: all. A model that is fitted for each split takes its time.
     seed
-        Of the model and its training.
+        Seed of the model and its training.
     **options
-        Of the class.
+        Arguments of the class.
     """
 
     def __init__(
@@ -326,7 +326,7 @@ def summarize_grn(
     reference
         Model that the others are compared with.
     level, n_resamples, seed
-        Of the bootstrap over splits, the same splits for both models. Splits of one network overlap, so that intervals say whether
+        Level, number of samples and seed of the bootstrap over splits, the same splits for both models. Splits of one network overlap, so that intervals say whether
         a difference depends on the split, not whether it would be found with other regulators.
 
     Returns

@@ -44,7 +44,7 @@ def run_speed(data: Any = "papalexi", *, n_steps: int = 200, batch_size: int = 2
     Returns
     -------
     One row: ``model``, ``batch_size``, ``n_genes``, median milliseconds per step of ``model_ms`` and ``bare_ms``, training cells per
-    second of both, and ``ratio`` with the quartiles of the ratio of neighbouring steps.
+    second of both, and ``ratio`` with the quartiles of the ratio of neighboring steps.
     """
     from pertura.model import SAMSVAE
 

@@ -46,7 +46,7 @@ def split_half_ceiling(
     n_splits
         Number of random halvings.
     seed
-        Of the halvings.
+        Seed of the halvings.
     top
         Number of genes meant by ``"_top"``.
     spearman_brown
@@ -188,7 +188,7 @@ def bootstrap_interval(
     n_resamples
         Number of bootstrap samples.
     seed
-        Of the resampling.
+        Seed of the resampling.
 
     Returns
     -------
