@@ -21,7 +21,7 @@ def test_a_file_keeps_every_run_as_it_was(tmp_path):
         {"perturbation": "None", "metric": "mse", "value": np.nan},
     ]
     results.add(rows, RUN, settings="x", seconds=2.0)
-    results.add([{"metric": "mse", "value": 1.0}], {**RUN, "seed": 1}, settings="x")
+    results.add([{"metric": "mse", "value": 1.0}], {**RUN, "seed": 1}, settings="x", n_cells=3)
     again = Results(path)
     pd.testing.assert_frame_equal(again.select(), results.select(), check_dtype=False)
     assert again.table["perturbation"].tolist() == ["NA", "None", ""]

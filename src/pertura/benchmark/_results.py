@@ -116,6 +116,7 @@ class Results:
         if unknown:
             raise ValueError(f"`rows`: there is no column {unknown[0]!r}; columns are {COLUMNS}.")
         new = new.reindex(columns=COLUMNS).fillna(dict.fromkeys(_TEXT, ""))
+        new = new.astype(dict.fromkeys(("value", "n_cells", "seconds", "peak_mb"), float))
         old = self.table[~self._of(run)]
         replaced = len(old) < len(self.table)
         self.table = pd.concat([old, new], ignore_index=True) if len(old) else new
