@@ -23,8 +23,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not getattr(config.option, "loadgroup", False):  # as xdist sets it in its processes
         return
     for item in items:
-        spec = item.callspec.params.get("spec") if hasattr(item, "callspec") else None
-        item.add_marker(pytest.mark.xdist_group(item.path.stem if spec is None else spec.name))
+        own = item.get_closest_marker("xdist_group")
+        if own is not None:
+            continue
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        specs = [params[name] for name in ("spec", "gradient_spec", "shared_spec") if name in params]
+        item.add_marker(pytest.mark.xdist_group(specs[0].name if specs else item.path.stem))
 
 
 @pytest.fixture(autouse=True)
