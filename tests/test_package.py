@@ -74,7 +74,7 @@ def test_submodules(name: str):
 @pytest.mark.parametrize("name", sorted(set(pertura.__all__) - {"__version__"}))
 def test_public_names_are_in_the_api_pages(name: str):
     pages = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
-    listed = set(re.findall(rf"^(?:   |\.\. py:data:: pertura\.){name}\.(\w+)$", pages, re.MULTILINE))
+    listed = set(re.findall(rf"^(?:   |\.\. py:data:: ){name}\.(\w+)$", pages, re.MULTILINE))
     public = set(getattr(getattr(pertura, name), "__all__", []))
     assert listed == public, "docs/api has one line `   namespace.name` per public name"
 

@@ -231,7 +231,8 @@ def build_vocabulary(
     delimiter
         Joins the members of a combination.
     doses
-        One dose per cell, numeric or text (see :func:`member_doses`), or `None`.
+        One dose per cell, or `None`: a number holds for every member, text such as ``"1+0.5"`` gives the members, as the
+        label spells them, their own.
     features
         Rows are perturbations.
     """

@@ -32,6 +32,7 @@ _N_PROGRAMS = 15
 # weights of the priors, in numbers of perturbations (of a gene's response) and of genes (of a perturbation's strength)
 _RESPONSE_WEIGHT, _STRENGTH_WEIGHTS = 6.0, (3.0, 30.0, 300.0)
 _EXPONENTS = (0.0, 0.5, 1.0)
+_MAX_COMPARED = 100  # perturbations whose halves choose the priors
 
 
 @dataclass(frozen=True)
@@ -113,9 +114,10 @@ def shrink(measured: Halves, loadings: Matrix, known: Matrix | None = None) -> S
     settings = list(product(_EXPONENTS, _STRENGTH_WEIGHTS))
     scores = np.zeros(len(settings))
     for (effect, noise), (other, other_noise) in zip(measured.parts, measured.parts[::-1], strict=True):
-        both = np.isfinite(noise) & np.isfinite(other_noise)
-        if not both.any():
+        both = np.flatnonzero(np.isfinite(noise) & np.isfinite(other_noise))
+        if not len(both):
             continue
+        both = both[np.unique(np.linspace(0, len(both) - 1, _MAX_COMPARED).round().astype(int))]
         for i, (exponent, weight) in enumerate(settings):
             found = _posterior(effect[both], noise[both], loadings, known[both], exponent, weight)
             variance = found.sd**2 + other_noise[both, None]

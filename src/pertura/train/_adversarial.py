@@ -86,6 +86,12 @@ class AdversarialPlan(PyroPlan):
         max_kl_weight: float = 1.0,
         lr_schedule: str = "constant",
     ) -> None:
+        missing = [name for name in _OFFERS if not hasattr(module, name)]
+        if missing:
+            raise TypeError(
+                f"`module`: {type(module).__name__} has no {', '.join(missing)}, which `AdversarialPlan` needs. "
+                "See `pertura.train.AdversarialModule`."
+            )
         super().__init__(
             module,
             loss_fn=loss_fn,
@@ -97,12 +103,6 @@ class AdversarialPlan(PyroPlan):
             max_kl_weight=max_kl_weight,
             lr_schedule=lr_schedule,
         )
-        missing = [name for name in _OFFERS if not hasattr(module, name)]
-        if missing:
-            raise TypeError(
-                f"`module`: {type(module).__name__} has no {', '.join(missing)}, which `AdversarialPlan` needs. "
-                "See `pertura.train.AdversarialModule`."
-            )
         self.automatic_optimization = False
         self.lr_discriminator, self.n_discriminator_steps = lr_discriminator, n_discriminator_steps
         self.gradient_penalty = gradient_penalty

@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar as LightningBar
 from lightning.pytorch.utilities import rank_zero_only
 from scvi.utils import track
+from tqdm.notebook import tqdm_notebook
 
 T = TypeVar("T")
 
@@ -59,7 +60,7 @@ class Progress:
                 smoothing=0.05,
             )
             # lines of a log file are not overwritten
-            plain = type(self._bar).__name__ == "tqdm" and not sys.stdout.isatty()
+            plain = not isinstance(self._bar, tqdm_notebook) and not sys.stdout.isatty()
             self._every = 1.0 if plain else 0.1
 
     def __getstate__(self) -> dict[str, Any]:

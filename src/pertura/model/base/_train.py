@@ -134,19 +134,19 @@ class TrainingMixin:
         if early_stopping and not len(val_idx):
             raise ValueError("`early_stopping` needs validation cells: set `train_size` below 1.")
         trainer_kwargs = {**self._trainer_defaults(), **trainer_kwargs}
-        callbacks = list(
-            trainer_kwargs.pop("callbacks", None) or []
-        )  # the trainer would append to the caller's own list
-        shown = (
-            trainer_kwargs.get("enable_progress_bar", True) and trainer_kwargs.get("progress_bar_refresh_rate", 1) != 0
-        )
-        shown = shown and trainer_kwargs.get("simple_progress_bar", True)
-        shown = shown and not any(isinstance(callback, ProgressBar) for callback in callbacks)
+        # a copy: the trainer would append to the caller's own list
+        callbacks = list(trainer_kwargs.pop("callbacks", None) or [])
+        wanted = trainer_kwargs.get("enable_progress_bar", True)
+        wanted = wanted and trainer_kwargs.get("progress_bar_refresh_rate", 1) != 0
+        another = not trainer_kwargs.get("simple_progress_bar", True)
+        another = another or any(isinstance(callback, ProgressBar) for callback in callbacks)
+        shown = bool(wanted) and not another
+        if wanted:  # scvi-tools' own would be a second one
+            trainer_kwargs["simple_progress_bar"] = False
         try:
             with Progress(shown) as self._progress:
                 if shown:
                     callbacks.append(EpochProgress(self._progress))
-                    trainer_kwargs["simple_progress_bar"] = False
                 self._progress.part("prepare")
                 self._progress.stage("Reading data")
                 self._check_trainable(train_idx)
@@ -215,7 +215,7 @@ class TrainingMixin:
 
     def _run(self, runner: TrainRunner, data: PerturbationDataModule, table: ConditionTable, seed: int) -> None:
         """All epochs, or those until the user stops them."""
-        before = self.history_
+        before = dict(self.history_) if isinstance(self.history_, dict) else {}  # scvi-tools changes it in place
         with quiet(), seeded(seed, runner.device):
             self._initialize(data, table)
             self.module.train()  # after an earlier training or loading it is in evaluation mode, and Lightning leaves it
@@ -224,7 +224,7 @@ class TrainingMixin:
             finally:
                 own = getattr(runner.trainer.logger, "history", None)
                 if isinstance(own, dict) and runner.trainer.is_global_zero:
-                    self.history_ = _joined(before if isinstance(before, dict) else {}, own)
+                    self.history_ = _joined(before, own)
 
     def _finish(self, runner: TrainRunner, train_idx: Rows, table: ConditionTable) -> None:
         """What follows the last step, after a stop by the user as well."""
