@@ -165,10 +165,10 @@ class Artifact(nn.Module):
     def group(self, action: Action) -> Tensor:
         """Row of a cell's perturbation in :attr:`profile`, -1 where it has none, ``(n_cells,)``."""
         codes = torch.where(action.present, action.codes, -1).sort(1, descending=True).values
-        single = codes[:, 0] + 1
-        several = (codes >= 0).sum(1) > 1
+        unknown, several = (codes < -1).any(1), (codes >= 0).sum(1) > 1
+        single = torch.where(unknown, -1, codes[:, 0] + 1)
         if not len(self.combinations):
-            return torch.where(several | (codes[:, 0] < -1), -1, single)
+            return torch.where(several, -1, single)
         width = max(codes.shape[1], self.combinations.shape[1])
         padded, known = (
             F.pad(c, (0, width - c.shape[1]), value=-1).sort(1, descending=True).values
@@ -176,7 +176,7 @@ class Artifact(nn.Module):
         )
         same = (padded[:, None] == known).all(-1)
         row = torch.where(same.any(1), 1 + self.n_perturbations + same.float().argmax(1), -1)
-        return torch.where(several, row, torch.where(codes[:, 0] < -1, -1, single))
+        return torch.where(several, row, single)
 
     @torch.no_grad()
     def describe(self, number: Tensor, total: Tensor, square: Tensor, mean: Tensor, scale: Tensor) -> None:
