@@ -19,8 +19,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import sparse
 from torch import Tensor
 
+from pertura.data._cells import CellDataset, Rows
+from pertura.data._constants import KEYS
+
+from ._sums import add_groups, chunks, column_sums, squared
 from ._table import ConditionTable
 
 Matrix = NDArray[np.float64]
@@ -159,6 +164,100 @@ def _update(
     slab = (square + 20.0 * slab**2) / (total + 20.0)
     low, high = (min(max(r, 1e-4), 0.95) for r in rates)
     return (low, max(low, high)), min(max(slab**0.5, 0.05), 2.0)
+
+
+def fit_rows(
+    shift: Tensor,
+    precision: Tensor,
+    genes: Tensor,
+    strength: Tensor,
+    *,
+    covariation: Tensor | None = None,
+    covariation_precision: Tensor | None = None,
+    listed: Tensor | None = None,
+    rate: float = 0.1,
+) -> NetworkPosterior:
+    """Posterior of a network whose rows are perturbations, of a gene or of none, and further genes.
+
+    Parameters
+    ----------
+    shift, precision
+        Of :func:`fit_shifts`, and one over the squared errors, ``(n_perturbations, n_genes)``; 0: not measured.
+    genes
+        Gene of each row, -1 for none; the first rows are the perturbations, ``(n_rows,)``.
+    strength
+        What each row's perturbation does to its own gene; see :func:`own_shifts`.
+    covariation, covariation_precision
+        Covariances of the genes of the rows with all genes between cells of one condition, ``(n_rows, n_genes)``, and
+        the weight of their regression, ``(n_genes,)``.
+    listed, rate
+        As in :func:`fit_network`.
+
+    Returns
+    -------
+    Posterior with the rows of `genes`.
+    """
+    device, rows = shift.device, genes >= 0
+    n, precision = len(shift), precision.clone()
+    design = shift[:, genes[rows]].clone()
+    own = torch.arange(n, device=device)[rows[:n]]
+    # the row of a gene's own perturbation says nothing about what regulates it, and how strong it was is known
+    precision[own, genes[own]] = 0.0
+    design[own, torch.arange(len(own), device=device)] = strength[own]
+    other = torch.where(~rows)[0]
+    # a perturbation that is of no gene acts on its targets in its own condition alone
+    alone = torch.eye(n, device=device)[:, other] * strength[other]
+    design = torch.cat([design, alone.to(design)], 1)
+    if covariation is not None and bool(covariation_precision.any()):
+        # rows that have the cross products of cells of one condition: any root of the covariance does
+        cross = covariation[rows].double()
+        inner = cross[:, genes[rows]]
+        ridge = 1e-3 * inner.diagonal().mean().clamp(min=1e-6)
+        root = torch.linalg.cholesky(inner + ridge * torch.eye(len(inner), device=device, dtype=inner.dtype))
+        more, targets = root.T.to(shift), torch.linalg.solve(root, cross).to(shift)
+        design = torch.cat([design, torch.nn.functional.pad(more, (0, len(other)))])
+        shift = torch.cat([shift, targets])
+        precision = torch.cat([precision, covariation_precision.expand_as(targets)])
+    order = torch.cat([torch.where(rows)[0], other])
+    forbidden = rows[:, None] & (genes[:, None] == torch.arange(shift.shape[1], device=device))
+    found = fit_network(
+        design, shift, precision, forbidden[order], listed=None if listed is None else listed[order], rate=rate
+    )
+    back = order.argsort()
+    parts = (getattr(found, name)[back] for name in ("logits", "mean", "sd", "prior_logits"))
+    return NetworkPosterior(*parts, found.slab)
+
+
+def measure_covariation(dataset: CellDataset, rows: Rows, genes: NDArray[np.int64]) -> tuple[Matrix, Matrix]:
+    """How expression of cells varies around the mean of their condition, on the scale of a :class:`ConditionTable`.
+
+    Parameters
+    ----------
+    dataset, rows
+        Cells.
+    genes
+        Genes, -1 for none.
+
+    Returns
+    -------
+    Covariances of `genes` with all genes ``(len(genes), n_genes)``, 0 for those of none, and the variances of all genes
+    ``(n_genes,)``.
+    """
+    keys = [dataset.fields[key][rows] for key in (KEYS.PERTURBATION, KEYS.CONTEXT) if key in dataset.fields]
+    _, group = np.unique(np.concatenate(keys, axis=1), axis=0, return_inverse=True)
+    group, kept = group.ravel(), np.maximum(genes, 0)
+    n = np.bincount(group)[:, None].astype(np.float64)
+    total = np.zeros((len(n), dataset.n_genes))
+    cross, square = np.zeros((len(genes), dataset.n_genes)), np.zeros(dataset.n_genes)
+    for chunk in chunks(dataset, rows):
+        x = chunk.x
+        add_groups(total, group[chunk.positions], x)
+        part = x[:, kept].T @ x
+        cross += part.toarray() if sparse.issparse(part) else part
+        square += column_sums(squared(x))
+    mean = total / n
+    cross = (cross - (n * mean)[:, kept].T @ mean) / len(rows)
+    return cross * (genes >= 0)[:, None], (square - (n * mean**2).sum(0)) / len(rows)
 
 
 # -- shifts of genes ----------------------------------------------------------------------------------------------------

@@ -61,21 +61,21 @@ class Sums:
         for positions, raw, x, library in chunks(self.dataset, rows):
             depth = np.log(library) - _LOG_LIBRARY
             depth = np.stack([depth, depth**2], axis=1)
-            _add_groups(self.total, part[positions], x)
-            _add_groups(self.square, group[positions], _squared(x))
+            add_groups(self.total, part[positions], x)
+            add_groups(self.square, group[positions], squared(x))
             if len(self.by_batch):
-                _add_groups(self.by_batch, batch[positions], x)
+                add_groups(self.by_batch, batch[positions], x)
             for k in (0, 1):
                 self.depth[:, k] += np.bincount(part[positions], depth[:, k], minlength=len(self.depth))
             self.depth_square += depth.T @ depth
             self.depth_x += (x.T @ depth).T
-            self.raw += _column_sums(raw)
-            self.raw_square += _column_sums(_squared(raw))
+            self.raw += column_sums(raw)
+            self.raw_square += column_sums(squared(raw))
             if self.linear_total is not None:
                 scaled = _scaled(raw, _TARGET_SUM / library)
                 self.unit += float((_TARGET_SUM / library).sum())
-                _add_groups(self.linear_total, group[positions], scaled)
-                _add_groups(self.linear_square, group[positions], _squared(scaled))
+                add_groups(self.linear_total, group[positions], scaled)
+                add_groups(self.linear_square, group[positions], squared(scaled))
             chosen = kept[positions]
             self.sample_x.append(x[chosen].astype(np.float32))
             self.sample_depth.append(depth[chosen])
@@ -106,7 +106,7 @@ def control_means(
     group = np.searchsorted(contexts, context[rows])
     total = np.zeros((len(contexts), dataset.n_genes))
     for chunk in chunks(dataset, rows):
-        _add_groups(total, group[chunk.positions], chunk.x)
+        add_groups(total, group[chunk.positions], chunk.x)
     n = np.bincount(group, minlength=len(contexts))
     return n > 0, (total / np.maximum(n, 1)[:, None]).astype(np.float32)
 
@@ -158,17 +158,17 @@ def _scaled(x: Values, scale: NDArray) -> Values:
     return sparse.csr_matrix((x.data * np.repeat(scale, np.diff(x.indptr)), x.indices, x.indptr), shape=x.shape)
 
 
-def _squared(x: Values) -> Values:
+def squared(x: Values) -> Values:
     return sparse.csr_matrix((x.data**2, x.indices, x.indptr), shape=x.shape) if sparse.issparse(x) else x * x
 
 
-def _column_sums(x: Values) -> NDArray[np.float64]:
+def column_sums(x: Values) -> NDArray[np.float64]:
     if sparse.issparse(x):
         return np.bincount(x.indices, x.data, minlength=x.shape[1])
     return x.sum(0)
 
 
-def _add_groups(into: Matrix, group: NDArray[np.int64], x: Values) -> None:
+def add_groups(into: Matrix, group: NDArray[np.int64], x: Values) -> None:
     """Add rows to the sums of their groups."""
     if sparse.issparse(x):
         at = np.repeat(group * x.shape[1], np.diff(x.indptr)) + x.indices

@@ -12,7 +12,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "_cradlevae": ["CRADLEVAE"],
         "_drugaae": ["DrugAAE"],
         "_gene_effects": ["GeneEffects"],
-        "_gpovae": ["GPOVAE"],
+        "_gpovae": ["GPOVAE", "HopsGPOVAE"],
         "_infosem": ["InfoSEM"],
         "_perturbx": ["PerturbX"],
         "_pertvae": ["PertVAE"],

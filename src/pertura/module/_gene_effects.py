@@ -101,6 +101,8 @@ class GeneEffects(nn.Module):
         Sizes.
     combinations
         Codes of the members of registered combinations.
+    explained
+        Whether latent shifts are to explain the effects; see :func:`explain_effects`.
 
     Attributes
     ----------
@@ -114,7 +116,13 @@ class GeneEffects(nn.Module):
     """
 
     def __init__(
-        self, n_perturbations: int, n_genes: int, n_features: int = 0, combinations: Sequence[Sequence[int]] = ()
+        self,
+        n_perturbations: int,
+        n_genes: int,
+        n_features: int = 0,
+        combinations: Sequence[Sequence[int]] = (),
+        *,
+        explained: bool = True,
     ) -> None:
         super().__init__()
         self.n_genes = n_genes
@@ -122,7 +130,7 @@ class GeneEffects(nn.Module):
         self.register_buffer("base", torch.zeros(n_genes))
         self.register_buffer("curve", torch.zeros(n_genes, _N_LEVELS))
         # how far measured effects are from what latent shifts explain
-        self.log_tau = nn.Parameter(torch.full((n_genes,), -2.0))
+        self.log_tau = nn.Parameter(torch.full((n_genes,), -2.0)) if explained else None
         self.is_counts = True
 
     def sample_noise(self) -> RowNoise:

@@ -18,6 +18,5 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "_scalar": ["ScalarNetwork"],
         "_selector": ["BagAggregation", "ConcreteSelector", "MemberLinear"],
         "_sem": ["propagate", "remove_regulation", "total_effect"],
-        "_structural": ["fit_structural"],
     },
 )

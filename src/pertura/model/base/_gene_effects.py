@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,28 +22,35 @@ if TYPE_CHECKING:
 _MAX_CELLS, _MAX_STARTS = 128, 64
 
 
+def dose_response(model: PerturbationModel) -> Callable[[NDArray[np.int64], NDArray[np.float64]], NDArray[np.float64]]:
+    """What ``model.module.strength`` says of codes and registered doses."""
+    device, unit = device_of(model.module), dose_units(model.vocabulary.max_dose)
+
+    @torch.no_grad()
+    def strength(codes: NDArray[np.int64], dose: NDArray[np.float64]) -> NDArray[np.float64]:
+        relative = torch.as_tensor(dose / unit[codes], dtype=torch.float32, device=device)
+        return model.module.strength(Action(torch.as_tensor(codes, device=device), relative)).cpu().numpy()
+
+    return strength
+
+
 @torch.no_grad()
 def fit_gene_effects(model: PerturbationModel, table: ConditionTable) -> None:
     """Set the posterior of measured effects of ``model.module.gene_effects`` from the training cells.
 
-    The module offers ``strength(action)``, the dose response of each member.
+    The module offers ``strength(action)``, the dose response of each member. Features of perturbations are used where the
+    site was made with them.
     """
     module, vocabulary = model.module, model.vocabulary
     device = device_of(module)
-    unit = dose_units(vocabulary.max_dose)
-
-    def strength(codes: NDArray[np.int64], dose: NDArray[np.float64]) -> NDArray[np.float64]:
-        relative = torch.as_tensor(dose / unit[codes], dtype=torch.float32, device=device)
-        return module.strength(Action(torch.as_tensor(codes, device=device), relative)).cpu().numpy()
-
-    features = model.registered.vocabulary.features
     site = module.gene_effects
+    described = site.measured.feature_weight.shape[0] > 0
     site.measured = fit_measured(
         table,
         vocabulary.n_perturbations,
         combinations=[vocabulary.code(members).tolist() for members in vocabulary.combinations],
-        strength=strength,
-        features=None if features is None else vocabulary.feature_matrix(vocabulary.names),
+        strength=dose_response(model),
+        features=vocabulary.feature_matrix(vocabulary.names) if described else None,
     ).to(device)
     if not model.is_trained_:
         base = torch.as_tensor(table.control_moments.mean, dtype=torch.float32, device=device)

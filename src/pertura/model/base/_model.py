@@ -107,6 +107,8 @@ class PerturbationModel(TrainingMixin, BaseModelClass):
     _draws_effects: ClassVar[bool] = False
     # whether it can be trained on cells of which nothing says that they were perturbed
     _perturbation_optional: ClassVar[bool] = False
+    # options that were found in the data, with which the model is made again when it is loaded without them
+    _found_options: dict[str, Any] = {}
     # whether features of a perturbation that was not seen are enough to predict it
     _can_predict_features: bool = False
     # whether a perturbation is an intervention on the gene whose name it bears, and nothing else
@@ -144,7 +146,8 @@ class PerturbationModel(TrainingMixin, BaseModelClass):
         preset = options.pop("preset", None)
         self.options = resolve(self._options_cls, self._presets, preset, options, type(self).__name__)
         self._make_module()
-        self.init_params_ = {"non_kwargs": {**({"preset": preset} if preset else {}), **options}, "kwargs": {}}
+        given = {**({"preset": preset} if preset else {}), **options, **self._found_options}
+        self.init_params_ = {"non_kwargs": given, "kwargs": {}}
 
     def _make_module(self) -> None:
         """Set ``module`` from ``self.options`` and ``self.registered``, and ``_model_summary_string``."""
