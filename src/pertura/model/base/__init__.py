@@ -1,6 +1,7 @@
 """What every model shares: registration, training, prediction, and where results go."""
 
+from ._grn import GeneNetwork, GRNModel
 from ._model import PerturbationModel, SetupKey
 from ._options import Options, option
 
-__all__ = ["Options", "PerturbationModel", "SetupKey", "option"]
+__all__ = ["GRNModel", "GeneNetwork", "Options", "PerturbationModel", "SetupKey", "option"]

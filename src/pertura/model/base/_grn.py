@@ -1,10 +1,10 @@
-"""Networks that a model learned: as an edge table, in an AnnData, and against known edges."""
+"""Gene regulatory networks that models learn: as an edge table, in an AnnData, and against known edges."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,16 +15,14 @@ from scipy import sparse
 from pertura.metrics._network import score_network
 
 from ._arguments import check_flag, check_key, check_number, check_whole
-from ._writeback import clear, provenance, reserve
-
-if TYPE_CHECKING:
-    from ._base import PerturbationModel
+from ._model import PerturbationModel
+from ._write import clear, provenance, reserve
 
 Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Network:
+class GeneNetwork:
     """Weights of all pairs of a regulator and a gene.
 
     Attributes
@@ -74,19 +72,19 @@ class Network:
         return pd.DataFrame(table)
 
 
-class NetworkMixin:
-    """``get_grn`` and ``evaluate_grn`` of a model that says, by ``_network``, which weights it learned."""
+class GRNModel(PerturbationModel):
+    """Base of models that learn a gene regulatory network, which they give by :meth:`_gene_network`."""
 
-    def _network(self) -> Network:
-        """The learned network."""
+    def _gene_network(self) -> GeneNetwork:
+        """The learned network; called only once the model is trained."""
         raise NotImplementedError
 
-    def _learned_network(self: PerturbationModel) -> Network:
+    def _learned_network(self) -> GeneNetwork:
         self._check_if_trained(warn=False, message="The model is not trained. Call `train()` first.")
-        return self._network()
+        return self._gene_network()
 
     def get_grn(
-        self: PerturbationModel,
+        self,
         *,
         regulators: Sequence[str] | None = None,
         targets: Sequence[str] | None = None,
@@ -146,7 +144,7 @@ class NetworkMixin:
         return edges
 
     def evaluate_grn(
-        self: PerturbationModel,
+        self,
         truth: pd.DataFrame | Iterable[tuple[str, str]],
         *,
         regulators: Sequence[str] | None = None,
