@@ -15,7 +15,7 @@ from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor
 
 from pertura.metrics import bootstrap_interval, pearson_effect
-from pertura.module._infosem import InfoSEM, Inputs
+from pertura.module import Action, Cells, InfoSEM
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def grn_speed(
     for n in n_genes:
         regulators = np.arange(min(n_regulators, n))
         generator = torch.Generator().manual_seed(seed)
-        batches = [torch.randn(1, _BATCH, n, generator=generator) for _ in range(n_steps + 1)]
+        batches = [torch.randn(_BATCH, n, generator=generator) for _ in range(n_steps + 1)]
         took, models = {}, {}
         for cls in (InfoSEM, _Dense):
             torch.manual_seed(seed)
@@ -87,7 +87,7 @@ def grn_speed(
                 "seconds_per_epoch": took[InfoSEM] * steps,
                 "seconds_per_epoch_dense": took[_Dense] * steps,
                 "faster": took[_Dense] / took[InfoSEM],
-                "max_difference": _difference(models[InfoSEM], models[_Dense], batches[0]),
+                "max_difference": _difference(models[InfoSEM], models[_Dense], batches[0][None]),
             }
         )
     return pd.DataFrame(rows)
@@ -102,7 +102,9 @@ def _seconds_per_step(module: InfoSEM, batches: Sequence[Tensor], *, warm: bool)
             start = time.perf_counter()
         module.on_step(1.0)
         optimiser.zero_grad()
-        elbo.differentiable_loss(module.model, module.guide, Inputs(x, None)).backward()
+        none = torch.zeros(len(x), 1)
+        cells = Cells(x, Action(none.long() - 1, none), none[:, 0].long(), none[:, 0].long(), none + 1)
+        elbo.differentiable_loss(module.model, module.guide, cells).backward()
         optimiser.step()
     return (time.perf_counter() - start) / max(1, len(batches) - int(warm))
 

@@ -7,6 +7,7 @@ the measurement: `abduct` infers the noise of a cell's own measurement, `replay`
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -129,9 +130,9 @@ class RectifiedGaussian(Gaussian):
     probability of their own, so that it compares with other models of log1p expression, not with models of counts.
     """
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draws, at least 0."""
-        return super().sample(sample_shape).clamp(min=0.0)
+        return super().sample(torch.Size(sample_shape)).clamp(min=0.0)
 
     def replay(self, noise: Tensor) -> Tensor:
         """Expression under this distribution, the residual kept."""
