@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy import sparse
 
+from pertura.data._cells import size_unit
 from pertura.metrics import score_network
 from pertura.model import InfoSEM
 from pertura.train import AlternatingPlan
@@ -71,7 +72,7 @@ def test_a_chain_is_recovered_with_its_direction(chain_model):
     assert set(zip(edges["source"], edges["target"], strict=True)) == {("a", "b"), ("b", "c")}
 
 
-@pytest.mark.parametrize("name", ["GSD", "HSC"])
+@pytest.mark.parametrize("name", ["GSD", pytest.param("HSC", marks=pytest.mark.slow)])
 def test_curated_networks(load_dataset, name):
     adata = load_dataset("beeline_curated", model=name)
     InfoSEM.setup_anndata(adata)
@@ -147,16 +148,17 @@ def test_knock_outs_move_what_is_downstream(chain_model, screened_chain):
 
 def test_own_perturbation_gives_the_own_expression(counts_model, chain_model):
     """Knocked-out cells and controls, at their own dose: counts to rounding, log1p of them exactly."""
-    adata, scale = counts_model.adata, counts_model.adata.obs["size"].to_numpy()
+    adata = counts_model.adata
     counts = np.asarray(adata.layers["counts"].todense())
+    library = adata.obs["size"].to_numpy()[:, None] * size_unit(counts_model.adata_manager)
+    log = np.log1p(1e4 * counts / library)
     for label, dose in adata.obs[["perturbation", "dose"]].drop_duplicates().itertuples(index=False):
         rows = np.flatnonzero((adata.obs["perturbation"] == label) & (adata.obs["dose"] == dose))
         asked = {"indices": rows, "return_anndata": True} | ({} if label == "control" else {"dose": float(dose)})
-        found = counts_model.predict_perturbation(label, scale="counts", **asked)
-        np.testing.assert_allclose(found.X, counts[rows], atol=2e-3)
-        unit = counts.sum(1).mean() / scale.mean()
-        log = np.log1p(1e4 * counts[rows] / (scale[rows] * unit)[:, None])
-        np.testing.assert_allclose(counts_model.predict_perturbation(label, **asked).X, log, atol=1e-4, rtol=1e-3)
+        found = counts_model.predict_perturbation(label, scale="counts", **asked).X
+        np.testing.assert_array_equal(np.rint(found), counts[rows])
+        np.testing.assert_allclose(found, counts[rows], atol=2e-3)
+        np.testing.assert_allclose(counts_model.predict_perturbation(label, **asked).X, log[rows], atol=1e-4)
     rows = np.flatnonzero(chain_model.adata.obs["gene"] == "b")
     found = chain_model.predict_perturbation("b", indices=rows, return_anndata=True)
     np.testing.assert_allclose(found.X, chain_model.adata.X[rows], atol=1e-4)
@@ -191,7 +193,7 @@ def test_effects_are_means_over_controls(counts_model):
     np.testing.assert_allclose((cells - own).mean(0), table[counts_model.gene_names], atol=1e-4)
     # without the noise of the cell, expression is the mean of the distribution
     smooth = counts_model.predict_perturbation(name, return_anndata=True, noise="none", **asked).X
-    assert np.abs(smooth.mean(0) - cells.mean(0)).max() < 0.5 and np.abs(smooth - cells).max() > 0.5
+    assert (smooth.std(0) < cells.std(0)).all()
 
 
 def test_log_likelihood_depends_on_the_perturbation(chain_model):
@@ -202,7 +204,7 @@ def test_log_likelihood_depends_on_the_perturbation(chain_model):
     treated = (chain_model.adata.obs["gene"] != "control").to_numpy()
     assert own.shape == (chain_model.adata.n_obs,) and np.isfinite(own).all()
     np.testing.assert_array_equal(own[~treated], other[~treated])
-    assert np.abs(own - other)[treated].min() > 0.01
+    assert np.abs(own - other)[treated].mean() > 0.5
 
 
 def test_any_gene_can_be_knocked_out(screened_chain):
