@@ -4,7 +4,7 @@ import torch
 from scipy.stats import nbinom, poisson
 
 from pertura.nn import CountLikelihood, GaussianLikelihood
-from pertura.nn._likelihoods import NegativeBinomial, Point, poisson_quantile
+from pertura.nn._likelihoods import NegativeBinomial, Point, RectifiedGaussian, poisson_quantile
 
 
 def _count(beta=1.0, n_genes=6):
@@ -221,3 +221,21 @@ def test_point_is_converted_between_scales():
         back.expectation("layer")
     with pytest.raises(ValueError, match="native_scale='tpm'"):
         Point(counts, "tpm")
+
+
+def test_rectified_gaussian_reads_values_below_zero_as_zero():
+    """Closed-form means are those of draws on both scales; a cell gets its own expression back, zeros included."""
+    torch.manual_seed(0)
+    loc, scale = torch.tensor([[-1.0, 0.2, 3.0]]), torch.tensor([[0.8, 0.5, 0.3]])
+    own, depth = RectifiedGaussian(loc, scale), torch.tensor([2e4])
+    draws = own.sample((400_000,))
+    assert draws.min() == 0.0
+    torch.testing.assert_close(draws.mean(0), own.expectation(), atol=5e-3, rtol=0)
+    torch.testing.assert_close((2 * draws.expm1()).mean(0), own.expectation("counts", depth), atol=5e-3, rtol=5e-3)
+    x = torch.tensor([[0.0, 0.0, 2.5]])
+    noise = own.abduct(x)
+    torch.testing.assert_close(own.replay(noise), x)
+    torch.testing.assert_close(own.conditional_mean(noise, "counts", depth), 2 * x.expm1())
+    assert RectifiedGaussian(loc - 5, scale).replay(noise)[0, 0] == 0.0
+    torch.testing.assert_close(own.log_prob(x), torch.distributions.Normal(loc, scale).log_prob(x))
+    assert own.expand((4, 3)).sample().shape == (4, 3)

@@ -15,7 +15,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "_propagation": ["GeneEmbedding", "normalised_adjacency"],
         "_ridge": ["DescriptionRidge", "fit_descriptions"],
         "_rotation": ["quartimax"],
-        "_scalar": ["ScalarNetwork"],
+        "_scalar": ["ScalarMLP"],
         "_selector": ["BagAggregation", "ConcreteSelector", "MemberLinear"],
         "_sem": ["propagate", "remove_regulation", "total_effect"],
     },

@@ -6,6 +6,8 @@ the measurement: `abduct` infers the noise of a cell's own measurement, `replay`
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -150,6 +152,46 @@ class Gaussian(dist.Normal):
         """Mean."""
         _only_layer(scale)
         return self.loc
+
+
+class RectifiedGaussian(Gaussian):
+    """Log1p of counts per 10,000: a normal distribution whose values below 0 are read as 0.
+
+    Counterfactuals keep the standardized residual. :meth:`log_prob` is the density of the normal distribution: zeros have no
+    probability of their own, so that it compares with other models of log1p expression, not with models of counts.
+    """
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draws, at least 0."""
+        return super().sample(torch.Size(sample_shape)).clamp(min=0.0)
+
+    def replay(self, noise: Tensor) -> Tensor:
+        """Expression under this distribution, the residual kept."""
+        return super().replay(noise).clamp(min=0.0)
+
+    def conditional_mean(self, noise: Tensor, scale: str = "log1p", depth: Tensor | None = None) -> Tensor:
+        """The same as :meth:`replay`, as the residual leaves nothing open.
+
+        Parameters
+        ----------
+        noise
+            From :meth:`abduct` of the distribution under which the cell was measured.
+        scale
+            ``"log1p"``, or ``"counts"`` for counts at `depth`.
+        depth
+            Library of each cell, ``(n_cells,)`` or ``(..., n_cells, 1)``; needed for ``"counts"`` alone.
+        """
+        return Point(self.replay(noise), "log1p").expectation(scale, depth)
+
+    def expectation(self, scale: str = "log1p", depth: Tensor | None = None) -> Tensor:
+        """Mean on a scale, in closed form; `scale` and `depth` as in :meth:`conditional_mean`."""
+        t = self.loc / self.scale
+        above = torch.special.ndtr(t)
+        if scale == "log1p":
+            return self.loc * above + self.scale * torch.exp(-0.5 * t.square()) / math.sqrt(2 * math.pi)
+        # mean of max(exp(x) - 1, 0), and from there as of one value
+        lognormal = torch.exp(self.loc + 0.5 * self.scale.square()) * torch.special.ndtr(t + self.scale)
+        return Point(torch.log1p((lognormal - above).clamp(min=0.0)), "log1p").expectation(scale, depth)
 
 
 class Point(dist.Delta):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -145,9 +145,16 @@ class PerturbationModel(TrainingMixin, BaseModelClass):
         self._fitted_discrepancy: tuple[Any, Discrepancy] | None = None
         preset = options.pop("preset", None)
         self.options = resolve(self._options_cls, self._presets, preset, options, type(self).__name__)
+        # a model that is loaded without its data needs what keys of them stood for
+        found = self._look_up()
+        self.options, options = replace(self.options, **found), {**options, **found}
         self._make_module()
         given = {**({"preset": preset} if preset else {}), **options, **self._found_options}
         self.init_params_ = {"non_kwargs": given, "kwargs": {}}
+
+    def _look_up(self) -> dict[str, Any]:
+        """Options that name a key of the data, with the values found there, which are saved with the model."""
+        return {}
 
     def _make_module(self) -> None:
         """Set ``module`` from ``self.options`` and ``self.registered``, and ``_model_summary_string``."""
