@@ -527,6 +527,24 @@ def control_means(
     return n > 0, (total / np.maximum(n, 1)[:, None]).astype(np.float32)
 
 
+def project(dataset: CellDataset, rows: Rows, axes: NDArray) -> NDArray[np.float32]:
+    """Coordinates of cells along axes of expression on the scale of the table, ``(n_rows, n_axes)``; cells are read once.
+
+    Parameters
+    ----------
+    dataset
+        Registered cells.
+    rows
+        Cells to use.
+    axes
+        ``(n_axes, n_genes)``.
+    """
+    result = np.empty((len(rows), len(axes)), dtype=np.float32)
+    for chunk in _chunks(dataset, np.asarray(rows, dtype=np.int64)):
+        result[chunk.positions] = chunk.x @ axes.T
+    return result
+
+
 # -- sums over cells ----------------------------------------------------------------------------------------------------
 
 
