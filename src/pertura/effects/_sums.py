@@ -179,3 +179,21 @@ def add_groups(into: Matrix, group: NDArray[np.int64], x: Values) -> None:
         (np.ones(len(group)), (local.ravel(), np.arange(len(group)))), (len(present), len(group))
     )
     into[present] += member @ x
+
+
+def project(dataset: CellDataset, rows: Rows, axes: NDArray) -> NDArray[np.float32]:
+    """Coordinates of cells along axes of expression on the scale of the table, ``(n_rows, n_axes)``; cells are read once.
+
+    Parameters
+    ----------
+    dataset
+        Registered cells.
+    rows
+        Cells to use.
+    axes
+        ``(n_axes, n_genes)``.
+    """
+    result = np.empty((len(rows), len(axes)), dtype=np.float32)
+    for chunk in chunks(dataset, np.asarray(rows, dtype=np.int64)):
+        result[chunk.positions] = chunk.x @ axes.T
+    return result

@@ -21,6 +21,7 @@ prefixes that are not decayed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -178,10 +179,18 @@ class Counterfactual:
         Latent state, ``(n_draws, n_cells, n_latent)``.
     expression
         Distribution of expression, batch shape ``(n_draws, n_cells, n_genes)``; see :mod:`pertura.nn`.
+    drawn
+        Gives the distribution of which single cells are drawn, where these have noise of their state that means leave out.
     """
 
     state: Tensor
     expression: Any
+    drawn: Callable[[], Any] | None = None
+
+    @property
+    def of_cells(self) -> Any:
+        """Distribution of which single cells are drawn."""
+        return self.expression if self.drawn is None else self.drawn()
 
 
 class PerturbationModule(PyroBaseModuleClass):

@@ -157,7 +157,7 @@ class Block:
         predictor = self._predictor
         with self._seeded(2):
             noise = self.basal.noise if predictor.settings.noise == "own" else None
-            x = found.expression.sample() if noise is None else found.expression.replay(noise)
+            x = found.of_cells.sample() if noise is None else found.of_cells.replay(noise)
         return rescale(x, predictor.module.native_scale, predictor.settings.scale, self.cells.library)
 
     def own(self) -> Tensor:
@@ -169,7 +169,7 @@ class Block:
         """Expression under the cells' own perturbation, measured anew, on the native scale."""
         found = self.under(None)
         with self._seeded(3):
-            return found.expression.sample()
+            return found.of_cells.sample()
 
 
 @contextmanager
