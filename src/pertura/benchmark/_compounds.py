@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from pertura.nn._ridge import _LeaveOneOut, correlations
+from pertura.effects._features import _LeaveOneOut, correlations
 
 from ._screens import CONTROL, Screen
 
