@@ -8,8 +8,8 @@ from scipy import sparse
 
 from pertura import baseline as bl
 from pertura import datasets
-from pertura.baseline import _pseudobulk
 from pertura.data._cells import CellDataset
+from pertura.effects import _sums
 
 ALL = [bl.NoChange, bl.MeanEffect, bl.WeightedMeanEffect, bl.NearestNeighbour, bl.Additive, bl.Linear]
 SCREEN = {"perturbation_key": "perturbation", "control": "control", "layer": "counts", "context_key": "cell_type"}
@@ -94,17 +94,17 @@ def test_streaming_is_the_same_from_any_storage_and_in_any_chunks(cells, fit, st
     if "backed" in storage:
         cells.write_h5ad(tmp_path / "cells.h5ad")
         cells = anndata.read_h5ad(tmp_path / "cells.h5ad", backed="r")
-    monkeypatch.setattr(_pseudobulk, "_CHUNK_ENTRIES", 1)
+    monkeypatch.setattr(_sums, "_CHUNK_ENTRIES", 1)
     chunks = []
-    real = _pseudobulk._chunks
+    real = _sums.chunks
 
     def counted(dataset, rows):
-        for positions, part in real(dataset, rows):
-            chunks.append(len(positions))
-            assert sparse.issparse(part) == ("dense" not in storage)
-            yield positions, part
+        for chunk in real(dataset, rows):
+            chunks.append(len(chunk.positions))
+            assert sparse.issparse(chunk.x) == ("dense" not in storage)
+            yield chunk
 
-    monkeypatch.setattr(_pseudobulk, "_chunks", counted)
+    monkeypatch.setattr(_sums, "chunks", counted)
     found = fit(bl.MeanEffect, cells, setup=setup).module
     assert max(chunks) == 64 and sum(chunks) == cells.n_obs
     for name in ("mean", "variance"):
@@ -122,7 +122,7 @@ def test_means_are_on_the_scale_of_predictions(cells, fit, sized):
     rows = np.flatnonzero(of(cells, "control", model.contexts[0]))
     seen = model.get_latent_representation(indices=rows)
     np.testing.assert_allclose(seen.mean(0), model.module.control[0], atol=1e-5)
-    parts = [part for _, part in _pseudobulk._chunks(CellDataset(model.adata_manager), rows)]
+    parts = [chunk.x for chunk in _sums.chunks(CellDataset(model.adata_manager), rows)]
     np.testing.assert_allclose(seen, parts[0].toarray(), atol=1e-5)
 
 

@@ -12,15 +12,16 @@ import torch
 from anndata import AnnData
 from scvi.data import AnnDataManager
 
-from pertura.data._constants import CONTROL_ONLY
+from pertura.data._constants import UNKNOWN
+from pertura.data._perturbation import Perturbation
 from pertura.data._vocabulary import Vocabulary
+from pertura.effects._contexts import Asked, Conditions
+from pertura.effects._discrepancy import Discrepancy
+from pertura.effects._sums import control_means
+from pertura.effects._table import ConditionTable
 from pertura.model._base import PerturbationModel
-from pertura.model._discrepancy import Discrepancy
-from pertura.model._engine import Question
 
-from ._conditions import Asked, Conditions
 from ._module import BaselineModule
-from ._pseudobulk import control_means, pseudobulk
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,8 @@ class Baseline(PerturbationModel):
 
     A baseline has no latent space: its basal state is the expression of a cell without the mean effect of the cell's
     own perturbation, ``(n_cells, n_genes)``. It has no distribution of cells around their mean either, so that
-    ``posterior_predictive_sample`` is refused. Batches are not corrected for.
+    ``posterior_predictive_sample`` is refused. Perturbed cells are compared with controls of their own batches, where there
+    are any.
 
     Parameters
     ----------
@@ -126,13 +128,13 @@ class Baseline(PerturbationModel):
             logger.warning("%s is fitted in one pass: %s has no effect.", type(self).__name__, ", ".join(unused))
         train_idx, val_idx = self._split(train_size, validation_size, False, self._seed(seed), datasplitter_kwargs)
         self.adata_manager.validate()
-        bulk = pseudobulk(
+        table = ConditionTable.measure(
             self.adata_manager,
             train_idx,
             max_dose=np.asarray(self.vocabulary.max_dose, dtype=np.float64),
             n_contexts=len(self.contexts),
         )
-        self.module.fit(bulk)
+        self.module.fit(table.condition_means())
         self.module.n_train = len(train_idx)
         self.module.eval()
         self.train_indices, self.validation_indices = train_idx, val_idx
@@ -218,7 +220,12 @@ class Baseline(PerturbationModel):
 
     @property
     def _discrepancy(self) -> Discrepancy:
-        return _Discrepancy(self.calibration_, self.vocabulary, self.contexts, self.module.conditions)
+        conditions, made = self.module.conditions, self.__dict__.get("_made")
+        # made once per training: what it looks up, it keeps
+        if made is None or made.calibration is not self.calibration_ or made.conditions is not conditions:
+            made = _Discrepancy(self.calibration_, self.vocabulary, self.contexts, conditions)
+            self._made = made
+        return made
 
 
 class _Discrepancy(Discrepancy):
@@ -234,13 +241,15 @@ class _Discrepancy(Discrepancy):
         super().__init__(calibration, vocabulary, contexts)
         self.conditions = conditions
 
-    def parameters(self, question: Question, context: str) -> tuple[float, float]:
-        """A and k of a question."""
-        a, k = super().parameters(question, context)
-        codes = self.vocabulary.code(self.vocabulary.parse(question.label))
-        codes = codes[codes != CONTROL_ONLY]
-        if self.calibration is None or not len(codes) or self.conditions.find(codes) >= 0:
+    def parameters(self, perturbation: Perturbation, context: str) -> tuple[float, float]:
+        """A and k of a prediction."""
+        a, k = super().parameters(perturbation, context)
+        members = self.members(perturbation.label)
+        if self.calibration is None or not members:
             return a, k
-        known = all(self.conditions.has_member(int(c)) for c in codes)
+        codes = [self._code.get(m, UNKNOWN) for m in members]
+        if self.conditions.find(np.array(codes)) >= 0:
+            return a, k
+        known = all(self.conditions.has_member(c) for c in codes)
         more = self.calibration["new combination" if known else "unseen with features"]
         return max(a, more[0]), max(k, more[1])

@@ -10,10 +10,11 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from pertura.data._constants import UNKNOWN
+from pertura.effects._contexts import Asked, softmax_weights
+from pertura.effects._features import cosine, label_features, member_features
 from pertura.model._arguments import check_flag
 
 from ._base import Baseline, check_positive
-from ._conditions import Asked
 from ._module import BaselineModule
 
 Weights = NDArray[np.float64]
@@ -69,8 +70,7 @@ class WeightedMeanEffectModule(MeanEffectModule):
 
     def weigh(self, affinity: Weights) -> Weights:
         """Softmax."""
-        weights = np.exp((affinity - affinity.max()) / self.temperature)
-        return weights / weights.sum()
+        return softmax_weights(affinity, self.temperature)
 
 
 class NearestNeighbourModule(MeanEffectModule):
@@ -101,10 +101,10 @@ class NearestNeighbourModule(MeanEffectModule):
         if own is not None:
             vectors, described = label_features(labels, known)
             if described.any():
-                return np.where(described, _cosine(vectors, own.sum(0)), -np.inf)
+                return np.where(described, cosine(vectors, own.sum(0)), -np.inf)
         # without descriptions, combinations are alike that share members
         codes = asked.codes[asked.codes != UNKNOWN]
-        shared = _cosine(_indicator(labels, len(known)), _indicator(codes[None], len(known))[0])
+        shared = cosine(_indicator(labels, len(known)), _indicator(codes[None], len(known))[0])
         return shared if len(codes) == len(asked.codes) and shared.max() > 0 else None
 
 
@@ -119,37 +119,10 @@ class AdditiveModule(MeanEffectModule):
         return np.sum([super(AdditiveModule, self).combine(a, context, affinity) for a in single], axis=0)
 
 
-def member_features(asked: Asked, known: NDArray) -> NDArray | None:
-    """Features of the members, ``(n_members, n_features)``; `None` where one has none."""
-    if not known.shape[1]:
-        return None
-    features = known[np.maximum(asked.codes, 0)]
-    if asked.features is not None:
-        features = np.where((asked.codes == UNKNOWN)[:, None], asked.features, features)
-    elif (asked.codes == UNKNOWN).any():
-        return None
-    return features if features.any(axis=1).all() else None
-
-
-def label_features(
-    codes: NDArray[np.int64], known: NDArray, amount: NDArray | float = 1.0
-) -> tuple[NDArray, NDArray[np.bool_]]:
-    """Sums of the members' features, each times its amount, for rows of codes, and whether all members have some."""
-    present = codes >= 0
-    features = known[np.maximum(codes, 0)]
-    described = known.any(axis=1)[np.maximum(codes, 0)] & bool(known.shape[1])
-    return np.einsum("nm,nmf->nf", amount * present, features), (described | ~present).all(1)
-
-
 def _indicator(codes: NDArray[np.int64], n: int) -> NDArray:
     out = np.zeros((len(codes), n + 1))
     np.put_along_axis(out, np.where(codes >= 0, codes, n), 1.0, axis=1)
     return out[:, :n]
-
-
-def _cosine(vectors: NDArray, one: NDArray) -> NDArray:
-    norm = np.linalg.norm(vectors, axis=1) * np.linalg.norm(one)
-    return vectors @ one / np.maximum(norm, 1e-12)
 
 
 class NoChange(Baseline):

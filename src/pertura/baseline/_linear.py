@@ -14,17 +14,13 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from pertura.data._vocabulary import Vocabulary, dose_units
+from pertura.effects._contexts import Asked, choose_strength, ridge_weights
+from pertura.effects._features import label_features, linear_slope, member_features
+from pertura.effects._table import ConditionMeans
 from pertura.model._arguments import check_whole
 
 from ._base import Baseline, check_positive
-from ._conditions import Asked
-from ._estimators import label_features, member_features
 from ._module import BaselineModule
-from ._pseudobulk import Pseudobulk
-
-# of the ridge between contexts, in units of the mean variance of a component; without end is the mean over contexts
-_STRENGTHS = (1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, np.inf)
-_MAX_GROUPS = 50  # perturbations from which the strength is learned
 
 
 class LinearModule(BaselineModule):
@@ -68,11 +64,11 @@ class LinearModule(BaselineModule):
     # -- fit --------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def fit(self, bulk: Pseudobulk) -> None:
+    def fit(self, means: ConditionMeans) -> None:
         """Components of genes, features of perturbations, and the regressions."""
-        super().fit(bulk)
-        n = len(bulk.context)
-        profiles = np.concatenate([bulk.mean[:n], bulk.mean[n:][bulk.has_control]])
+        super().fit(means)
+        n = len(means.context)
+        profiles = np.concatenate([means.mean[:n], means.mean[n:][means.has_control]])
         n_components = min(self.n_components, *profiles.shape)
         # genes are the samples: a gene's scores say how it differs from the average gene, condition by condition
         loading = PCA(n_components, random_state=0).fit_transform(profiles.T.astype(np.float64))
@@ -80,8 +76,11 @@ class LinearModule(BaselineModule):
         self._set("loading", loading)
         self._set("inverse", np.linalg.inv(gram))
         self._set("features", self._describe(loading))
-        self._set("slope", self._slope())
-        self._set("strength", np.asarray(self._choose_strength()))
+        p, described = self._condition_features()
+        self._set("slope", linear_slope(p, described, self.conditions.context, self.ridge))
+        effect = means.mean[:n] - means.mean[n:][means.context]
+        strength = choose_strength(self.conditions, effect, self._gram, self.n_components)
+        self._set("strength", np.asarray(strength))
 
     def _describe(self, loading: NDArray) -> NDArray:
         if self.given is not None:
@@ -96,20 +95,6 @@ class LinearModule(BaselineModule):
         """Whether perturbations are described by the genes whose names they bear."""
         return self.given is None and bool((self.gene >= 0).any())
 
-    def _slope(self) -> NDArray:
-        """P (P^T P + ridge)^-1 of each context, ``(n_conditions, n_features)``; 0 for conditions without features."""
-        conditions = self.conditions
-        p, described = self._condition_features()
-        slope = np.zeros_like(p)
-        for context in np.unique(conditions.context[described]):
-            own = np.flatnonzero(described & (conditions.context == context))
-            x = p[own]
-            if len(own) < x.shape[1]:
-                slope[own] = np.linalg.solve(x @ x.T + self.ridge * np.eye(len(own)), x)
-            else:
-                slope[own] = np.linalg.solve(x.T @ x + self.ridge * np.eye(x.shape[1]), x.T).T
-        return slope
-
     def _condition_features(self) -> tuple[NDArray, NDArray[np.bool_]]:
         """P of every condition, and whether it has one."""
         if "features" not in self._derived:
@@ -121,31 +106,6 @@ class LinearModule(BaselineModule):
 
     def _known(self) -> NDArray[np.float64]:
         return self.features.cpu().numpy().astype(np.float64)
-
-    def _choose_strength(self) -> float:
-        """Ridge that predicts the effects of each context best from the other contexts'."""
-        conditions = self.conditions
-        keys = np.concatenate([conditions.codes, conditions.dose], axis=1)
-        _, group, number = np.unique(keys, axis=0, return_inverse=True, return_counts=True)
-        groups = np.flatnonzero(number > 2)
-        if not len(groups):
-            return np.inf
-        chosen = groups[np.unique(np.linspace(0, len(groups) - 1, _MAX_GROUPS).round().astype(int))]
-        mean, control = self.mean[: len(conditions)], self.mean[len(conditions) :]
-        error = np.zeros(len(_STRENGTHS))
-        for rows in (np.flatnonzero(group.ravel() == g) for g in chosen):
-            contexts = conditions.context[rows]
-            effect = (mean[rows] - control[contexts]).double()
-            gram = (effect @ effect.mT).cpu().numpy()
-            for i, strength in enumerate(_STRENGTHS):
-                residual = np.eye(len(rows))
-                for k, context in enumerate(contexts):
-                    others = np.delete(np.arange(len(rows)), k)
-                    row = self._gram[context, contexts[others]]
-                    residual[k, others] = -self._transfer(contexts[others], row, strength)
-                error[i] += np.einsum("ki,ij,kj->", residual, gram, residual)
-        # of equally good ones the most cautious
-        return _STRENGTHS[len(error) - 1 - int(np.argmin(error[::-1]))]
 
     # -- estimator --------------------------------------------------------------------------------------------------
 
@@ -189,20 +149,8 @@ class LinearModule(BaselineModule):
         self, contexts: NDArray[np.int64], affinity: NDArray[np.float64], strength: float
     ) -> NDArray[np.float64]:
         """Weights of contexts in a ridge regression on principal components of their control profiles."""
-        n = len(contexts)
-        weights = np.full(n, 1.0 / n)
-        if n < 2 or not np.isfinite(strength):
-            return weights
         gram = self._gram[np.ix_(contexts, contexts)]
-        row = affinity - affinity.mean() - gram.mean(0) + gram.mean()
-        gram = gram - gram.mean(0) - gram.mean(1, keepdims=True) + gram.mean()
-        values, vectors = np.linalg.eigh(gram)
-        kept = values > 1e-10 * values.max()
-        kept &= np.arange(n) >= n - self.n_components
-        values, vectors = values[kept], vectors[:, kept]
-        ridge = strength * values.sum() / (n - 1)
-        slope = vectors @ ((vectors.T @ row) / (values + ridge))
-        return weights + slope - slope.mean()
+        return ridge_weights(gram, affinity, strength, self.n_components)
 
     def affinity(self, control: Tensor) -> Tensor:
         """Inner products of control profiles with those of training, ``(n, n_contexts)``, on CPU."""

@@ -11,10 +11,9 @@ from scipy import sparse
 from torch import Tensor
 
 from pertura.data._vocabulary import dose_units
+from pertura.effects._contexts import Asked, Conditions, profile_correlations
+from pertura.effects._table import ConditionMeans
 from pertura.module._base import Action, Basal, Cells, PerturbationModule
-
-from ._conditions import Asked, Conditions
-from ._pseudobulk import Pseudobulk
 
 _TARGET_SUM = 1e4
 
@@ -80,7 +79,7 @@ class BaselineModule(PerturbationModule):
 
     def affinity(self, control: Tensor) -> Tensor:
         """How alike contexts are: correlation of control profiles with those of training, ``(n, n_contexts)``, on CPU."""
-        return _standardised(control) @ _standardised(self.control).mT
+        return torch.as_tensor(profile_correlations(control.cpu().numpy(), self.control.cpu().numpy()))
 
     def representable(self, asked: Asked) -> bool:
         """Whether the estimator has a way to predict a perturbation."""
@@ -89,10 +88,10 @@ class BaselineModule(PerturbationModule):
     # -- fit --------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def fit(self, bulk: Pseudobulk) -> None:
+    def fit(self, means: ConditionMeans) -> None:
         """Take over the means of the training data."""
         for name in BaselineModule._fitted:
-            self._set(name, getattr(bulk, name))
+            self._set(name, getattr(means, name))
         self._derived = {}
 
     def _set(self, name: str, value: Any) -> None:
@@ -225,7 +224,7 @@ class BaselineModule(PerturbationModule):
         return x.clamp(min=0.0) if self.native_scale == "log1p" else x
 
     def fresh_noise(self, z: Tensor, basal: Basal) -> Tensor:
-        """Refused: how cells vary around their mean is not modelled.
+        """Refused: how cells vary around their mean is not modeled.
 
         Raises
         ------
@@ -253,10 +252,3 @@ class BaselineModule(PerturbationModule):
 def _rows(values: Tensor, which: Tensor) -> Tensor:
     """Row of each cell; where all cells have the same, it is not copied."""
     return values if values.shape[1] == 1 else values[:, which]
-
-
-def _standardised(profiles: Tensor) -> Tensor:
-    """Rows with mean 0 and norm 1: their products are correlations."""
-    profiles = profiles.cpu().double()
-    centred = profiles - profiles.mean(1, keepdim=True)
-    return centred / centred.norm(dim=1, keepdim=True).clamp(min=1e-12)

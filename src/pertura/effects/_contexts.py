@@ -63,6 +63,7 @@ class Conditions:
         self.labels, label = np.unique(codes, axis=0, return_inverse=True)
         self.label = label.ravel()
         self.order = (codes != CONTROL_ONLY).sum(axis=1)
+        self._known = frozenset(self.labels.ravel().tolist()) - {CONTROL_ONLY}
         self._lookup = {tuple(c[c != CONTROL_ONLY].tolist()): i for i, c in enumerate(self.labels)}
         curves, curve = np.unique(np.stack([self.label, context], axis=1), axis=0, return_inverse=True)
         self.curve = curve.ravel()
@@ -93,7 +94,7 @@ class Conditions:
 
     def has_member(self, code: int) -> bool:
         """Whether a perturbation was measured, alone or in combination."""
-        return bool((self.labels == code).any())
+        return code in self._known
 
     def ask(self, codes: NDArray, dose: NDArray, features: NDArray | None = None) -> Asked:
         """Look up one perturbation, given by codes and doses of its members (-1 and dose 0 are left out)."""
@@ -146,7 +147,7 @@ class Conditions:
 # -- weights of contexts ------------------------------------------------------------------------------------------------
 
 
-def correlations(profiles: NDArray, others: NDArray) -> NDArray[np.float64]:
+def profile_correlations(profiles: NDArray, others: NDArray) -> NDArray[np.float64]:
     """Pearson correlation over genes of each profile with each of the others, ``(n, n_others)``; 0 if one is constant."""
     return _normalized(profiles) @ _normalized(others).T
 

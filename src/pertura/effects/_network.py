@@ -211,7 +211,7 @@ def fit_shifts(
 
 def _log_means(table: ConditionTable) -> tuple[Matrix, Matrix]:
     """Logs of the mean counts per 10,000, and their squared standard errors."""
-    n, unit, n_cells = table.n.sum(1)[:, None], table.linear_unit, table.n.sum()
+    n, unit = table.n.sum(1)[:, None], table.linear_unit
     mean, variance = table.linear_mean, _lent(table.linear_within, n)
     # no count at all is compatible with a few
     variance = np.maximum(variance, mean * unit) + _PSEUDO * unit

@@ -32,6 +32,7 @@ _N_PROGRAMS = 15
 # weights of the priors, in numbers of perturbations (of a gene's response) and of genes (of a perturbation's strength)
 _RESPONSE_WEIGHT, _STRENGTH_WEIGHTS = 6.0, (3.0, 30.0, 300.0)
 _EXPONENTS = (0.0, 0.5, 1.0)
+_MAX_COMPARED, _MAX_GENES = 64, 1000  # perturbations, and their genes, whose halves choose the priors
 
 
 @dataclass(frozen=True)
@@ -112,14 +113,18 @@ def shrink(measured: Halves, loadings: Matrix, known: Matrix | None = None) -> S
     known = np.zeros(measured.effect.shape) if known is None else known
     settings = list(product(_EXPONENTS, _STRENGTH_WEIGHTS))
     scores = np.zeros(len(settings))
+    n_genes = measured.effect.shape[1]
+    genes = np.unique(np.linspace(0, n_genes - 1, min(n_genes, _MAX_GENES)).round().astype(int))
     for (effect, noise), (other, other_noise) in zip(measured.parts, measured.parts[::-1], strict=True):
-        both = np.isfinite(noise) & np.isfinite(other_noise)
-        if not both.any():
+        both = np.flatnonzero(np.isfinite(noise) & np.isfinite(other_noise))
+        if not len(both):
             continue
+        both = both[np.unique(np.linspace(0, len(both) - 1, _MAX_COMPARED).round().astype(int))]
         for i, (exponent, weight) in enumerate(settings):
-            found = _posterior(effect[both], noise[both], loadings, known[both], exponent, weight)
+            at = np.ix_(both, genes)
+            found = _posterior(effect[at], noise[both], loadings[genes], known[at], exponent, weight)
             variance = found.sd**2 + other_noise[both, None]
-            scores[i] -= 0.5 * (np.log(variance) + (other[both] - found.mean) ** 2 / variance).sum()
+            scores[i] -= 0.5 * (np.log(variance) + (other[at] - found.mean) ** 2 / variance).sum()
     exponent, weight = settings[int(scores.argmax())] if scores.any() else (_EXPONENTS[1], _STRENGTH_WEIGHTS[1])
     return _posterior(measured.effect, measured.noise, loadings, known, exponent, weight)
 

@@ -7,7 +7,6 @@ groups of cells, so that its size does not depend on their number, and sparse da
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,20 +21,13 @@ from pertura.data._constants import CONTROL_ONLY, KEYS
 from pertura.data._vocabulary import dose_units
 
 from ._shrink import Halves, principal_programs
+from ._sums import Matrix, Sums, Values, codes_of
 
 logger = logging.getLogger(__name__)
 
-Matrix = NDArray[np.float64]
-Values = NDArray | sparse.csr_matrix
-
-_TARGET_SUM = 1e4
-_CHUNK_ENTRIES = 4_000_000  # stored numbers that are in memory at one time
-_MAX_CHUNK = 16_384  # cells
 _MAX_SAMPLE = 3000
 # few cells say little about a gene's variance: all conditions together lend as many degrees of freedom
 _PRIOR_DF = 3.0
-# log library of a usual cell: about this origin, the square of the log library says something else than the log itself
-_LOG_LIBRARY = 8.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,8 +206,7 @@ class ConditionTable:
         dataset = CellDataset(manager) if dataset is None else dataset
         rows = np.asarray(rows, dtype=np.int64)
         codes, dose = members(dataset.fields[KEYS.PERTURBATION][rows], max_dose)
-        order, context = codes.shape[1], _codes_of(dataset, KEYS.CONTEXT, rows)
-        batch = _codes_of(dataset, KEYS.BATCH, rows)
+        context, batch = (codes_of(dataset, key, rows) for key in (KEYS.CONTEXT, KEYS.BATCH))
         n_batches = int(dataset.fields[KEYS.BATCH].max(initial=0)) + 1 if KEYS.BATCH in dataset.fields else 1
         # codes first: controls, all of whose members are -1, sort before the treated
         keys = pd.DataFrame(np.concatenate([codes, dose, context[:, None]], axis=1))
@@ -233,7 +224,7 @@ class ConditionTable:
         kept = np.zeros(len(rows), dtype=bool)
         kept[np.argsort(hashed, kind="stable")[:_MAX_SAMPLE]] = True
 
-        sums = _Sums(dataset, n_groups, n_batches, linear and dataset.expression.kind == "counts")
+        sums = Sums(dataset, n_groups, n_batches, linear and dataset.expression.kind == "counts")
         sums.add_all(rows, group, half, batch, kept)
 
         n = np.bincount(group * 2 + half, minlength=2 * n_groups).reshape(n_groups, 2)
@@ -504,32 +495,6 @@ def members(encoded: NDArray, max_dose: NDArray[np.float64]) -> tuple[NDArray[np
     return np.take_along_axis(codes, order, 1), np.take_along_axis(dose, order, 1)
 
 
-def control_means(
-    manager: AnnDataManager, contexts: NDArray[np.int64]
-) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
-    """Mean expression of the control cells of some contexts of any registered data.
-
-    Returns
-    -------
-    found, mean
-        Whether a context has control cells, ``(n,)``, and their mean, ``(n, n_genes)``.
-    """
-    dataset = CellDataset(manager)
-    codes, dose = np.split(dataset.fields[KEYS.PERTURBATION], 2, axis=1)
-    context = _codes_of(dataset, KEYS.CONTEXT, np.arange(len(codes)))
-    treated = ((codes != CONTROL_ONLY) & (dose > 0)).any(axis=1)
-    rows = np.flatnonzero(~treated & np.isin(context, contexts))
-    group = np.searchsorted(contexts, context[rows])
-    total = np.zeros((len(contexts), dataset.n_genes))
-    for chunk in _chunks(dataset, rows):
-        _add_groups(total, group[chunk.positions], chunk.x)
-    n = np.bincount(group, minlength=len(contexts))
-    return n > 0, (total / np.maximum(n, 1)[:, None]).astype(np.float32)
-
-
-# -- sums over cells ----------------------------------------------------------------------------------------------------
-
-
 class _Groups(NamedTuple):
     """Number of cells and sums of expression and depth in either half of groups of cells."""
 
@@ -544,71 +509,6 @@ class _Groups(NamedTuple):
         return self.depth / np.maximum(self.n, 1)[..., None]
 
 
-class _Chunk(NamedTuple):
-    """Some cells: their positions, values as registered, expression on the scale of the table, and library."""
-
-    positions: NDArray[np.int64]
-    raw: Values
-    x: Values
-    library: NDArray[np.float64]
-
-
-class _Sums:
-    """What is added up while cells pass by."""
-
-    def __init__(self, dataset: CellDataset, n_groups: int, n_batches: int, linear: bool) -> None:
-        self.dataset, n_genes = dataset, dataset.n_genes
-        self.total, self.square = np.zeros((2 * n_groups, n_genes)), np.zeros((n_groups, n_genes))
-        self.depth, self.depth_square = np.zeros((2 * n_groups, 2)), np.zeros((2, 2))
-        self.depth_x = np.zeros((2, n_genes))
-        self.by_batch = np.zeros((n_batches if n_batches > 1 else 0, n_genes))
-        self.raw, self.raw_square = np.zeros(n_genes), np.zeros(n_genes)
-        self.linear_total = np.zeros((n_groups, n_genes)) if linear else None
-        self.linear_square = np.zeros((n_groups, n_genes)) if linear else None
-        self.unit = 0.0
-        self.sample_x: list[Values] = []
-        self.sample_depth: list[Matrix] = []
-
-    def add_all(
-        self,
-        rows: Rows,
-        group: NDArray[np.int64],
-        half: NDArray[np.int64],
-        batch: NDArray[np.int64],
-        kept: NDArray[np.bool_],
-    ) -> None:
-        """Read the cells once."""
-        part = group * 2 + half
-        for positions, raw, x, library in _chunks(self.dataset, rows):
-            depth = np.log(library) - _LOG_LIBRARY
-            depth = np.stack([depth, depth**2], axis=1)
-            _add_groups(self.total, part[positions], x)
-            _add_groups(self.square, group[positions], _squared(x))
-            if len(self.by_batch):
-                _add_groups(self.by_batch, batch[positions], x)
-            for k in (0, 1):
-                self.depth[:, k] += np.bincount(part[positions], depth[:, k], minlength=len(self.depth))
-            self.depth_square += depth.T @ depth
-            self.depth_x += (x.T @ depth).T
-            self.raw += _column_sums(raw)
-            self.raw_square += _column_sums(_squared(raw))
-            if self.linear_total is not None:
-                scaled = _scaled(raw, _TARGET_SUM / library)
-                self.unit += float((_TARGET_SUM / library).sum())
-                _add_groups(self.linear_total, group[positions], scaled)
-                _add_groups(self.linear_square, group[positions], _squared(scaled))
-            chosen = kept[positions]
-            self.sample_x.append(x[chosen].astype(np.float32))
-            self.sample_depth.append(depth[chosen])
-
-    def sampled(self) -> Values:
-        if not self.sample_x:
-            return np.zeros((0, self.dataset.n_genes), dtype=np.float32)
-        if sparse.issparse(self.sample_x[0]):
-            return sparse.vstack(self.sample_x, format="csr")
-        return np.concatenate(self.sample_x)
-
-
 def _halves(condition: NDArray, batch: NDArray, hashed: NDArray) -> NDArray[np.int64]:
     """Half of each cell: every other one, in the order of the hashes, within a condition, batch after batch."""
     order = np.lexsort((hashed, batch, condition))
@@ -619,81 +519,11 @@ def _halves(condition: NDArray, batch: NDArray, hashed: NDArray) -> NDArray[np.i
     return half
 
 
-def _codes_of(dataset: CellDataset, key: str, rows: Rows) -> NDArray[np.int64]:
-    if key not in dataset.fields:
-        return np.zeros(len(rows), dtype=np.int64)
-    return dataset.fields[key][rows].ravel().astype(np.int64)
-
-
-def _chunks(dataset: CellDataset, rows: Rows) -> Iterator[_Chunk]:
-    """Some thousand cells at a time; sparse values stay sparse."""
-    expression = dataset.expression
-    values = expression.values
-    stored = dataset.n_genes
-    if sparse.issparse(values):
-        stored = max(1, int(values.nnz / max(values.shape[0], 1)))
-    size = int(np.clip(_CHUNK_ENTRIES // stored, 64, _MAX_CHUNK))
-    for start in range(0, len(rows), size):
-        positions = np.arange(start, min(start + size, len(rows)))
-        own = rows[positions]
-        part = values[own]
-        part = part.compute() if hasattr(part, "compute") else part
-        part = part.tocsr() if sparse.issparse(part) else np.asarray(part)
-        part = (part if expression.columns is None else part[:, expression.columns]).astype(np.float64)
-        if expression.kind != "counts":
-            yield _Chunk(positions, part, part, np.ones(len(own)))
-            continue
-        library = _library(dataset, own, part)
-        x = _scaled(part, _TARGET_SUM / library)
-        if sparse.issparse(x):
-            np.log1p(x.data, out=x.data)
-        else:
-            np.log1p(x, out=x)
-        yield _Chunk(positions, part, x, library)
-
-
-def _library(dataset: CellDataset, rows: Rows, counts: Values) -> NDArray[np.float64]:
-    """Library of cells, as minibatches have it."""
-    if dataset.size_unit is not None:
-        return dataset.fields[KEYS.SIZE_FACTOR][rows].ravel().astype(np.float64) * dataset.size_unit
-    return np.maximum(np.asarray(counts.sum(axis=1)).ravel(), 1.0)
-
-
-def _scaled(x: Values, scale: NDArray) -> Values:
-    """Rows times a number each."""
-    if not sparse.issparse(x):
-        return x * scale[:, None]
-    return sparse.csr_matrix((x.data * np.repeat(scale, np.diff(x.indptr)), x.indices, x.indptr), shape=x.shape)
-
-
-def _squared(x: Values) -> Values:
-    return sparse.csr_matrix((x.data**2, x.indices, x.indptr), shape=x.shape) if sparse.issparse(x) else x * x
-
-
-def _column_sums(x: Values) -> NDArray[np.float64]:
-    if sparse.issparse(x):
-        return np.bincount(x.indices, x.data, minlength=x.shape[1])
-    return x.sum(0)
-
-
-def _add_groups(into: Matrix, group: NDArray[np.int64], x: Values) -> None:
-    """Add rows to the sums of their groups."""
-    if sparse.issparse(x):
-        at = np.repeat(group * x.shape[1], np.diff(x.indptr)) + x.indices
-        np.add.at(into.reshape(-1), at, x.data)
-        return
-    present, local = np.unique(group, return_inverse=True)  # a chunk may hold few of the groups
-    member = sparse.csr_matrix(
-        (np.ones(len(group)), (local.ravel(), np.arange(len(group)))), (len(present), len(group))
-    )
-    into[present] += member @ x
-
-
 def _moments(total: NDArray, square: NDArray, n: int) -> Moments:
     return Moments(total / n, np.maximum(square / n - (total / n) ** 2, 0.0))
 
 
-def _regression(groups: _Groups, mean: Matrix, within: Matrix, sums: _Sums) -> tuple[Matrix, NDArray[np.float64]]:
+def _regression(groups: _Groups, mean: Matrix, within: Matrix, sums: Sums) -> tuple[Matrix, NDArray[np.float64]]:
     """Slope of expression on the depth regressors within conditions, and the sd that is left."""
     n = groups.n.sum(1)
     depth = groups.depth.sum(1) / n[:, None]

@@ -141,6 +141,15 @@ class GeneEffects(nn.Module):
         noise
             `None`: the posterior mean.
         """
+        action, strength, which = _distinct(action, strength)
+        return self._delta(action, strength, noise)[..., which, :]
+
+    def forward(self, action: Action, strength: Tensor, noise: RowNoise | None = None) -> Tensor:
+        """What is added to the activation of each gene, ``(..., n_cells, n_genes)``."""
+        action, strength, which = _distinct(action, strength)
+        return self.to_activation(self._delta(action, strength, noise))[..., which, :]
+
+    def _delta(self, action: Action, strength: Tensor, noise: RowNoise | None) -> Tensor:
         measured = self.measured
         features = action.features if measured.feature_weight.shape[0] else None
         mean = measured.offset(action.codes, strength, features=features)
@@ -155,10 +164,6 @@ class GeneEffects(nn.Module):
         own = used[used < n_rows]
         more = torch.stack([measured.tau, measured.unseen_sd])[used[used >= n_rows] - n_rows]
         return mean + every[:, used] @ (torch.cat([measured.sd[own], more]) * noise.rows(used))
-
-    def forward(self, action: Action, strength: Tensor, noise: RowNoise | None = None) -> Tensor:
-        """What is added to the activation of each gene, ``(..., n_cells, n_genes)``."""
-        return self.to_activation(self.delta(action, strength, noise))
 
     def to_activation(self, delta: Tensor) -> Tensor:
         """Change of activations by which mean expression of controls changes by `delta`, ``(..., n_genes)``."""
@@ -204,6 +209,17 @@ class GeneEffects(nn.Module):
         levels = torch.linspace(0.0, _TOP, _N_LEVELS, device=base.device).expand(self.n_genes, -1)
         wanted = levels - base[:, None] + start
         self.curve.copy_(_interpolate(wanted, reached, steps.expand_as(reached)).clamp(_LOW, _HIGH))
+
+
+def _distinct(action: Action, strength: Tensor) -> tuple[Action, Tensor, Tensor]:
+    """The distinct actions of cells, their dose responses, and which of them each cell has: a minibatch has few."""
+    if len(action) == 1 or action.features is not None:
+        return action, strength, torch.arange(len(action), device=strength.device)
+    keys = torch.cat([action.codes.to(strength), strength.detach()], 1)
+    _, which = torch.unique(keys, dim=0, return_inverse=True)
+    one = torch.zeros(int(which.max()) + 1, dtype=torch.long, device=which.device)
+    one[which] = torch.arange(len(which), device=which.device)
+    return action[one], strength[one], which
 
 
 def explain_effects(module: Any, table: Tensor) -> None:

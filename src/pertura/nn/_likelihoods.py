@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -41,7 +42,7 @@ class CountNoise:
         return torch.rand(torch.broadcast_shapes(self.x.shape, self.mean.shape), device=self.mean.device)
 
 
-class NegativeBinomial(dist.NegativeBinomial):
+class NegativeBinomial(TorchDistribution):
     """Negative binomial of mean and inverse dispersion, quick where most counts are zero.
 
     The gamma functions cancel at a count of zero, so that they are evaluated at the other entries alone. Counterfactuals keep the quantiles
@@ -55,10 +56,40 @@ class NegativeBinomial(dist.NegativeBinomial):
         Inverse dispersion, ``(n_genes,)``.
     """
 
+    arg_constraints: dict[str, Any] = {}
+    support = dist.constraints.nonnegative_integer
+
     def __init__(self, mean: Tensor, theta: Tensor) -> None:
-        # logits = log(mean / theta) is the parametrisation that stays finite for means near zero
-        super().__init__(theta, logits=mean.log() - theta.log(), validate_args=False)
+        # what only densities need is computed where they are asked for: predictions need the mean alone
         self._mean, self._theta = mean, theta
+        TorchDistribution.__init__(self, mean.shape, validate_args=False)
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """log(mean / theta): the parametrization that stays finite for means near zero."""
+        return self._mean.log() - self._theta.log()
+
+    @property
+    def total_count(self) -> Tensor:
+        """Inverse dispersion."""
+        return self._theta
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean, ``(..., n_genes)``."""
+        return self._mean
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance, ``(..., n_genes)``."""
+        return self._mean + self._mean.square() / self._theta
+
+    def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+        """Counts: Poisson draws whose rates are Gamma draws."""
+        with torch.no_grad():
+            shape = (*sample_shape, *self.batch_shape)
+            rate = torch.distributions.Gamma(self._theta.expand(shape), (self._theta / self._mean).expand(shape)).sample()
+            return torch.poisson(rate)
 
     def expand(self, batch_shape: torch.Size, _instance: None = None) -> NegativeBinomial:
         """The same distribution over a larger batch."""
@@ -223,7 +254,10 @@ class CountLikelihood(nn.Module):
         """Amount of each gene, of which the composition is the share."""
         if self.link_sharpness == 1.0:
             return activation.exp()
-        return torch.expm1(F.softplus(activation, beta=self.link_sharpness).clamp(max=15.0)) + 1e-4
+        softplus = F.softplus(activation, beta=self.link_sharpness)
+        if torch.is_grad_enabled():
+            return torch.expm1(softplus.clamp(max=15.0)) + 1e-4
+        return softplus.clamp_(max=15.0).expm1_().add_(1e-4)
 
     def rate(self, h: Tensor, library: Tensor, offset: Tensor | float = 0.0) -> Tensor:
         """Expected counts, ``(..., n_genes)``.
@@ -235,8 +269,9 @@ class CountLikelihood(nn.Module):
         if self.link_sharpness == 1.0:
             return library * (F.log_softmax(activation, dim=-1) + offset).exp()
         amount = self.amount(activation)
+        share = library / amount.sum(-1, keepdim=True)
         moved = amount if isinstance(offset, float) and offset == 0.0 else self.amount(activation + offset)
-        return (library / amount.sum(-1, keepdim=True)) * moved
+        return share * moved if torch.is_grad_enabled() else moved.mul_(share)
 
     def moved_by(self, activation: Tensor, library: Tensor, offset: Tensor | float) -> NegativeBinomial:
         """Distribution of counts, given activations, with an offset; genes are in the batch shape."""
@@ -255,7 +290,8 @@ class CountLikelihood(nn.Module):
 
     def forward(self, h: Tensor, library: Tensor, offset: Tensor | float = 0.0) -> TorchDistribution:
         """Distribution of a cell's counts; one event dimension."""
-        rate = self.rate(h, library, offset).clamp(min=1e-8)
+        rate = self.rate(h, library, offset)
+        rate = rate.clamp(min=1e-8) if torch.is_grad_enabled() else rate.clamp_(min=1e-8)
         return NegativeBinomial(rate, self.theta).to_event(1)
 
 

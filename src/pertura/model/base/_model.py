@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 Scale = Literal["log1p", "counts", "layer"]
 Noise = Literal["own", "none"]
-DEFAULT_SAMPLES, FEW_SAMPLES = 25, 4
+DEFAULT_SAMPLES, FEW_SAMPLES = 25, 2
 _DELTA = 0.1
 _MAX_BYTES = 16 * 2**30
 
@@ -465,7 +465,7 @@ class PerturbationModel(TrainingMixin, BaseModelClass):
             In the registered unit. A number holds for every member of a combination; several numbers are several
             predictions. By default each perturbation's most frequent registered dose.
         n_samples
-            Posterior draws per cell; by default 25 where an interval is asked, else 4 antithetic ones.
+            Posterior draws per cell; by default 25 where an interval is asked, else an antithetic pair.
         ci
             Level of the interval in ``layers[key + "_low"]`` and ``["_high"]``; `None` leaves it out. The interval is
             of a cell's own expression, measurement noise included, and wider the further the question is from the data.

@@ -9,7 +9,7 @@ import pandas as pd
 from anndata import AnnData
 from scipy.stats import norm
 
-from pertura.metrics._pseudobulk import expression, moments
+from ._pseudobulk import expression, moments
 
 LEVELS = tuple(np.round(np.linspace(0.05, 0.95, 19), 2))
 
