@@ -48,13 +48,18 @@ class LatentModule(PerturbationModule):
         return self.n_batch if self.n_batch > 1 else 0
 
     def make_likelihood(
-        self, kind: Literal["nb", "normal"], n_in: int, link_sharpness: float, heteroscedastic: bool = False
+        self,
+        kind: Literal["nb", "normal"],
+        n_in: int,
+        link_sharpness: float,
+        heteroscedastic: bool = False,
+        layer: nn.Module | None = None,
     ) -> None:
-        """Set :attr:`likelihood`, which reads a hidden layer of width `n_in`."""
+        """Set :attr:`likelihood`, which reads a hidden layer of width `n_in`; for `layer` see :mod:`pertura.nn`."""
         if kind == "nb":
-            self.likelihood: nn.Module = CountLikelihood(n_in, self.n_genes, link_sharpness)
+            self.likelihood: nn.Module = CountLikelihood(n_in, self.n_genes, link_sharpness, layer)
         else:
-            self.likelihood = GaussianLikelihood(n_in, self.n_genes, heteroscedastic)
+            self.likelihood = GaussianLikelihood(n_in, self.n_genes, heteroscedastic, layer)
         self.native_scale = self.likelihood.native_scale
 
     @torch.no_grad()

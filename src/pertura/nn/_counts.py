@@ -223,7 +223,7 @@ def _zeros_moved(
     """
     for gene in range(len(x)):
         m, m2, th = np.float64(mean[gene]), np.float64(mean2[gene]), np.float64(theta[gene])
-        step = max(m2 - m, 0.0)
+        step = (m2 - m) * (m2 - m > _SAME * m)
         half = step / (2.0 * (m + th) + step)
         square = half * half
         y = 2.0 * th * half * (1.0 + square * (1.0 / 3.0 + square * (0.2 + square * (1.0 / 7.0))))

@@ -272,13 +272,16 @@ class CountLikelihood(nn.Module):
         Number of genes.
     link_sharpness
         :math:`\beta`.
+    layer
+        Last layer, from the hidden layer to activations ``(..., n_genes)``. It has a parameter ``bias``, ``(n_genes,)``, that is
+        added last and that :meth:`initialize` sets. By default linear.
     """
 
     native_scale = "counts"
 
-    def __init__(self, n_in: int, n_genes: int, link_sharpness: float = 1.0) -> None:
+    def __init__(self, n_in: int, n_genes: int, link_sharpness: float = 1.0, layer: nn.Module | None = None) -> None:
         super().__init__()
-        self.activation = nn.Linear(n_in, n_genes)
+        self.activation = nn.Linear(n_in, n_genes) if layer is None else layer
         self.log_theta = nn.Parameter(torch.ones(n_genes))
         self.link_sharpness = link_sharpness
 
@@ -318,7 +321,7 @@ class CountLikelihood(nn.Module):
         return NegativeBinomial((library * self.amount(activation + offset) / total).clamp(min=1e-8), self.theta)
 
     @property
-    def linear(self) -> nn.Linear:
+    def linear(self) -> nn.Module:
         """The layer that reads h."""
         return self.activation
 
@@ -346,13 +349,15 @@ class GaussianLikelihood(nn.Module):
     heteroscedastic
         Let :math:`\log \sigma_g` be linear in h, as in the paper. A replayed residual then grows or shrinks with the state,
         without bound for states far from the data.
+    layer
+        Last layer, as in :class:`CountLikelihood`; its output is in units of each gene's spread.
     """
 
     native_scale = "layer"
 
-    def __init__(self, n_in: int, n_genes: int, heteroscedastic: bool = False) -> None:
+    def __init__(self, n_in: int, n_genes: int, heteroscedastic: bool = False, layer: nn.Module | None = None) -> None:
         super().__init__()
-        self.loc = nn.Linear(n_in, n_genes)
+        self.loc = nn.Linear(n_in, n_genes) if layer is None else layer
         self.log_scale = nn.Parameter(torch.zeros(n_genes))
         self.log_scale_slope = nn.Linear(n_in, n_genes, bias=False) if heteroscedastic else None
         if self.log_scale_slope is not None:
@@ -367,7 +372,7 @@ class GaussianLikelihood(nn.Module):
             self.log_scale.zero_()
 
     @property
-    def linear(self) -> nn.Linear:
+    def linear(self) -> nn.Module:
         """The layer that reads h."""
         return self.loc
 
