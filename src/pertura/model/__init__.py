@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "base": ["PerturbationModel"],
+        "_cpa": ["CPA"],
         "_cradlevae": ["CRADLEVAE"],
         "_drugaae": ["DrugAAE"],
         "_gpovae": ["GPOVAE"],

@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "_base": ["Action", "Basal", "Cells", "Counterfactual", "PerturbationModule"],
         "_comparators": ["ConditionalVAE", "SVAEPlus"],
+        "_cpa": ["CPA"],
         "_cradlevae": ["CRADLEVAE"],
         "_drugaae": ["DrugAAE"],
         "_gene_effects": ["GeneEffects"],
