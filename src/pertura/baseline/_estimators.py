@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from anndata import AnnData
 from numpy.typing import NDArray
 
 from pertura.data._constants import UNKNOWN
-from pertura.effects._contexts import Asked, softmax_weights
+from pertura.effects import Asked, softmax_weights
 from pertura.effects._features import cosine, label_features, member_features
-from pertura.model._arguments import check_flag
+from pertura.model.base import Options, option
 
-from ._base import Baseline, check_positive
-from ._module import BaselineModule
+from ._base import Baseline
+from ._module import BaselineModule, features_buffer
 
 Weights = NDArray[np.float64]
 
@@ -25,13 +24,13 @@ class NoChangeModule(BaselineModule):
 
     def combine(self, asked: Asked, context: int, affinity: Weights) -> Weights:
         """No measured effect has weight."""
-        return self._nothing()
+        return self._no_effect()
 
 
 class MeanEffectModule(BaselineModule):
     """Averages over contexts, or over perturbations."""
 
-    def __init__(self, *, use_own_context: bool = False, **kwargs) -> None:
+    def __init__(self, *, use_own_context: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.use_own_context = use_own_context
 
@@ -64,7 +63,7 @@ class MeanEffectModule(BaselineModule):
 class WeightedMeanEffectModule(MeanEffectModule):
     """Similar contexts count for more."""
 
-    def __init__(self, *, temperature: float = 0.1, **kwargs) -> None:
+    def __init__(self, *, temperature: float = 0.1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.temperature = temperature
 
@@ -76,10 +75,9 @@ class WeightedMeanEffectModule(MeanEffectModule):
 class NearestNeighbourModule(MeanEffectModule):
     """The most similar context and perturbation."""
 
-    def __init__(self, *, features: NDArray[np.float32] | None = None, **kwargs) -> None:
+    def __init__(self, *, features: NDArray[np.float32] | None = None, **kwargs: Any) -> None:
         super().__init__(use_own_context=True, **kwargs)
-        none = np.zeros((len(self.max_dose), 0), dtype=np.float32)
-        self.register_buffer("features", torch.as_tensor(none if features is None else features))
+        self.register_buffer("features", features_buffer(features, len(self.means.max_dose)))
 
     def weigh(self, affinity: Weights) -> Weights:
         """All weight on one."""
@@ -125,6 +123,28 @@ def _indicator(codes: NDArray[np.int64], n: int) -> NDArray:
     return out[:, :n]
 
 
+@dataclass(frozen=True)
+class MeanEffectOptions(Options):
+    """Options of :class:`MeanEffect`, which has their documentation."""
+
+    use_own_context: bool = option(False, flag=True)
+
+
+@dataclass(frozen=True)
+class WeightedMeanEffectOptions(Options):
+    """Options of :class:`WeightedMeanEffect`, which has their documentation."""
+
+    temperature: float = option(0.1, above=0)
+    use_own_context: bool = option(False, flag=True)
+
+
+@dataclass(frozen=True)
+class AdditiveOptions(Options):
+    """Options of :class:`Additive`, which has their documentation."""
+
+    use_own_context: bool = option(True, flag=True)
+
+
 class NoChange(Baseline):
     """Perturbations have no effect: the control is the prediction.
 
@@ -135,10 +155,6 @@ class NoChange(Baseline):
     """
 
     _module_cls = NoChangeModule
-
-    def __init__(self, adata: AnnData | None = None, registry: dict | None = None) -> None:
-        super().__init__(adata, registry)
-        self.init_params_ = self._get_init_params(locals())
 
 
 class MeanEffect(Baseline):
@@ -176,13 +192,7 @@ class MeanEffect(Baseline):
     """
 
     _module_cls = MeanEffectModule
-
-    def __init__(
-        self, adata: AnnData | None = None, registry: dict | None = None, *, use_own_context: bool = False
-    ) -> None:
-        check_flag("use_own_context", use_own_context)
-        super().__init__(adata, registry, use_own_context=use_own_context)
-        self.init_params_ = self._get_init_params(locals())
+    _options_cls = MeanEffectOptions
 
 
 class WeightedMeanEffect(Baseline):
@@ -202,19 +212,7 @@ class WeightedMeanEffect(Baseline):
     """
 
     _module_cls = WeightedMeanEffectModule
-
-    def __init__(
-        self,
-        adata: AnnData | None = None,
-        registry: dict | None = None,
-        *,
-        temperature: float = 0.1,
-        use_own_context: bool = False,
-    ) -> None:
-        check_positive("temperature", temperature)
-        check_flag("use_own_context", use_own_context)
-        super().__init__(adata, registry, temperature=temperature, use_own_context=use_own_context)
-        self.init_params_ = self._get_init_params(locals())
+    _options_cls = WeightedMeanEffectOptions
 
 
 class NearestNeighbour(Baseline):
@@ -237,10 +235,6 @@ class NearestNeighbour(Baseline):
     _module_cls = NearestNeighbourModule
     _can_predict_features = True
 
-    def __init__(self, adata: AnnData | None = None, registry: dict | None = None) -> None:
-        super().__init__(adata, registry)
-        self.init_params_ = self._get_init_params(locals())
-
     def _module_options(self) -> dict[str, Any]:
         return {"features": self._features()}
 
@@ -261,10 +255,4 @@ class Additive(Baseline):
     """
 
     _module_cls = AdditiveModule
-
-    def __init__(
-        self, adata: AnnData | None = None, registry: dict | None = None, *, use_own_context: bool = True
-    ) -> None:
-        check_flag("use_own_context", use_own_context)
-        super().__init__(adata, registry, use_own_context=use_own_context)
-        self.init_params_ = self._get_init_params(locals())
+    _options_cls = AdditiveOptions

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from anndata import AnnData
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from pertura.data._vocabulary import Vocabulary, dose_units
-from pertura.effects._contexts import Asked, choose_strength, ridge_weights
+from pertura.data._vocabulary import Vocabulary
+from pertura.effects import Asked, ConditionMeans, choose_strength, ridge_weights
 from pertura.effects._features import label_features, linear_slope, member_features
-from pertura.effects._table import ConditionMeans
-from pertura.model._arguments import check_whole
+from pertura.model.base import Options, option
+from pertura.module._added_effects import add_buffers, set_buffer
 
-from ._base import Baseline, check_positive
+from ._base import Baseline
 from ._module import BaselineModule
 
 
@@ -41,8 +40,6 @@ class LinearModule(BaselineModule):
         Of :class:`BaselineModule`.
     """
 
-    _fitted = (*BaselineModule._fitted, "features", "loading", "inverse", "slope", "strength")
-
     def __init__(
         self,
         *,
@@ -55,11 +52,14 @@ class LinearModule(BaselineModule):
         super().__init__(**kwargs)
         self.n_components, self.ridge = n_components, ridge
         self.given, self.gene = features, gene
-        self.register_buffer("features", torch.zeros(len(gene), 0))
-        self.register_buffer("loading", torch.zeros(self.n_genes, 0))
-        self.register_buffer("inverse", torch.zeros(0, 0))
-        self.register_buffer("slope", torch.zeros(0, 0))
-        self.register_buffer("strength", torch.tensor(np.inf))
+        add_buffers(
+            self,
+            features=torch.zeros(len(gene), 0),
+            loading=torch.zeros(self.n_genes, 0),
+            inverse=torch.zeros(0, 0),
+            slope=torch.zeros(0, 0),
+            strength=torch.tensor(np.inf),
+        )
 
     # -- fit --------------------------------------------------------------------------------------------------------
 
@@ -73,14 +73,14 @@ class LinearModule(BaselineModule):
         # genes are the samples: a gene's scores say how it differs from the average gene, condition by condition
         loading = PCA(n_components, random_state=0).fit_transform(profiles.T.astype(np.float64))
         gram = loading.T @ loading + self.ridge * np.eye(n_components)
-        self._set("loading", loading)
-        self._set("inverse", np.linalg.inv(gram))
-        self._set("features", self._describe(loading))
+        set_buffer(self, "loading", loading)
+        set_buffer(self, "inverse", np.linalg.inv(gram))
+        set_buffer(self, "features", self._describe(loading))
         p, described = self._condition_features()
-        self._set("slope", linear_slope(p, described, self.conditions.context, self.ridge))
-        effect = means.mean[:n] - means.mean[n:][means.context]
+        set_buffer(self, "slope", linear_slope(p, described, self.conditions.context, self.ridge))
+        effect = self.means.effect.cpu().numpy()
         strength = choose_strength(self.conditions, effect, self._gram, self.n_components)
-        self._set("strength", np.asarray(strength))
+        set_buffer(self, "strength", np.asarray(strength))
 
     def _describe(self, loading: NDArray) -> NDArray:
         if self.given is not None:
@@ -97,12 +97,12 @@ class LinearModule(BaselineModule):
 
     def _condition_features(self) -> tuple[NDArray, NDArray[np.bool_]]:
         """P of every condition, and whether it has one."""
-        if "features" not in self._derived:
+        cache = self.means.cache
+        if "features" not in cache:
             conditions = self.conditions
-            unit = dose_units(self.max_dose.cpu().numpy())
-            amount = np.log1p(conditions.dose) / np.log1p(unit[conditions.codes])
-            self._derived["features"] = label_features(conditions.codes, self._known(), amount)
-        return self._derived["features"]
+            amount = np.log1p(conditions.dose) / np.log1p(self.means.unit[conditions.codes])
+            cache["features"] = label_features(conditions.codes, self._known(), amount)
+        return cache["features"]
 
     def _known(self) -> NDArray[np.float64]:
         return self.features.cpu().numpy().astype(np.float64)
@@ -128,7 +128,7 @@ class LinearModule(BaselineModule):
         by_context = self._contexts(number > 0, context, affinity)
         share = described / np.maximum(number, 1)[conditions.context]
         own = member_features(asked, self._known())
-        unit = dose_units(self.max_dose.cpu().numpy())[asked.codes]
+        unit = self.means.unit[asked.codes]
         score = self.slope.cpu().numpy() @ ((np.log1p(asked.dose) / np.log1p(unit)) @ own)
         # the scores act on effects without their mean b
         total = np.bincount(conditions.context, score, minlength=self.n_contexts)[conditions.context]
@@ -152,33 +152,44 @@ class LinearModule(BaselineModule):
         gram = self._gram[np.ix_(contexts, contexts)]
         return ridge_weights(gram, affinity, strength, self.n_components)
 
-    def affinity(self, control: Tensor) -> Tensor:
-        """Inner products of control profiles with those of training, ``(n, n_contexts)``, on CPU."""
-        own = self.control.cpu().double()
-        return (control.cpu().double() - own.mean(0)) @ (own - own.mean(0)).mT
+    def affinity(self, control: Tensor) -> NDArray[np.float64]:
+        """Inner products of control profiles with those of training, ``(n, n_contexts)``."""
+        control, own = (v.cpu().numpy().astype(np.float64) for v in (control, self.means.control))
+        return (control - own.mean(0)) @ (own - own.mean(0)).T
 
     @property
     def _gram(self) -> NDArray[np.float64]:
-        if "gram" not in self._derived:
-            self._derived["gram"] = self.affinity(self.control).numpy()
-        return self._derived["gram"]
+        cache = self.means.cache
+        if "gram" not in cache:
+            cache["gram"] = self.affinity(self.means.control)
+        return cache["gram"]
 
-    def _nothing(self) -> NDArray[np.float64]:
+    def _no_effect(self) -> NDArray[np.float64]:
         return np.zeros(2 * len(self.conditions))
 
-    def _weighted(self, weights: NDArray[np.float64]) -> tuple[Tensor, Tensor]:
-        plain, projected = (self._of_means(w) for w in np.split(weights, 2, axis=1))
+    def weighted(self, weights: NDArray[np.float64]) -> tuple[Tensor, Tensor]:
+        """Effects of given weights, plain and projected, and their sampling variances, ``(n, n_genes)``."""
+        means = self.means
+        plain, projected = (means.of_means(w) for w in np.split(weights, 2, axis=1))
         if not projected.any():
-            return self._product(plain, self.mean), self._product(plain**2, self.variance)
+            return means.product(plain, means.mean), means.product(plain**2, means.variance)
         scaled = self.loading @ self.inverse  # the projection is scaled @ loading^T
-        mean = self._product(plain, self.mean) + self._product(projected, self.mean) @ self.loading @ scaled.mT
+        mean = means.product(plain, means.mean) + means.product(projected, means.mean) @ self.loading @ scaled.mT
         # errors of genes are independent: squares of the entries of (plain + projected * projection)
         own = (scaled * self.loading).sum(1)
-        variance = self._product(plain**2, self.variance)
-        variance = variance + 2 * own * self._product(plain * projected, self.variance)
-        spread = torch.einsum("qg,gk,gl->qkl", self._product(projected**2, self.variance), self.loading, self.loading)
+        variance = means.product(plain**2, means.variance)
+        variance = variance + 2 * own * means.product(plain * projected, means.variance)
+        spread = torch.einsum("qg,gk,gl->qkl", means.product(projected**2, means.variance), self.loading, self.loading)
         variance = variance + torch.einsum("gk,qkl,gl->qg", scaled, spread, scaled)
         return mean, variance
+
+
+@dataclass(frozen=True)
+class LinearOptions(Options):
+    """Options of :class:`Linear`, which has their documentation."""
+
+    n_components: int = option(10, whole=1)
+    ridge: float = option(0.1, above=0)
 
 
 class Linear(Baseline):
@@ -209,30 +220,23 @@ class Linear(Baseline):
     """
 
     _module_cls = LinearModule
+    _options_cls = LinearOptions
     _can_predict_features = True
 
-    def __init__(
-        self,
-        adata: AnnData | None = None,
-        registry: dict | None = None,
-        *,
-        n_components: int = 10,
-        ridge: float = 0.1,
-    ) -> None:
-        check_whole("n_components", n_components)
-        check_positive("ridge", ridge)
-        super().__init__(adata, registry, n_components=n_components, ridge=ridge)
-        self.init_params_ = self._get_init_params(locals())
-
     def _module_options(self) -> dict[str, Any]:
-        gene = self.gene_names.get_indexer(list(self.vocabulary.names))
+        gene = self.gene_names.get_indexer(list(self.registered.vocabulary.names))
         return {"features": self._features(), "gene": gene}
 
     @property
     def vocabulary(self) -> Vocabulary:
         """The perturbations that the model knows; genes describe them where no features were registered."""
-        vocabulary = super().vocabulary
+        registered = self.registered.vocabulary
         module = self.__dict__.get("module")
         if module is None or not (self.is_trained_ and module.uses_loadings):
-            return vocabulary
-        return replace(vocabulary, features=pd.DataFrame(module.loading.cpu().numpy(), index=self.gene_names))
+            return registered
+        loading, described = self.__dict__.get("_described", (None, registered))
+        if loading is not module.loading:
+            features = pd.DataFrame(module.loading.cpu().numpy(), index=self.gene_names)
+            described = replace(registered, features=features)
+            self._described = (module.loading, described)
+        return described

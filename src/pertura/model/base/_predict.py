@@ -19,6 +19,7 @@ from pertura.data._perturbation import Perturbation, encode
 from pertura.data._vocabulary import Vocabulary
 from pertura.effects._discrepancy import Discrepancy, widened
 from pertura.module._base import Action, Basal, Cells, Counterfactual, PerturbationModule
+from pertura.nn._likelihoods import Point
 
 from ._effects import EffectSums
 from ._query import Query
@@ -155,6 +156,8 @@ class Block:
     def draws(self, found: Counterfactual) -> Tensor:
         """Draws of expression on the asked scale, ``(n_samples, n_cells, n_genes)``."""
         predictor = self._predictor
+        if isinstance(found.expression, Point):  # known without noise: nothing is left to draw
+            return self.mean(found)
         with self._seeded(2):
             noise = self.basal.noise if predictor.settings.noise == "own" else None
             x = found.of_cells.sample() if noise is None else found.of_cells.replay(noise)
