@@ -173,7 +173,7 @@ def test_without_signal_the_mean_effect_remains():
 
 def test_noise_of_controls_is_no_relation():
     """All contexts have the same effect: that noisy controls look further from treated cells is not to be learned."""
-    shares, errors = [], []
+    shares = []
     for seed in range(4):
         rng = np.random.default_rng(seed)
         effect = rng.normal(0, 0.5, N_GENES)
