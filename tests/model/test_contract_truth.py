@@ -8,7 +8,6 @@ import pytest
 from pertura import datasets
 
 
-
 FEW = {"n_samples": 2, "ci": None}
 
 
@@ -168,5 +167,3 @@ def test_likelihood_is_that_of_the_perturbation(fitted, spec):
     other.obs["perturbation"], other.obs["dose"] = "control", 0.0
     assert own.shape == (len(rows),) and np.isfinite(own).all()
     assert own.mean() > fitted.get_marginal_ll(other, n_samples=50).mean()
-
-
