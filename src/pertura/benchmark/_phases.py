@@ -113,9 +113,7 @@ def _phases(cls: Any, adata: AnnData, n_steps: int, n_names: int) -> dict[str, A
     model.predict_perturbation(names[:1], **asked)  # what is compiled once
     seconds = _clocked(lambda: model.predict_perturbation(names, **asked))
     each = seconds / (len(control) * len(names))
-    z = torch.randn(
-        len(control), model.module.decoder_inputs if hasattr(model.module, "decoder_inputs") else model.module.n_latent
-    )
+    z = torch.randn(len(control), model.module.n_latent)
     library = torch.full((len(control), 1), 2000.0)
 
     def decode() -> None:
