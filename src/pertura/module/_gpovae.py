@@ -258,8 +258,10 @@ class GPOVAE(GeneIndexed):
         spread = self.by_network(action)
         if self.gene_effects is None:
             return self.shifts(total, spread)
-        result = self.gene_effects(action, self.strength(action), noise)
-        return result if spread is None else result + self.shifts(total, spread)
+        strength = self.strength(action)
+        if spread is None:
+            return self.gene_effects(action, strength, noise)
+        return self.gene_effects(action, strength * (spread.codes < 0), noise) + self.shifts(total, spread)
 
     def by_network(self, action: Action) -> Action | None:
         """Members whose effect is the network's, by row: all, or those that were not measured; `None`: no member.
@@ -273,7 +275,7 @@ class GPOVAE(GeneIndexed):
         kept = codes >= 0
         if self.gene_effects is not None:
             site, n = self.gene_effects.measured, self.n_perturbations
-            kept = kept & ~((codes < n) & site.measured[codes.clamp(0, n - 1)])
+            kept = kept & ~((action.codes >= 0) & site.measured[action.codes.clamp(min=0)])
             if not kept.any():
                 return None
             # of a measured combination the members need not be known
