@@ -58,3 +58,15 @@ def test_members_that_were_measured():
     found = Conditions(codes, np.where(codes >= 0, 1.0, 0.0), np.zeros(2, np.int64), 1)
     assert [found.has_member(c) for c in (0, 1, 2, 3, -1)] == [True, True, True, False, False]
     assert found.find(np.array([1, 2])) >= 0 and found.find(np.array([1])) == -1
+
+
+def test_strength_by_splits_of_the_controls():
+    """Where noise of the profiles is in the effects, it looks like a relation; other controls show that there is none."""
+    rng = np.random.default_rng(3)
+    n = 12
+    conditions = Conditions(np.zeros((n, 1), np.int64), np.ones((n, 1)), np.arange(n), n)
+    controls, treated = rng.normal(size=(2, n, 20)), 0.3 * rng.normal(size=(n, 20))
+    centered = controls - controls.mean(1, keepdims=True)
+    gram = np.stack([c @ c.T for c in centered])
+    assert choose_strength(conditions, treated - controls[0], gram[0], 15) < np.inf
+    assert choose_strength(conditions, treated - controls[::-1], gram, 15) >= 100

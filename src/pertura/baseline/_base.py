@@ -8,15 +8,16 @@ from difflib import get_close_matches
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 from scvi import settings
 
 from pertura.data._constants import UNKNOWN
 from pertura.data._perturbation import Perturbation
 from pertura.data._vocabulary import Vocabulary
-from pertura.effects import Asked, Conditions, Discrepancy
+from pertura.effects import Conditions, Discrepancy
 from pertura.model.base import Options, PerturbationModel
 from pertura.model.base._arguments import resolve_seed
-from pertura.model.base._contexts import control_profiles
+from pertura.model.base._contexts import check_combinations, control_profiles
 from pertura.model.base._query import Query
 from pertura.train._progress import Progress
 
@@ -165,32 +166,19 @@ class Baseline(PerturbationModel):
         )
 
     def _can_take_back(self, name: str) -> bool:
-        return self.module.representable(self._known(self.vocabulary.code([name])))
+        return self._representable(self.vocabulary.code([name]))
 
-    def _known(self, codes: np.ndarray) -> Asked:
-        return self.module.conditions.ask(codes, np.ones(len(codes)))
+    def _representable(self, codes: NDArray[np.int64]) -> bool:
+        return self.module.representable(self.module.conditions.ask(codes, np.ones(len(codes))))
 
     # -- prediction -------------------------------------------------------------------------------------------------
 
     def _learn_from_query(self, asked: Query) -> dict[str, Any]:
         """Control profiles of the query's contexts, where training had none of them."""
-        self._check_combinations(asked)
+        check_combinations(asked, self.vocabulary, self._representable)
         means = self.module.means
         control = control_profiles(means.control, means.has_control, asked)
         return {} if control is None else {"control": control, "affinity": self.module.affinity(control)}
-
-    def _check_combinations(self, asked: Query) -> None:
-        """Members that are known one by one may be a combination that is not."""
-        codes, _ = asked.actions
-        kinds, number = np.unique(codes[(codes >= 0).sum(1) > 1], axis=0, return_counts=True)
-        for members, n_cells in zip(kinds, number, strict=True):
-            one = self._known(members)
-            if not self.module.representable(one):
-                label = self.vocabulary.delimiter.join(self.vocabulary.names[c] for c in one.codes)
-                raise ValueError(
-                    f"`adata`: {n_cells} cells carry the combination {label!r}, which was not among the training "
-                    "cells; their basal state can not be inferred. Pass control cells with `indices`."
-                )
 
     def _make_discrepancy(self) -> Discrepancy:
         return BaselineDiscrepancy(self.calibration_, self.vocabulary, self.registered.contexts, self.module.conditions)

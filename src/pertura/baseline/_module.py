@@ -10,7 +10,7 @@ from torch import Tensor
 from pertura.effects import Asked, ConditionMeans
 from pertura.effects._contexts import profile_correlations
 from pertura.module._added_effects import AddedEffectModule, Distinct
-from pertura.module._base import Cells, Globals
+from pertura.module._base import Globals
 
 
 class BaselineModule(AddedEffectModule):
@@ -59,19 +59,12 @@ class BaselineModule(AddedEffectModule):
 
     def effects(self, asked: Distinct, globals_: Globals) -> tuple[Tensor, Tensor]:
         """Weighted sums of measured effects."""
-        affinity = globals_.get("affinity")
-        if affinity is None:
-            affinity = self.affinity(globals_["control"])
+        affinity = globals_["affinity"]
         rows = [
             self.combine(a, int(c), affinity[c]) if len(a.codes) else self._no_effect()
             for a, c in zip(asked.asked, asked.context, strict=True)
         ]
         return self.weighted(np.stack(rows))
-
-    def draw_globals(self, n_draws: int, cells: Cells | None = None) -> Globals:
-        """As of every module that adds effects, and how alike the training contexts are."""
-        globals_ = super().draw_globals(n_draws, cells)
-        return {**globals_, "affinity": self.affinity(globals_["control"])}
 
 
 def features_buffer(features: NDArray[np.float32] | None, n_perturbations: int) -> Tensor:

@@ -202,9 +202,10 @@ def choose_strength(conditions: Conditions, effect: NDArray, gram: NDArray[np.fl
     conditions
         What was measured.
     effect
-        Effects, ``(n_conditions, n_genes)``.
+        Effects, ``(n_conditions, n_genes)``; or ``(n_splits, n_conditions, n_genes)``, each compared with other controls than
+        those of the profiles.
     gram
-        Inner products of the control profiles, ``(n_contexts, n_contexts)``.
+        Inner products of the control profiles, ``(n_contexts, n_contexts)``, or one table for each split.
     n_components
         Number of components.
     """
@@ -215,16 +216,27 @@ def choose_strength(conditions: Conditions, effect: NDArray, gram: NDArray[np.fl
         return np.inf
     chosen = groups[np.unique(np.linspace(0, len(groups) - 1, _MAX_GROUPS).round().astype(int))]
     error = np.zeros(len(_STRENGTHS))
-    for rows in (np.flatnonzero(group.ravel() == g) for g in chosen):
-        contexts = conditions.context[rows]
-        own = effect[rows].astype(np.float64)
-        products = own @ own.T
-        for i, strength in enumerate(_STRENGTHS):
-            residual = np.eye(len(rows))
-            for k, context in enumerate(contexts):
-                others = np.delete(np.arange(len(rows)), k)
-                inner = gram[np.ix_(contexts[others], contexts[others])]
-                residual[k, others] = -ridge_weights(inner, gram[context, contexts[others]], strength, n_components)
-            error[i] += np.einsum("ki,ij,kj->", residual, products, residual)
+    for effects, products in zip(
+        np.reshape(effect, (-1, *effect.shape[-2:])), np.reshape(gram, (-1, *gram.shape[-2:])), strict=True
+    ):
+        for rows in (np.flatnonzero(group.ravel() == g) for g in chosen):
+            own = effects[rows].astype(np.float64)
+            error += _left_out_errors(
+                own @ own.T, products[np.ix_(conditions.context[rows], conditions.context[rows])], n_components
+            )
     # of equally good ones the most cautious
     return _STRENGTHS[len(error) - 1 - int(np.argmin(error[::-1]))]
+
+
+def _left_out_errors(
+    products: NDArray[np.float64], gram: NDArray[np.float64], n_components: int
+) -> NDArray[np.float64]:
+    """Squared error of each strength in effects with these inner products, each context predicted from the others."""
+    error = np.zeros(len(_STRENGTHS))
+    for i, strength in enumerate(_STRENGTHS):
+        residual = np.eye(len(gram))
+        for k in range(len(gram)):
+            others = np.delete(np.arange(len(gram)), k)
+            residual[k, others] = -ridge_weights(gram[np.ix_(others, others)], gram[k, others], strength, n_components)
+        error[i] = np.einsum("ki,ij,kj->", residual, products, residual)
+    return error

@@ -218,8 +218,7 @@ class ConditionTable:
         groups, group = np.unique(group_key, return_inverse=True)
         n_conditions, n_groups, group = len(codes), len(groups), group.ravel()
 
-        names = np.asarray(manager.adata.obs_names.astype(str), dtype=object)[rows]
-        hashed = pd.util.hash_array(names, hash_key=f"{seed:016d}"[-16:], categorize=False)
+        hashed = _hashed(manager, rows, seed)
         half = _halves(condition, batch, hashed)
         kept = np.zeros(len(rows), dtype=bool)
         kept[np.argsort(hashed, kind="stable")[:_MAX_SAMPLE]] = True
@@ -493,6 +492,29 @@ def members(encoded: NDArray, max_dose: NDArray[np.float64]) -> tuple[NDArray[np
     distinct, which = np.unique(dose, return_inverse=True)
     dose = np.array([float(f"{d:.6g}") for d in distinct])[which].reshape(codes.shape)
     return np.take_along_axis(codes, order, 1), np.take_along_axis(dose, order, 1)
+
+
+def halves(manager: AnnDataManager, rows: Rows, condition: NDArray, batch: NDArray, seed: int = 0) -> NDArray[np.int64]:
+    """Half of each cell, 0 or 1, as in a :class:`ConditionTable` of the same seed.
+
+    Parameters
+    ----------
+    manager
+        Registered data.
+    rows
+        Cells: all of each condition.
+    condition, batch
+        Of each cell.
+    seed
+        Of the halves.
+    """
+    return _halves(condition, batch, _hashed(manager, rows, seed))
+
+
+def _hashed(manager: AnnDataManager, rows: Rows, seed: int) -> NDArray[np.uint64]:
+    """Random numbers that follow the names of the cells."""
+    names = np.asarray(manager.adata.obs_names.astype(str), dtype=object)[rows]
+    return pd.util.hash_array(names, hash_key=f"{seed:016d}"[-16:], categorize=False)
 
 
 class _Groups(NamedTuple):

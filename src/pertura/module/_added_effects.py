@@ -277,6 +277,10 @@ class AddedEffectModule(PerturbationModule):
         """Mean and variance of the effects of distinct perturbations in distinct contexts, ``(n_distinct, n_genes)`` each."""
         raise NotImplementedError
 
+    def affinity(self, control: Tensor) -> NDArray[np.float64]:
+        """How alike contexts with these control profiles and those of training are, ``(n, n_contexts)``."""
+        raise NotImplementedError
+
     @property
     def conditions(self) -> Conditions:
         """The measured conditions."""
@@ -289,7 +293,7 @@ class AddedEffectModule(PerturbationModule):
     # -- counterfactuals --------------------------------------------------------------------------------------------
 
     def draw_globals(self, n_draws: int, cells: Cells | None = None) -> Globals:
-        """Standard normal deviates of the mean effects, and the control profiles of the training contexts.
+        """Standard normal deviates of the mean effects, and what is known of the training contexts.
 
         The deviates of a gene are equally spaced quantiles in random order: their mean is 0 and their standard
         deviation 1, so that predictions have no Monte Carlo error.
@@ -299,7 +303,11 @@ class AddedEffectModule(PerturbationModule):
         if n_draws > 1:
             deviate = deviate / deviate.std()
         order = torch.rand(n_draws, self.n_genes).argsort(0)
-        return {"deviate": deviate.float()[order].to(control.device), "control": control}
+        return {
+            "deviate": deviate.float()[order].to(control.device),
+            "control": control,
+            "affinity": self.affinity(control),
+        }
 
     def abduct(self, cells: Cells, n_draws: int, globals_: Globals) -> Basal:
         """Take the mean effect of a cell's own perturbation off its expression.

@@ -1,13 +1,16 @@
-"""Control profiles of contexts: those of training, and those that only the query has."""
+"""What models that predict mean effects learn from a query: control profiles of contexts, and whether they know all cells."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from pertura.data._vocabulary import Vocabulary
 from pertura.effects._sums import control_means
 
 from ._query import Query
@@ -45,3 +48,29 @@ def control_profiles(control: Tensor, has_control: Tensor, asked: Query) -> Tens
         logger.warning("No control cells in %s: taken for an average context.", missing)
     control[new[found]] = torch.as_tensor(mean[found], device=control.device)
     return control
+
+
+def check_combinations(
+    asked: Query, vocabulary: Vocabulary, representable: Callable[[NDArray[np.int64]], bool]
+) -> None:
+    """Raise where cells carry a perturbation whose effect can not be taken off: members may be known that are none together.
+
+    Parameters
+    ----------
+    asked
+        Cells.
+    vocabulary
+        Names of the codes.
+    representable
+        Whether the effect of members with these codes can be predicted.
+    """
+    codes, _ = asked.actions
+    kinds, number = np.unique(codes[(codes >= 0).any(1)], axis=0, return_counts=True)
+    for members, n_cells in zip(kinds, number, strict=True):
+        members = members[members >= 0]
+        if not representable(members):
+            label = vocabulary.delimiter.join(vocabulary.names[c] for c in members)
+            raise ValueError(
+                f"`adata`: {n_cells} cells carry the perturbation {label!r}, which was not among the training cells; their "
+                "basal state can not be inferred. Pass control cells with `indices`."
+            )

@@ -20,7 +20,7 @@ def option(
     flag: bool = False,
     widths: bool = False,
 ) -> Any:
-    """Field of an options dataclass, with what its values may be; `None` is allowed where it is the default.
+    """Field of an options dataclass, with what its values may be; `None` is allowed where the annotation has it.
 
     Parameters
     ----------
@@ -48,7 +48,7 @@ class Options:
     def __post_init__(self) -> None:
         for own in fields(self):
             value = getattr(self, own.name)
-            if value is None and own.default is None:
+            if value is None and "None" in str(own.type):
                 continue
             _check(own, value)
 
