@@ -13,9 +13,9 @@ from pertura.datasets import DataNotAvailable
 
 from ._dataset import ALIASES, KINDS, Dataset
 from ._grn import beeline_data, grn_models, run_grn, summarize_grn
+from ._phases import run_phases
 from ._runner import DEFAULT_METRICS, run
 from ._spec import parse_model
-from ._phases import run_phases
 from ._speed import run_speed
 from ._summary import summarize
 
