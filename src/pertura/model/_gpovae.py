@@ -101,8 +101,8 @@ class GPOVAE(ArtifactModel, GRNModel):
         Whether the encoder sees counts per 10,000 rather than raw counts.
     n_particles
         Draws per cell and step of training.
-    effect_lr_factor
-        Learning rate of network and artifact in units of that of the neural networks.
+    effect_lr_factor, artifact_lr_factor
+        Learning rate of the network, and of the artifact, in units of that of the neural networks.
     lr, lr_schedule
         Learning rate, and whether it falls to zero along a cosine or stays.
     kl_warmup

@@ -46,7 +46,7 @@ class CRADLEVAE(LatentModule):
         Layers of decoder and encoder, and their width.
     likelihood, link_sharpness, normalize_input, rotate_shifts, effects, combinations
         As in :class:`SAMSVAE`; only the coordinates of the shifts are rotated, the basal state has its own.
-    effect_lr_factor
+    effect_lr_factor, artifact_lr_factor
         Learning rate of shifts and artifact in units of that of the neural networks.
     counterfactual_weight, class_balance, match_quality
         Of the artifact; see :class:`~pertura.module._artifact.Artifact`.
@@ -71,6 +71,7 @@ class CRADLEVAE(LatentModule):
         normalize_input: bool = True,
         rotate_shifts: bool = True,
         effect_lr_factor: float = 5.0,
+        artifact_lr_factor: float = 5.0,
         effects: Literal["measured", "latent"] = "latent",
         combinations: Sequence[Sequence[int]] = (),
         counterfactual_weight: float = 1.0,
@@ -80,7 +81,7 @@ class CRADLEVAE(LatentModule):
     ) -> None:
         super().__init__(n_genes, n_batch, normalize_input)
         self.n_latent = n_latent
-        self.lr_factors = {"shifts.": effect_lr_factor, "artifact.": effect_lr_factor}
+        self.lr_factors = {"shifts.": effect_lr_factor, "artifact.": artifact_lr_factor}
         self.shifts = SparseShifts(n_perturbations, n_latent, n_hidden=n_hidden, **shift_options)
         self.artifact = Artifact(
             n_perturbations,

@@ -69,7 +69,7 @@ class GeneIndexed(LatentModule):
         Width of the shift that the encoder sees.
     alignment_weight
         Of the loss that aligns effects with the network.
-    n_latent, n_layers, n_encoder_layers, n_hidden, likelihood, link_sharpness, normalize_input, effect_lr_factor
+    n_latent, n_layers, n_encoder_layers, n_hidden, likelihood, link_sharpness, normalize_input, effect_lr_factor, artifact_lr_factor
         As in :class:`CRADLEVAE`.
     combinations, counterfactual_weight, class_balance, match_quality
         Of the artifact; see :class:`~pertura.module._artifact.Artifact`.
@@ -99,6 +99,7 @@ class GeneIndexed(LatentModule):
         link_sharpness: float = 1.0,
         normalize_input: bool = True,
         effect_lr_factor: float = 0.3,
+        artifact_lr_factor: float = 5.0,
         combinations: Sequence[Sequence[int]] = (),
         counterfactual_weight: float = 1.0,
         class_balance: bool = False,
@@ -107,7 +108,10 @@ class GeneIndexed(LatentModule):
     ) -> None:
         super().__init__(n_genes, n_batch, normalize_input)
         self.n_perturbations, self.n_latent, self.alignment_weight = n_perturbations, n_latent, alignment_weight
-        self.lr_factors = dict.fromkeys(("shifts.", "artifact.", "effect_strength"), effect_lr_factor)
+        self.lr_factors = {
+            **dict.fromkeys(("shifts.", "effect_strength"), effect_lr_factor),
+            "artifact.": artifact_lr_factor,
+        }
         self.register_buffer("row_genes", torch.as_tensor(list(row_genes), dtype=torch.long))
         self.shifts = SparseShifts(len(self.row_genes), n_columns, n_hidden=n_hidden, **shift_options)
         self.artifact = Artifact(
