@@ -117,9 +117,10 @@ class CRADLEVAE(LatentModule):
                     explain_effects(self, table)
         with pyro.plate("cells", len(cells)):
             with pyro.poutine.scale(scale=kl_weight):
-                z = pyro.sample("basal", dist.Normal(cells.x.new_zeros(self.n_latent), 1.0).to_event(1))
+                z = pyro.sample("z", dist.Normal(cells.x.new_zeros(self.n_latent), 1.0).to_event(1))
             at_fault = failed(cells) * artifact
             pyro.deterministic("state", beside(z, shift, at_fault), event_dim=1)
+            pyro.deterministic("basal", beside(z, torch.zeros_like(shift), at_fault), event_dim=1)
             moved = shift if self.gene_effects is None else torch.zeros_like(z)
             h = self.decoder(beside(z, moved, at_fault), self.one_hot_batch(cells.batch))
             with pyro.poutine.scale(scale=self.artifact.class_weight(cells)):
@@ -148,8 +149,8 @@ class CRADLEVAE(LatentModule):
 
     def activation(self, basal: Basal) -> Tensor:
         """Activations of genes without any perturbation or artifact, ``(n_draws, n_cells, n_genes)``."""
-        zero = torch.zeros_like(basal.state)
-        h = self.decoder(beside(basal.state, zero, zero), self.one_hot_batch(basal.cells.batch))
+        z = basal.state[..., : self.n_latent]
+        h = self.decoder(beside(z, torch.zeros_like(z), torch.zeros_like(z)), self.one_hot_batch(basal.cells.batch))
         return self.likelihood.linear(h)
 
     def on_step(self, progress: float) -> None:

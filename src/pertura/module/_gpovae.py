@@ -214,9 +214,10 @@ class GPOVAE(GeneIndexed):
         offset = self.offset(cells.action.one, total, noise)
         with pyro.plate("cells", len(cells)):
             with pyro.poutine.scale(scale=kl_weight):
-                z = pyro.sample("basal", dist.Normal(cells.x.new_zeros(self.n_latent), 1.0).to_event(1))
+                z = pyro.sample("z", dist.Normal(cells.x.new_zeros(self.n_latent), 1.0).to_event(1))
             at_fault = failed(cells) * artifact
             pyro.deterministic("state", beside(z, offset, at_fault), event_dim=1)
+            pyro.deterministic("basal", beside(z, torch.zeros_like(offset), at_fault), event_dim=1)
             h = self.decoder(beside(z, at_fault), self.one_hot_batch(cells.batch))
             with pyro.poutine.scale(scale=self.artifact.class_weight(cells)):
                 pyro.sample("x", self.likelihood(h, cells.library, offset), obs=cells.x)
@@ -289,8 +290,10 @@ class GPOVAE(GeneIndexed):
 
     def activation(self, basal: Basal) -> Tensor:
         """Activations of genes without any perturbation or artifact, ``(n_draws, n_cells, n_genes)``."""
-        state = beside(basal.state, torch.zeros_like(basal.state))
-        return self.likelihood.linear(self.decoder(state, self.one_hot_batch(basal.cells.batch)))
+        z = basal.state[..., : self.n_latent]
+        return self.likelihood.linear(
+            self.decoder(beside(z, torch.zeros_like(z)), self.one_hot_batch(basal.cells.batch))
+        )
 
     # -- network ----------------------------------------------------------------------------------------------------
 
@@ -397,9 +400,10 @@ class HopsGPOVAE(GeneIndexed):
                 pyro.factor("alignment", -self.alignment())
         with pyro.plate("cells", len(cells)):
             with pyro.poutine.scale(scale=kl_weight):
-                z = pyro.sample("basal", dist.Normal(cells.x.new_zeros(self.n_latent), 1.0).to_event(1))
-            state = beside(z, self.shifts(table, cells.action), failed(cells) * artifact)
-            state = pyro.deterministic("state", state, event_dim=1)
+                z = pyro.sample("z", dist.Normal(cells.x.new_zeros(self.n_latent), 1.0).to_event(1))
+            shift, at_fault = self.shifts(table, cells.action), failed(cells) * artifact
+            state = pyro.deterministic("state", beside(z, shift, at_fault), event_dim=1)
+            pyro.deterministic("basal", beside(z, torch.zeros_like(shift), at_fault), event_dim=1)
             h = self.decoder(state, self.one_hot_batch(cells.batch))
             with pyro.poutine.scale(scale=self.artifact.class_weight(cells)):
                 pyro.sample("x", self.likelihood(h, cells.library), obs=cells.x)
