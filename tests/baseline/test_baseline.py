@@ -163,7 +163,9 @@ def test_moderated_variances(made, fit):
     module = fit(bl.MeanEffect, noisy).module
     pooled = (3 * 9 + 3 * 1) / 6
     # the weight of what is borrowed is that of three degrees of freedom, as many as each group has
-    np.testing.assert_allclose(module.means.variance.numpy().ravel(), [(1 + pooled) / 2 / 4, (9 + pooled) / 2 / 4], rtol=1e-5)
+    np.testing.assert_allclose(
+        module.means.variance.numpy().ravel(), [(1 + pooled) / 2 / 4, (9 + pooled) / 2 / 4], rtol=1e-5
+    )
     alone = anndata.concat([adata[[0]], adata[[4]]])
     module = fit(bl.MeanEffect, alone).module
     assert (module.means.variance == 0).all()

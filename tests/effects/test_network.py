@@ -5,7 +5,8 @@ import pandas as pd
 import torch
 from anndata import AnnData
 
-from pertura.effects import fit_network, fit_shifts, own_shifts
+from pertura.data._cells import CellDataset
+from pertura.effects import fit_network, fit_rows, fit_shifts, measure_covariation, own_shifts
 
 
 def _planted(seed=0, n=12, n_genes=30):
@@ -34,6 +35,45 @@ def test_direct_edges_are_told_from_paths():
     # by shifts alone, targets at the end of a path are edges too
     indirect = ~edge & ~forbidden & (shift.abs() > 0.4)
     assert indirect.sum() > 10 and proba[indirect].mean() < 0.2
+
+
+def test_rows_are_perturbations_of_genes_of_none_and_further_genes():
+    """A perturbation that is of no gene, among others, changes nothing for these; a gene without one is told by covariation."""
+    weights, shift, precision, _ = _planted()
+    genes = torch.cat([torch.arange(12), torch.tensor([-1])])
+    more = torch.cat([shift, torch.zeros(1, 30, dtype=torch.float64)])
+    weight = torch.cat([precision, torch.full((1, 30), 100.0)])
+    strength = torch.full((13,), -1.5, dtype=torch.float64)
+    found = fit_rows(more[:, :], weight, genes, strength)
+    edge, proba = weights != 0, found.logits.sigmoid()[:12]
+    assert (proba[edge] > 0.5).double().mean() > 0.9 and (proba[~edge] > 0.5).double().mean() < 0.05
+    torch.testing.assert_close(found.mean[:12][edge], weights[edge], atol=0.35, rtol=0)
+    assert (found.logits[12] < 0).all()
+
+    # regulator 0 was not perturbed: the others, and how cells vary
+    order = torch.cat([torch.arange(1, 12), torch.tensor([0])])
+    full = torch.zeros(30, 30, dtype=torch.float64)
+    full[:12] = weights
+    spread = torch.linalg.inv(torch.eye(30, dtype=torch.float64) - full)
+    covariation = (0.3 * spread.T @ spread)[order]
+    given = {"covariation": covariation, "covariation_precision": torch.full((30,), 400.0, dtype=torch.float64)}
+    with_cells = fit_rows(shift[1:], precision[1:], order, strength[:12], **given)
+    without = fit_rows(shift[1:], precision[1:], order, strength[:12])
+    target = edge[0]
+    assert with_cells.logits[11][target].mean() > without.logits[11][target].mean() + 1.0
+    assert with_cells.logits[11][target].mean() > with_cells.logits[11][~target].mean() + 2.0
+
+
+def test_covariation_is_within_conditions(registered, screen):
+    model, genes = registered(screen), np.array([2, -1, 5])
+    cross, variance = measure_covariation(CellDataset(model.adata_manager), np.arange(screen.n_obs), genes)
+    counts = screen.layers["counts"].toarray()
+    x = pd.DataFrame(np.log1p(1e4 * counts / counts.sum(1, keepdims=True)))
+    keys = [screen.obs[key].to_numpy() for key in ("perturbation", "context", "dose")]
+    left = (x - x.groupby(keys).transform("mean")).to_numpy()
+    np.testing.assert_allclose(cross[[0, 2]], (left[:, [2, 5]].T @ left) / len(left), atol=1e-6)
+    assert not cross[1].any()
+    np.testing.assert_allclose(variance, (left**2).mean(0), atol=1e-6)
 
 
 def test_a_prior_network_counts_for_what_it_is_worth():

@@ -326,7 +326,10 @@ def test_rows_of_contexts_are_the_effect_table(trained, screen, tmp_path, unchan
     equal(found.X - found.layers["control"], found.layers["effect"])
     assert (found.layers["low"] <= found.X + 1e-5).all()
     assert (found.layers["high"] >= found.X - 1e-5).all()
-    context_key, control = trained.registered.argument("context_key"), adata.obs[trained.registered.argument("perturbation_key")]
+    context_key, control = (
+        trained.registered.argument("context_key"),
+        adata.obs[trained.registered.argument("perturbation_key")],
+    )
     if context_key is not None:
         number = adata.obs.loc[control == trained.vocabulary.control, context_key].astype(str).value_counts()
         assert (found.obs["n_cells"] == found.obs[context_key].astype(str).map(number)).all()

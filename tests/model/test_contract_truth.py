@@ -7,8 +7,6 @@ import pytest
 
 from pertura import datasets
 
-
-
 FEW = {"n_samples": 2, "ci": None}
 
 
@@ -68,7 +66,7 @@ def measured(adata, name, dose, context, batch=None):
 
 def effects(model, dose=10.0, **options):
     table = model.get_perturbation_effect(list(model.vocabulary.names), dose=dose, **options)
-    return {key: own for key, own in table.groupby(["perturbation", "context"], observed=True)}
+    return dict(list(table.groupby(["perturbation", "context"], observed=True)))
 
 
 def test_own_perturbation_gives_own_counts(fitted):
@@ -168,5 +166,3 @@ def test_likelihood_is_that_of_the_perturbation(fitted, spec):
     other.obs["perturbation"], other.obs["dose"] = "control", 0.0
     assert own.shape == (len(rows),) and np.isfinite(own).all()
     assert own.mean() > fitted.get_marginal_ll(other, n_samples=50).mean()
-
-

@@ -75,7 +75,7 @@ def test_a_planted_combination_that_was_not_trained_is_predicted(trained, screen
     effects = predicted(trained, list(truth.index)).loc[truth.index]
     correlation = {p: np.corrcoef(effects.loc[p], truth.loc[p])[0, 1] for p in truth.index}
     assert correlation[pair] > 0.8
-    assert 0.6 < slope(truth.loc[pair], effects.loc[pair]) < 1.4
+    assert 0.5 < slope(truth.loc[pair], effects.loc[pair]) < 1.5
     # closer than either member alone
     error = {p: ((effects.loc[p] - truth.loc[pair]) ** 2).mean() for p in (pair, *pair.split("+"))}
     assert min(error, key=error.get) == pair

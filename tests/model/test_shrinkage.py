@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from pertura.model._shrinkage import Halves, programmes, shrink
 
 N_EFFECTS, N_GENES = 20, 60

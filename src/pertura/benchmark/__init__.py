@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "_dataset": ["Dataset", "make_splits"],
         "_grn": ["GRN_SPLITS", "GivenNetwork", "NetworkModel", "run_grn", "summarize_grn"],
+        "_phases": ["run_phases"],
         "_results": ["Results"],
         "_runner": ["DEFAULT_METRICS", "run"],
         "_spec": ["ModelSpec", "baselines", "parse_model"],

@@ -13,6 +13,7 @@ from pertura.datasets import DataNotAvailable
 
 from ._dataset import ALIASES, KINDS, Dataset
 from ._grn import beeline_data, grn_models, run_grn, summarize_grn
+from ._phases import run_phases
 from ._runner import DEFAULT_METRICS, run
 from ._spec import parse_model
 from ._speed import run_speed
@@ -127,15 +128,28 @@ def _grn(options: argparse.Namespace) -> pd.DataFrame:
 
 def _speed_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="pertura benchmark speed", description="Time training steps of SAMSVAE beside a bare PyTorch loop."
+        prog="pertura benchmark speed",
+        description="Time what a user waits for (before the first step, after the last one, predictions) on a simulated "
+        "screen, or training steps of SAMSVAE on a data set beside a bare PyTorch loop.",
     )
-    parser.add_argument("data", nargs="?", default="papalexi", help="data set or .h5ad file (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=200, help="training steps that are timed (default: %(default)s)")
+    parser.add_argument(
+        "data", nargs="?", help="data set or .h5ad file for the bare loop; without it the phases are timed"
+    )
+    parser.add_argument("--models", nargs="+", default=["SAMSVAE"], help="models whose phases are timed")
+    parser.add_argument(
+        "--cells", type=int, default=20_000, help="cells of the simulated screen (default: %(default)s)"
+    )
+    parser.add_argument("--genes", type=int, default=2000, help="its genes (default: %(default)s)")
+    parser.add_argument("--perturbations", type=int, default=200, help="its perturbations (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=None, help="training steps that are timed (default: 40, or 200)")
     return parser
 
 
 def _speed(options: argparse.Namespace) -> pd.DataFrame:
-    return run_speed(options.data, n_steps=options.steps)
+    if options.data is not None:
+        return run_speed(options.data, n_steps=options.steps or 200)
+    sizes = {"n_cells": options.cells, "n_genes": options.genes, "n_perturbations": options.perturbations}
+    return run_phases(options.models, n_steps=options.steps or 40, **sizes)
 
 
 _Command = Callable[[argparse.Namespace], pd.DataFrame]

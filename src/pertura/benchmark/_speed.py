@@ -39,7 +39,8 @@ def run_speed(data: Any = "papalexi", *, n_steps: int = 200, batch_size: int = 2
     batch_size
         Cells per step.
     **options
-        Arguments of :class:`~pertura.model.SAMSVAE`, except those that change the ELBO beyond the mean-field guide.
+        Options of :class:`~pertura.model.SAMSVAE`, with latent effects; not those that change the ELBO beyond the mean-field
+        guide.
 
     Returns
     -------
@@ -52,7 +53,7 @@ def run_speed(data: Any = "papalexi", *, n_steps: int = 200, batch_size: int = 2
     # the bare loop knows one perturbation per cell
     adata = dataset.rows(np.flatnonzero(np.char.find(dataset.labels, "+") < 0))
     SAMSVAE.setup_anndata(adata, **dataset.keys)
-    model = SAMSVAE(adata, **options)
+    model = SAMSVAE(adata, effects="latent", **options)
     timer = _Alternate(model, batch_size, n_steps)
     n_batches = max(1, round(adata.n_obs / batch_size))
     with quiet(), suppress(_Enough):
@@ -125,9 +126,12 @@ class BareLoop:
     """
 
     def __init__(self, module: Module, tensors: dict[str, Tensor], batch_size: int) -> None:
-        plain = module.effect == "sparse" and module.effect_network is None and module.native_scale == "counts"
-        if not plain or module.effect_features is not None:
-            raise ValueError("`options`: the bare loop is that of sparse effects with a mean-field guide on counts.")
+        shifts = module.shifts
+        plain = shifts.masked and not shifts.correlated and module.gene_effects is None
+        if not plain or module.native_scale != "counts" or shifts.from_features is not None:
+            raise ValueError(
+                "`options`: the bare loop is that of sparse latent effects with a mean-field guide on counts."
+            )
         self.module, self.batch_size = module, batch_size
         self.x, self.library = tensors[KEYS.X], tensors[KEYS.LIBRARY]
         self.code = tensors[KEYS.PERTURBATION][:, 0].long()
@@ -136,29 +140,23 @@ class BareLoop:
 
     def loss(self, rows: Tensor) -> Tensor:
         """Negative ELBO per cell of one minibatch."""
-        m, x, code = self.module, self.x[rows], self.code[rows]
-        batch = m._one_hot_batch(self.batch[rows])
-        noise = torch.rand_like(m.mask_logits).clamp(1e-6, 1 - 1e-6)
-        soft = torch.sigmoid(m.mask_logits + noise.log() - (-noise).log1p())
+        m, shifts, x, code = self.module, self.module.shifts, self.x[rows], self.code[rows]
+        batch = m.one_hot_batch(self.batch[rows])
+        noise = torch.rand_like(shifts.mask_logits).clamp(1e-6, 1 - 1e-6)
+        soft = torch.sigmoid(shifts.mask_logits + noise.log() - (-noise).log1p())
         mask = (soft > 0.5).float() + soft - soft.detach()
-        q_effect = torch.distributions.Normal(m.effect_loc, m.effect_log_sd.exp() + 1e-4, validate_args=False)
+        q_effect = torch.distributions.Normal(shifts.loc, shifts.log_sd.exp() + 1e-4, validate_args=False)
         effect = q_effect.rsample()
-        p_effect = torch.distributions.Normal(0.0, m.effect_log_prior_sd.exp(), validate_args=False)
-        prior = torch.logit(torch.tensor(m.mask_prior))
-        kl = mask * (m.mask_logits - prior) - F.softplus(m.mask_logits) + F.softplus(prior)
+        p_effect = torch.distributions.Normal(0.0, shifts.log_prior_sd.exp(), validate_args=False)
+        prior = shifts.prior_logits
+        kl = mask * (shifts.mask_logits - prior) - F.softplus(shifts.mask_logits) + F.softplus(prior)
         kl = kl + q_effect.log_prob(effect) - p_effect.log_prob(effect)
         shift = (mask * effect)[code.clamp(min=0)] * (code >= 0)[:, None]
-        h = m.encoder(m.normalised(x), batch, shift)
-        scale = (m.basal_log_variance(h).clamp(max=10.0).exp() + 1e-4).sqrt()
-        q = torch.distributions.Normal(m.basal_loc(h), scale, validate_args=False)
+        q = m.encoder(m.standardized(x), batch, shift)
         z = q.rsample()
-        state = z + shift
-        if m.decoder is not None:
-            state = m.decoder(state, batch)
-        elif batch is not None:
-            state = torch.cat([state, batch], dim=-1)
+        h = m.decoder(z + shift, batch)
         p_z = torch.distributions.Normal(0.0, 1.0, validate_args=False)
-        local = m.likelihood(state, self.library[rows]).log_prob(x) + (p_z.log_prob(z) - q.log_prob(z)).sum(-1)
+        local = m.likelihood(h, self.library[rows]).log_prob(x) + (p_z.log_prob(z) - q.log_prob(z)).sum(-1)
         return -local.mean() + kl.sum() / len(self.x)
 
     def step(self) -> None:

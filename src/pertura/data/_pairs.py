@@ -17,7 +17,7 @@ from scipy import sparse
 
 # exact transport is cubic in the number of cells: so many on either side are coupled at once, others in blocks
 _MAX_EXACT, _BLOCK = 128, 64
-_CONTROLS_PER_CELL = 4
+_CONTROLS_PER_CELL = 2  # of many controls, as many as this per treated cell
 
 
 @dataclass(frozen=True)

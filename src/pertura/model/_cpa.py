@@ -25,7 +25,7 @@ class CPAOptions(Options):
     """Options of :class:`CPA`, which has their documentation."""
 
     n_latent: int = option(32, whole=1)
-    n_layers: int = option(1, whole=0)
+    n_layers: int = option(0, whole=0)
     n_hidden: int = option(128, whole=1)
     discriminator_hidden: Sequence[int] = option((64, 64), widths=True)
     basal_sd: float | None = option(None, above=0)
@@ -184,7 +184,7 @@ class CPA(PerturbationModel):
         return int(np.clip(n_cells // 20, 128, 512))
 
     def _default_max_epochs(self, n_batches: int) -> int:
-        return max(10, round(self.options.n_steps / n_batches))
+        return int(np.clip(round(self.options.n_steps / n_batches), 10, 400))
 
     # -- what it learned --------------------------------------------------------------------------------------------
 

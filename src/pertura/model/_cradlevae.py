@@ -69,8 +69,8 @@ class CRADLEVAE(ArtifactModel):
         Whether the encoder sees counts per 10,000 rather than raw counts.
     n_particles
         Draws per cell and step of training.
-    effect_lr_factor
-        Learning rate of shifts, masks and artifact in units of that of the neural networks.
+    effect_lr_factor, artifact_lr_factor
+        Learning rate of shifts and masks, and of the artifact, in units of that of the neural networks.
     lr, lr_schedule
         Learning rate, and whether it falls to zero along a cosine or stays.
     kl_warmup

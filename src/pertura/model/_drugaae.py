@@ -19,7 +19,7 @@ from pertura.effects import ConditionTable
 from pertura.module._drugaae import DrugAAE as Module
 from pertura.train._adversarial import AdversarialPlan
 
-from ._drugaae_effects import blocks_of, choose_vector_share, fit_effects, order_features, split_columns
+from ._drugaae_effects import blocks_of, choose_vector_share, fit_effects, gene_loadings, order_features, split_columns
 from ._drugaae_targets import by_interactions, by_neighbors, by_signature
 from .base import Options, PerturbationModel, SetupKey, option
 from .base._arguments import check_whole, resolve_perturbations
@@ -215,11 +215,9 @@ class DrugAAE(PerturbationModel):
         module = self.module
         if not self.is_trained_:
             self._standardize(data, table)
-            programs = table.programs()
-            norm = np.linalg.norm(programs, axis=0)
-            unit = programs[:, norm > 0] / norm[norm > 0] * len(programs) ** 0.5
+            loadings = gene_loadings(table, module.genes.loadings.shape[1])
             module.genes.loadings.zero_()
-            module.genes.loadings[:, : unit.shape[1]] = torch.as_tensor(unit)
+            module.genes.loadings[:, : loadings.shape[1]] = torch.as_tensor(loadings)
         n_cells, codes = table.n.sum(1), table.codes
         present = codes >= 0
         treated = np.bincount(

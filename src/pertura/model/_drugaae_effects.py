@@ -9,6 +9,8 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from scipy import sparse
+from sklearn.utils.extmath import randomized_svd
 
 from pertura.effects import ConditionTable, FeatureRidge, fit_dosed, fit_features
 from pertura.effects._dosed import DoseEffects
@@ -47,6 +49,14 @@ def split_columns(features: pd.DataFrame | None, genes: pd.Index) -> tuple[list[
     table = pd.DataFrame([n.rsplit(":", 1) for n in names if n.startswith(SIGNATURE)], columns=["name", "gene"])
     found = {str(n): genes.get_indexer(own["gene"]) for n, own in table.groupby("name", sort=False)}
     return text, found
+
+
+def gene_loadings(table: ConditionTable, n_components: int) -> NDArray[np.float64]:
+    """Principal axes of what varies within conditions, a root mean square of 1 each, ``(n_genes, <= n_components)``."""
+    x = table.sample.x.toarray() if sparse.issparse(table.sample.x) else table.sample.x
+    left = x - table.means(table.sample.condition)
+    _, values, axes = randomized_svd(left, min(n_components, *left.shape), random_state=0)
+    return axes[values > 1e-6].T * table.n_genes**0.5
 
 
 def blocks_of(module: Module) -> list[slice]:

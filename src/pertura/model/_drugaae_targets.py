@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -15,10 +14,8 @@ from torch import Tensor
 from pertura.data._perturbation import Perturbation, encode
 from pertura.module._base import Action
 
+from .base import PerturbationModel
 from .base._predict import device_of
-
-if TYPE_CHECKING:
-    from ._drugaae import DrugAAE
 
 _SHARPNESS = 10.0  # of a neighbor's weight, exp of this times its similarity
 _KNOCKED = -5.0
@@ -26,7 +23,7 @@ _KNOCKED = -5.0
 
 @torch.no_grad()
 def by_interactions(
-    model: DrugAAE, perturbations: Sequence[Perturbation], damping: float, n_steps: int
+    model: PerturbationModel, perturbations: Sequence[Perturbation], damping: float, n_steps: int
 ) -> NDArray[np.float32]:
     """Absolute effect on a gene and its neighbors, in units of what all drugs do there, ``(n_perturbations, n_genes)``."""
     module = model.module
@@ -44,7 +41,7 @@ def by_interactions(
     return (total / spread[:, None]).mT.cpu().numpy().astype(np.float32)
 
 
-def _effect(model: DrugAAE, perturbation: Perturbation) -> Tensor:
+def _effect(model: PerturbationModel, perturbation: Perturbation) -> Tensor:
     """Effect on the activations of an average cell, mean over contexts, ``(n_genes,)``."""
     module = model.module
     device, embedding = device_of(module), module.genes()
@@ -62,7 +59,7 @@ def _effect(model: DrugAAE, perturbation: Perturbation) -> Tensor:
 
 
 @torch.no_grad()
-def by_signature(model: DrugAAE, labels: Sequence[str]) -> NDArray[np.float32]:
+def by_signature(model: PerturbationModel, labels: Sequence[str]) -> NDArray[np.float32]:
     """Similarity of drugs' vectors to those of signatures in which one gene alone is changed."""
     module = model.module
     vectors = model.get_drug_embedding().loc[list(labels)].drop(columns="trained")

@@ -71,7 +71,8 @@ class GPOVAE(ArtifactModel, GRNModel):
     genes is :math:`s_r e_r (I - A)^{-1}`, with weights A of edges that each are there or not. The network starts as the
     sparse Bayesian regression of measured shifts on measured shifts, in which edges are told from paths, and is then trained
     with the rest. Measured perturbations have their measured effects, as in :class:`SAMSVAE`; genes of the network that were
-    never perturbed are knocked out in silico. Features of perturbations are not used.
+    never perturbed are knocked out in silico. Features of perturbations are not used; leave ``perturbation_features_key`` out,
+    since with it only registered perturbations can be predicted.
 
     Parameters
     ----------
@@ -101,8 +102,8 @@ class GPOVAE(ArtifactModel, GRNModel):
         Whether the encoder sees counts per 10,000 rather than raw counts.
     n_particles
         Draws per cell and step of training.
-    effect_lr_factor
-        Learning rate of network and artifact in units of that of the neural networks.
+    effect_lr_factor, artifact_lr_factor
+        Learning rate of the network, and of the artifact, in units of that of the neural networks.
     lr, lr_schedule
         Learning rate, and whether it falls to zero along a cosine or stays.
     kl_warmup
@@ -180,9 +181,10 @@ class GPOVAE(ArtifactModel, GRNModel):
             self.module = Module(
                 *sizes, effects=options.effects or "measured", shift_floor=options.shift_floor, **shared
             )
-            # genes of the network are described by their row of it
-            described = pd.DataFrame({"row": np.flatnonzero(genes >= 0) + 1.0}, index=self._rows[genes >= 0])
-            self._known = replace(self.registered.vocabulary, features=described)
+            if self.registered.vocabulary.features is None:
+                # genes of the network are described by their row of it
+                described = pd.DataFrame({"row": np.flatnonzero(genes >= 0) + 1.0}, index=self._rows[genes >= 0])
+                self._known = replace(self.registered.vocabulary, features=described)
         self._model_summary_string = (
             f"GPOVAE: {len(names)} perturbations, network of {len(genes)} regulators, latent {options.n_latent}, "
             f"objective {options.objective}, {self._likelihood(options.likelihood)} likelihood"

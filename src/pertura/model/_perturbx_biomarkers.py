@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -14,24 +13,22 @@ from torch import Tensor
 
 from pertura.effects import Asked
 
+from .base import PerturbationModel
 from .base._arguments import check_whole, resolve_perturbations
 from .base._query import Query
-
-if TYPE_CHECKING:
-    from ._perturbx import PerturbX
 
 logger = logging.getLogger(__name__)
 Matrix = NDArray[np.float64]
 
 
-def ask(model: PerturbX, perturbation: str | None) -> Asked:
+def ask(model: PerturbationModel, perturbation: str | None) -> Asked:
     """One perturbation at its usual dose."""
     one = resolve_perturbations(model, perturbation, None)[0]
     codes = model.vocabulary.code(model.vocabulary.parse(one.label))[: len(one.dose)]
     return model.module.conditions.ask(codes, np.asarray(one.dose, dtype=np.float64))
 
 
-def selected_genes(model: PerturbX) -> pd.DataFrame:
+def selected_genes(model: PerturbationModel) -> pd.DataFrame:
     """See :meth:`PerturbX.get_selected_genes`."""
     chosen = model.module.chosen_genes().cpu().numpy()
     probability = model.module.selector.logits.detach().softmax(-1).amax(-1).cpu().numpy()
@@ -53,7 +50,7 @@ def selected_genes(model: PerturbX) -> pd.DataFrame:
 # -- representations of contexts ----------------------------------------------------------------------------------------
 
 
-def representation(model: PerturbX, asked: Asked, cells: Query | None = None) -> tuple[list[str], Matrix]:
+def representation(model: PerturbationModel, asked: Asked, cells: Query | None = None) -> tuple[list[str], Matrix]:
     """Names of contexts, and what the members make of their bags, ``(n, n_members * n_latent)``.
 
     Parameters
@@ -77,7 +74,7 @@ def representation(model: PerturbX, asked: Asked, cells: Query | None = None) ->
     return [names[i] for i in at], z.flatten(1).double().cpu().numpy()
 
 
-def representation_axes(model: PerturbX, asked: Asked) -> tuple[Matrix, Matrix]:
+def representation_axes(model: PerturbationModel, asked: Asked) -> tuple[Matrix, Matrix]:
     """Center and principal axes of the training contexts' representations."""
     _, z = representation(model, asked)
     center = z.mean(0)
@@ -89,7 +86,7 @@ def representation_axes(model: PerturbX, asked: Asked) -> tuple[Matrix, Matrix]:
     return center, axes[:n] * np.where(sign == 0, 1.0, sign)[:, None]
 
 
-def attention(model: PerturbX, asked: Asked, cells: Query) -> pd.Series:
+def attention(model: PerturbationModel, asked: Asked, cells: Query) -> pd.Series:
     """See :meth:`PerturbX.get_attention`."""
     module, device = model.module, model.module.input_mean.device
     result = np.full(len(cells), np.nan)
@@ -108,7 +105,7 @@ def attention(model: PerturbX, asked: Asked, cells: Query) -> pd.Series:
 
 
 def gene_importance(
-    model: PerturbX, perturbation: str | None, of: str, component: int, n_cells: int, n_samples: int, seed: int
+    model: PerturbationModel, perturbation: str | None, of: str, component: int, n_cells: int, n_samples: int, seed: int
 ) -> pd.DataFrame:
     """See :meth:`PerturbX.get_gene_importance`."""
     check_whole("n_cells", n_cells)
@@ -142,7 +139,7 @@ def gene_importance(
     return table.sort_values("importance", ascending=False, kind="stable")
 
 
-def effect_axes(model: PerturbX, asked: Asked) -> Matrix:
+def effect_axes(model: PerturbationModel, asked: Asked) -> Matrix:
     """Principal axes, in genes, of how the measured effects of training contexts differ."""
     effect = model.module.measured_effects(asked)
     if len(effect) < 2:
@@ -156,7 +153,7 @@ def effect_axes(model: PerturbX, asked: Asked) -> Matrix:
 
 
 def _representation_values(
-    model: PerturbX, asked: Asked, axis: Matrix, n_cells: int, n_samples: int, seed: int
+    model: PerturbationModel, asked: Asked, axis: Matrix, n_cells: int, n_samples: int, seed: int
 ) -> tuple[Matrix, Matrix, NDArray[np.int64]]:
     """Shapley values and expression of selected genes in single cells."""
     module = model.module
@@ -172,7 +169,7 @@ def _representation_values(
 
 
 def _prediction_values(
-    model: PerturbX, asked: Asked, axis: Matrix, n_cells: int, n_samples: int, seed: int
+    model: PerturbationModel, asked: Asked, axis: Matrix, n_cells: int, n_samples: int, seed: int
 ) -> tuple[Matrix, Matrix]:
     """Shapley values and expression of all genes in the mean control cells of contexts."""
     module, (regression, bags) = model.module, model.shares

@@ -232,7 +232,7 @@ def infer_basal(
 
     u, quality = module.standardized(cells.x) - effect, failed(cells)
     with pyro.plate("cells", len(cells)), pyro.poutine.scale(scale=kl_weight):
-        pyro.sample("basal", q(u, quality, quality).to_event(1))
+        pyro.sample("z", q(u, quality, quality).to_event(1))
     module.artifact.counterfactual(cells, u, standardize, q)
 
 

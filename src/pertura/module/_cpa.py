@@ -2,9 +2,9 @@ r"""CPA: the compositional perturbation autoencoder (Lotfollahi et al. 2023).
 
 .. math::
 
-    z^b_i &\sim N(0, I), \quad z_i = z^b_i + \sum_t s_t(d_{it})\,V_t + C_{c_i} \\
+    z^b_i &\sim N(0, I), \quad z_i = z^b_i + \sum_t s_t(d_{it})\,V_t \\
     s_t(d) &= d^{n_t} (1 + k_t^{n_t}) / (d^{n_t} + k_t^{n_t}) \\
-    x_i &\sim p_\theta(x \mid \mathrm{dec}(z_i))
+    x_i &\sim p_\theta(x \mid \mathrm{dec}(z_i + C_{c_i}))
 
 with embeddings V of perturbations and C of contexts, and the guide :math:`q(z^b \mid x)`. The encoder does not know the
 perturbation. A discriminator that only the training plan moves tells perturbation and context from :math:`z^b`; the encoder
@@ -73,7 +73,7 @@ class CPA(LatentModule):
         n_batch: int = 1,
         *,
         n_latent: int = 32,
-        n_layers: int = 1,
+        n_layers: int = 0,
         n_hidden: int = 128,
         discriminator_hidden: Sequence[int] = (64, 64),
         basal_sd: float | None = None,
@@ -112,12 +112,12 @@ class CPA(LatentModule):
 
     def model(self, cells: Cells, kl_weight: float = 1.0) -> None:
         """Joint density of a minibatch."""
-        shift = self.shift(cells.action) + self.context(cells.context)
+        shift, context = self.shift(cells.action), self.context(cells.context)
         with pyro.plate("cells", len(cells)):
             with pyro.poutine.scale(scale=kl_weight):
                 z = pyro.sample("basal", dist.Normal(cells.x.new_zeros(self.n_latent), 1.0).to_event(1))
             state = pyro.deterministic("state", z + shift, event_dim=1)
-            h = self.decoder(state, self.one_hot_batch(cells.batch))
+            h = self.decoder(state + context, self.one_hot_batch(cells.batch))
             pyro.sample("x", self.likelihood(h, cells.library), obs=cells.x)
 
     def guide(self, cells: Cells, kl_weight: float = 1.0) -> None:

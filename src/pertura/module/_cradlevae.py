@@ -46,7 +46,7 @@ class CRADLEVAE(LatentModule):
         Layers of decoder and encoder, and their width.
     likelihood, link_sharpness, normalize_input, rotate_shifts, effects, combinations
         As in :class:`SAMSVAE`; only the coordinates of the shifts are rotated, the basal state has its own.
-    effect_lr_factor
+    effect_lr_factor, artifact_lr_factor
         Learning rate of shifts and artifact in units of that of the neural networks.
     counterfactual_weight, class_balance, match_quality
         Of the artifact; see :class:`~pertura.module._artifact.Artifact`.
@@ -71,6 +71,7 @@ class CRADLEVAE(LatentModule):
         normalize_input: bool = True,
         rotate_shifts: bool = True,
         effect_lr_factor: float = 5.0,
+        artifact_lr_factor: float = 5.0,
         effects: Literal["measured", "latent"] = "latent",
         combinations: Sequence[Sequence[int]] = (),
         counterfactual_weight: float = 1.0,
@@ -80,7 +81,7 @@ class CRADLEVAE(LatentModule):
     ) -> None:
         super().__init__(n_genes, n_batch, normalize_input)
         self.n_latent = n_latent
-        self.lr_factors = {"shifts.": effect_lr_factor, "artifact.": effect_lr_factor}
+        self.lr_factors = {"shifts.": effect_lr_factor, "artifact.": artifact_lr_factor}
         self.shifts = SparseShifts(n_perturbations, n_latent, n_hidden=n_hidden, **shift_options)
         self.artifact = Artifact(
             n_perturbations,
@@ -116,9 +117,10 @@ class CRADLEVAE(LatentModule):
                     explain_effects(self, table)
         with pyro.plate("cells", len(cells)):
             with pyro.poutine.scale(scale=kl_weight):
-                z = pyro.sample("basal", dist.Normal(cells.x.new_zeros(self.n_latent), 1.0).to_event(1))
+                z = pyro.sample("z", dist.Normal(cells.x.new_zeros(self.n_latent), 1.0).to_event(1))
             at_fault = failed(cells) * artifact
             pyro.deterministic("state", beside(z, shift, at_fault), event_dim=1)
+            pyro.deterministic("basal", beside(z, torch.zeros_like(shift), at_fault), event_dim=1)
             moved = shift if self.gene_effects is None else torch.zeros_like(z)
             h = self.decoder(beside(z, moved, at_fault), self.one_hot_batch(cells.batch))
             with pyro.poutine.scale(scale=self.artifact.class_weight(cells)):
@@ -147,8 +149,8 @@ class CRADLEVAE(LatentModule):
 
     def activation(self, basal: Basal) -> Tensor:
         """Activations of genes without any perturbation or artifact, ``(n_draws, n_cells, n_genes)``."""
-        zero = torch.zeros_like(basal.state)
-        h = self.decoder(beside(basal.state, zero, zero), self.one_hot_batch(basal.cells.batch))
+        z = basal.state[..., : self.n_latent]
+        h = self.decoder(beside(z, torch.zeros_like(z), torch.zeros_like(z)), self.one_hot_batch(basal.cells.batch))
         return self.likelihood.linear(h)
 
     def on_step(self, progress: float) -> None:

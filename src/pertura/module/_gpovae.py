@@ -69,7 +69,7 @@ class GeneIndexed(LatentModule):
         Width of the shift that the encoder sees.
     alignment_weight
         Of the loss that aligns effects with the network.
-    n_latent, n_layers, n_encoder_layers, n_hidden, likelihood, link_sharpness, normalize_input, effect_lr_factor
+    n_latent, n_layers, n_encoder_layers, n_hidden, likelihood, link_sharpness, normalize_input, effect_lr_factor, artifact_lr_factor
         As in :class:`CRADLEVAE`.
     combinations, counterfactual_weight, class_balance, match_quality
         Of the artifact; see :class:`~pertura.module._artifact.Artifact`.
@@ -99,6 +99,7 @@ class GeneIndexed(LatentModule):
         link_sharpness: float = 1.0,
         normalize_input: bool = True,
         effect_lr_factor: float = 0.3,
+        artifact_lr_factor: float = 5.0,
         combinations: Sequence[Sequence[int]] = (),
         counterfactual_weight: float = 1.0,
         class_balance: bool = False,
@@ -107,7 +108,10 @@ class GeneIndexed(LatentModule):
     ) -> None:
         super().__init__(n_genes, n_batch, normalize_input)
         self.n_perturbations, self.n_latent, self.alignment_weight = n_perturbations, n_latent, alignment_weight
-        self.lr_factors = dict.fromkeys(("shifts.", "artifact.", "effect_strength"), effect_lr_factor)
+        self.lr_factors = {
+            **dict.fromkeys(("shifts.", "effect_strength"), effect_lr_factor),
+            "artifact.": artifact_lr_factor,
+        }
         self.register_buffer("row_genes", torch.as_tensor(list(row_genes), dtype=torch.long))
         self.shifts = SparseShifts(len(self.row_genes), n_columns, n_hidden=n_hidden, **shift_options)
         self.artifact = Artifact(
@@ -210,9 +214,10 @@ class GPOVAE(GeneIndexed):
         offset = self.offset(cells.action.one, total, noise)
         with pyro.plate("cells", len(cells)):
             with pyro.poutine.scale(scale=kl_weight):
-                z = pyro.sample("basal", dist.Normal(cells.x.new_zeros(self.n_latent), 1.0).to_event(1))
+                z = pyro.sample("z", dist.Normal(cells.x.new_zeros(self.n_latent), 1.0).to_event(1))
             at_fault = failed(cells) * artifact
             pyro.deterministic("state", beside(z, offset, at_fault), event_dim=1)
+            pyro.deterministic("basal", beside(z, torch.zeros_like(offset), at_fault), event_dim=1)
             h = self.decoder(beside(z, at_fault), self.one_hot_batch(cells.batch))
             with pyro.poutine.scale(scale=self.artifact.class_weight(cells)):
                 pyro.sample("x", self.likelihood(h, cells.library, offset), obs=cells.x)
@@ -258,8 +263,10 @@ class GPOVAE(GeneIndexed):
         spread = self.by_network(action)
         if self.gene_effects is None:
             return self.shifts(total, spread)
-        result = self.gene_effects(action, self.strength(action), noise)
-        return result if spread is None else result + self.shifts(total, spread)
+        strength = self.strength(action)
+        if spread is None:
+            return self.gene_effects(action, strength, noise)
+        return self.gene_effects(action, strength * (spread.codes < 0), noise) + self.shifts(total, spread)
 
     def by_network(self, action: Action) -> Action | None:
         """Members whose effect is the network's, by row: all, or those that were not measured; `None`: no member.
@@ -273,7 +280,7 @@ class GPOVAE(GeneIndexed):
         kept = codes >= 0
         if self.gene_effects is not None:
             site, n = self.gene_effects.measured, self.n_perturbations
-            kept = kept & ~((codes < n) & site.measured[codes.clamp(0, n - 1)])
+            kept = kept & ~((action.codes >= 0) & site.measured[action.codes.clamp(min=0)])
             if not kept.any():
                 return None
             # of a measured combination the members need not be known
@@ -283,8 +290,10 @@ class GPOVAE(GeneIndexed):
 
     def activation(self, basal: Basal) -> Tensor:
         """Activations of genes without any perturbation or artifact, ``(n_draws, n_cells, n_genes)``."""
-        state = beside(basal.state, torch.zeros_like(basal.state))
-        return self.likelihood.linear(self.decoder(state, self.one_hot_batch(basal.cells.batch)))
+        z = basal.state[..., : self.n_latent]
+        return self.likelihood.linear(
+            self.decoder(beside(z, torch.zeros_like(z)), self.one_hot_batch(basal.cells.batch))
+        )
 
     # -- network ----------------------------------------------------------------------------------------------------
 
@@ -391,9 +400,10 @@ class HopsGPOVAE(GeneIndexed):
                 pyro.factor("alignment", -self.alignment())
         with pyro.plate("cells", len(cells)):
             with pyro.poutine.scale(scale=kl_weight):
-                z = pyro.sample("basal", dist.Normal(cells.x.new_zeros(self.n_latent), 1.0).to_event(1))
-            state = beside(z, self.shifts(table, cells.action), failed(cells) * artifact)
-            state = pyro.deterministic("state", state, event_dim=1)
+                z = pyro.sample("z", dist.Normal(cells.x.new_zeros(self.n_latent), 1.0).to_event(1))
+            shift, at_fault = self.shifts(table, cells.action), failed(cells) * artifact
+            state = pyro.deterministic("state", beside(z, shift, at_fault), event_dim=1)
+            pyro.deterministic("basal", beside(z, torch.zeros_like(shift), at_fault), event_dim=1)
             h = self.decoder(state, self.one_hot_batch(cells.batch))
             with pyro.poutine.scale(scale=self.artifact.class_weight(cells)):
                 pyro.sample("x", self.likelihood(h, cells.library), obs=cells.x)

@@ -90,7 +90,9 @@ class NegativeBinomial(TorchDistribution):
         """Counts: Poisson draws whose rates are Gamma draws."""
         with torch.no_grad():
             shape = (*sample_shape, *self.batch_shape)
-            rate = torch.distributions.Gamma(self._theta.expand(shape), (self._theta / self._mean).expand(shape)).sample()
+            rate = torch.distributions.Gamma(
+                self._theta.expand(shape), (self._theta / self._mean).expand(shape)
+            ).sample()
             return torch.poisson(rate)
 
     def expand(self, batch_shape: torch.Size, _instance: None = None) -> NegativeBinomial:

@@ -52,7 +52,7 @@ class GeneEmbedding(nn.Module):
         n_genes: int,
         n_out: int,
         *,
-        n_loadings: int = 15,
+        n_loadings: int = 30,
         n_free: int = 16,
         n_steps: int = 3,
         network: bool = True,

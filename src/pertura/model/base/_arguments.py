@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,10 +13,8 @@ from scvi import settings
 from pertura.data._perturbation import Perturbation
 from pertura.data._vocabulary import Vocabulary
 
+from ._protocol import Model
 from ._registered import Registered
-
-if TYPE_CHECKING:
-    from ._model import PerturbationModel
 
 
 def check_flag(name: str, value: Any) -> None:
@@ -113,7 +111,7 @@ def resolve_seed(seed: int | None) -> int:
     return int(seed)
 
 
-def resolve_perturbations(model: PerturbationModel, perturbation: Any, dose: Any) -> list[Perturbation]:
+def resolve_perturbations(model: Model, perturbation: Any, dose: Any) -> list[Perturbation]:
     """Every perturbation at every dose, as a user gives them."""
     vocabulary = model.vocabulary
     if perturbation is None:
@@ -164,7 +162,7 @@ def _doses(vocabulary: Vocabulary, dose: Any) -> list[float | None]:
     return doses.tolist()
 
 
-def check_representable(model: PerturbationModel, label: str) -> None:
+def check_representable(model: Model, label: str) -> None:
     """Raise where a model has no way to represent a perturbation."""
     vocabulary, discrepancy = model.vocabulary, model._discrepancy
     step = discrepancy.step(Perturbation(label))

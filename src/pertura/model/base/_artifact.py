@@ -60,6 +60,7 @@ class ArtifactOptions(Options):
     normalize_input: bool = option(True, flag=True)
     n_particles: int = option(1, whole=1)
     effect_lr_factor: float = option(5.0, above=0)
+    artifact_lr_factor: float = option(5.0, above=0)
     lr: float = option(3e-3, above=0)
     lr_schedule: Literal["cosine", "constant"] = option("cosine", one_of=("cosine", "constant"))
     kl_warmup: float = option(0.2, least=0)
@@ -83,6 +84,7 @@ PAPER: dict[str, Any] = {
     "normalize_input": False,
     "n_particles": 5,
     "effect_lr_factor": 1.0,
+    "artifact_lr_factor": 1.0,
     "lr": 3e-4,
     "lr_schedule": "constant",
     "kl_warmup": 0.0,
@@ -101,6 +103,7 @@ MODULE_OPTIONS = (
     "link_sharpness",
     "normalize_input",
     "effect_lr_factor",
+    "artifact_lr_factor",
 )
 
 

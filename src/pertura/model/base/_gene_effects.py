@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,15 +13,13 @@ from pertura.effects import ConditionTable, fit_measured
 from pertura.module._base import Action
 
 from ._predict import Predictor, Settings, device_of
+from ._protocol import Model
 from ._query import Query
-
-if TYPE_CHECKING:
-    from ._model import PerturbationModel
 
 _MAX_CELLS, _MAX_STARTS = 128, 64
 
 
-def dose_response(model: PerturbationModel) -> Callable[[NDArray[np.int64], NDArray[np.float64]], NDArray[np.float64]]:
+def dose_response(model: Model) -> Callable[[NDArray[np.int64], NDArray[np.float64]], NDArray[np.float64]]:
     """What ``model.module.strength`` says of codes and registered doses."""
     device, unit = device_of(model.module), dose_units(model.vocabulary.max_dose)
 
@@ -35,7 +32,7 @@ def dose_response(model: PerturbationModel) -> Callable[[NDArray[np.int64], NDAr
 
 
 @torch.no_grad()
-def fit_gene_effects(model: PerturbationModel, table: ConditionTable) -> None:
+def fit_gene_effects(model: Model, table: ConditionTable) -> None:
     """Set the posterior of measured effects of ``model.module.gene_effects`` from the training cells.
 
     The module offers ``strength(action)``, the dose response of each member. Features of perturbations are used where the
@@ -68,7 +65,7 @@ def _start(module: torch.nn.Module, table: ConditionTable, device: torch.device)
 
 
 @torch.no_grad()
-def refine_gene_effects(model: PerturbationModel, table: ConditionTable, seed: int = 0) -> None:
+def refine_gene_effects(model: Model, table: ConditionTable, seed: int = 0) -> None:
     """Fit the curve from effects to activations to control cells as the trained decoder sees them."""
     module = model.module
     rows = model.train_indices[

@@ -657,7 +657,7 @@ class PerturbationModel(TrainingMixin, BaseModelClass):
             raise ValueError(f"`kind` must be 'basal' or 'perturbed', got {kind!r}.")
         settings = self._settings(n_samples, None, None, seed, batch_size, changes=self._changes(changes))
         predictor = self._predictor(query(self, adata, indices), settings)
-        states = (block.basal.state if kind == "basal" else block.under(None).state for block in predictor.blocks())
+        states = (block.basal_state() if kind == "basal" else block.under(None).state for block in predictor.blocks())
         return np.concatenate([state.mean(0).cpu().numpy() for state in states])
 
     def posterior_predictive_sample(

@@ -145,6 +145,13 @@ class Block:
         with self._seeded(1):
             return predictor.module.counterfactual(basal, action)
 
+    def basal_state(self) -> Tensor:
+        """Draws of the basal states, with what else is exchanged."""
+        predictor = self._predictor
+        if not predictor.settings.changes:
+            return self.basal.state
+        return self.under(Perturbation(predictor.vocabulary.control)).state
+
     def mean(self, found: Counterfactual) -> Tensor:
         """Mean expression on the asked scale for each draw of latent variables, ``(n_samples, n_cells, n_genes)``."""
         settings, expression = self._predictor.settings, found.expression
@@ -335,7 +342,7 @@ def predict_blocks(
                 parts["low"].append(low.clamp(min=0.0) if query.registered.is_counts else low)
                 parts["high"].append(high)
         arrays = {k: torch.stack(v).cpu().numpy() if v else None for k, v in parts.items()}
-        yield Predicted(**arrays, basal=block.basal.state.mean(0, keepdim=True).cpu().numpy())
+        yield Predicted(**arrays, basal=block.basal_state().mean(0, keepdim=True).cpu().numpy())
 
 
 def predict_cells(

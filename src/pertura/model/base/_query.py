@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,10 +25,8 @@ from pertura.data._vocabulary import Vocabulary
 from pertura.module._base import Cells
 
 from ._arguments import as_rows
+from ._protocol import Model
 from ._registered import Registered
-
-if TYPE_CHECKING:
-    from ._model import PerturbationModel
 
 Rows = NDArray[np.int64]
 
@@ -140,7 +138,7 @@ class Query:
 
 
 def query(
-    model: PerturbationModel, adata: AnnData | MuData | None, indices: Any = None, *, check_perturbations: bool = True
+    model: Model, adata: AnnData | MuData | None, indices: Any = None, *, check_perturbations: bool = True
 ) -> Query:
     """Register the cells that a user asks about.
 
@@ -182,7 +180,7 @@ def query(
     return asked
 
 
-def _transfer(model: PerturbationModel, user: AnnData, rows: Rows, annotations: pd.DataFrame | None) -> QueryManager:
+def _transfer(model: Model, user: AnnData, rows: Rows, annotations: pd.DataFrame | None) -> QueryManager:
     """Registered form of an AnnData that the model was not made with."""
     registered = model.registered
     layer = registered.argument("layer")
@@ -233,7 +231,7 @@ def _columns(registered: Registered, obs: pd.DataFrame, needed: tuple[str, ...])
     return columns
 
 
-def _check_known(model: PerturbationModel, asked: Query) -> None:
+def _check_known(model: Model, asked: Query) -> None:
     """Cells whose own perturbation the model does not know can not be taken back to their basal state."""
     codes, _ = asked.actions
     vocabulary = model.vocabulary

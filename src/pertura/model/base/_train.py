@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -30,9 +30,6 @@ from pertura.train._trainer import TrainRunner, quiet
 from ._arguments import check_flag, check_number, check_whole, resolve_seed
 from ._predict import Settings, mean_effects, seeded
 from ._query import Query
-
-if TYPE_CHECKING:
-    from ._model import PerturbationModel
 
 Rows = NDArray[np.int64]
 _MAX_CONTROLS = 200
@@ -348,7 +345,7 @@ class TrainingMixin:
     def _default_max_epochs(self, n_batches: int) -> int:
         return int(np.clip(round(10_000 / n_batches), 10, 400))
 
-    def _after_training(self: PerturbationModel, train_idx: Rows, table: ConditionTable) -> None:
+    def _after_training(self, train_idx: Rows, table: ConditionTable) -> None:
         """Complete the module, and measure how far its effects are from those of the training data."""
         self.module.eval()
         self._complete(table)
@@ -375,7 +372,7 @@ class TrainingMixin:
             noise_share=share,
         )
 
-    def _registered_cells(self: PerturbationModel, rows: Rows) -> Query:
+    def _registered_cells(self, rows: Rows) -> Query:
         """Some of the model's own cells."""
         return Query(self.registered, self.adata_manager, self.adata, rows)
 
