@@ -59,7 +59,7 @@ def fit(adata: AnnData, cls=PerturbX, max_epochs: int | None = None, **options):
 @pytest.fixture(scope="module")
 def trained() -> tuple[AnnData, PerturbX]:
     adata, _ = responders()
-    return adata, fit(training_cells(adata), n_selected=6, bag_size=16)
+    return adata, fit(training_cells(adata), n_selected=6, bag_size=16, n_steps=400)
 
 
 def effects(model, adata: AnnData) -> pd.DataFrame:

@@ -124,7 +124,7 @@ class Baseline(PerturbationModel):
                 self._progress.stage("Measuring effects")
                 data = self._data_module(train_idx, val_idx, settings.batch_size, seed)
                 table = self._measure(train_idx, data)
-                self.module.fit(table.condition_means())
+                self.module.fit(table)
                 self.module.n_train = len(train_idx)
                 self.module.eval()
                 self.train_indices, self.validation_indices, self.test_indices = train_idx, val_idx, data.test_idx

@@ -13,10 +13,10 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from pertura.data._vocabulary import Vocabulary
-from pertura.effects import Asked, ConditionMeans, choose_strength, ridge_weights
+from pertura.effects import Asked, ConditionTable, choose_strength, ridge_weights
 from pertura.effects._features import label_features, linear_slope, member_features
 from pertura.model.base import Options, option
-from pertura.module._added_effects import add_buffers, set_buffer
+from pertura.module._added_effects import add_buffers, set_buffer, split_controls
 
 from ._base import Baseline
 from ._module import BaselineModule
@@ -64,11 +64,11 @@ class LinearModule(BaselineModule):
     # -- fit --------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def fit(self, means: ConditionMeans) -> None:
+    def fit(self, table: ConditionTable) -> None:
         """Components of genes, features of perturbations, and the regressions."""
-        super().fit(means)
-        n = len(means.context)
-        profiles = np.concatenate([means.mean[:n], means.mean[n:][means.has_control]])
+        super().fit(table)
+        n, mean = len(self.means.context), self.means.mean.cpu().numpy()
+        profiles = np.concatenate([mean[:n], mean[n:][self.means.has_control.cpu().numpy()]])
         n_components = min(self.n_components, *profiles.shape)
         # genes are the samples: a gene's scores say how it differs from the average gene, condition by condition
         loading = PCA(n_components, random_state=0).fit_transform(profiles.T.astype(np.float64))
@@ -78,9 +78,9 @@ class LinearModule(BaselineModule):
         set_buffer(self, "features", self._describe(loading))
         p, described = self._condition_features()
         set_buffer(self, "slope", linear_slope(p, described, self.conditions.context, self.ridge))
-        effect = self.means.effect.cpu().numpy()
-        strength = choose_strength(self.conditions, effect, self._gram, self.n_components)
-        set_buffer(self, "strength", np.asarray(strength))
+        profiles, effects = (np.stack(part) for part in zip(*split_controls(self.means, table), strict=True))
+        gram = profiles @ profiles.transpose(0, 2, 1)
+        set_buffer(self, "strength", np.asarray(choose_strength(self.conditions, effects, gram, self.n_components)))
 
     def _describe(self, loading: NDArray) -> NDArray:
         if self.given is not None:
@@ -205,7 +205,8 @@ class Linear(Baseline):
       :class:`~pertura.baseline.MeanEffect`).
     * In another context its effect is predicted from the control profile: ridge regression, over the contexts where it
       was measured, of effects on the first principal components of the controls, with the strength of the ridge that
-      predicts the training contexts best when each is left out.
+      predicts the training contexts best when each is left out, profiles and effects having different halves of the
+      controls.
     * A perturbation that was not measured has the effect that its features give in the context, or, for a context
       without measured perturbations, this over contexts by the same regression.
 

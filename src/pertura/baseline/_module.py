@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pertura.effects import Asked, ConditionMeans
+from pertura.effects import Asked, ConditionTable
 from pertura.effects._contexts import profile_correlations
 from pertura.module._added_effects import AddedEffectModule, Distinct
 from pertura.module._base import Globals
@@ -21,9 +21,9 @@ class BaselineModule(AddedEffectModule):
 
     # -- estimator --------------------------------------------------------------------------------------------------
 
-    def fit(self, means: ConditionMeans) -> None:
+    def fit(self, table: ConditionTable) -> None:
         """Take over the means of the training data."""
-        self.means.set(means)
+        self.means.set(table.condition_means())
 
     def combine(self, asked: Asked, context: int, affinity: NDArray[np.float64]) -> NDArray[np.float64]:
         """Weight of each measured effect in the asked one, ``(n_conditions,)``.

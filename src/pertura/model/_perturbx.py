@@ -11,15 +11,15 @@ import torch
 from anndata import AnnData
 from mudata import MuData
 from numpy.typing import NDArray
-from sklearn.decomposition import TruncatedSVD
 
 from pertura.data._bags import BagSampler
 from pertura.data._constants import KEYS
 from pertura.data._datamodule import PerturbationDataModule
+from pertura.data._pairs import embed
 from pertura.effects import ConditionTable
 from pertura.effects._sums import codes_of
 from pertura.effects._table import halves
-from pertura.module._added_effects import set_buffer
+from pertura.module._added_effects import set_buffer, split_controls
 from pertura.module._perturbx import PerturbX as Module
 from pertura.module._perturbx import Split
 
@@ -231,10 +231,9 @@ class PerturbX(PerturbationModel):
         chosen = np.sort(np.argsort(-score, kind="stable")[: len(module.candidates)])
         module.candidates.copy_(torch.as_tensor(chosen))
         if module.rank is not None:
-            x = table.sample.x
-            components = TruncatedSVD(max(1, min(module.rank, min(x.shape) - 1)), random_state=0).fit(x).components_
-            basis = np.zeros((x.shape[1], module.rank), dtype=np.float32)
-            basis[:, : len(components)] = components.T
+            _, axes = embed(table.sample.x, False, module.rank, return_basis=True)
+            basis = np.zeros((module.n_genes, module.rank), dtype=np.float32)
+            basis[:, : len(axes)] = axes.T
             set_buffer(module.regression, "basis", basis)
 
     def _effect_sd(self) -> NDArray[np.float32]:
@@ -274,14 +273,9 @@ class PerturbX(PerturbationModel):
         module.keep_bags(*self._bags(controls, len(self.contexts), half))
         if not module.residual:
             return
-        control = module.means.control.double().cpu().numpy()
-        profiles = np.repeat(control[None], 2, axis=0)
-        for i in np.flatnonzero(table.is_control):
-            for h in np.flatnonzero(table.n[i] > 0):
-                profiles[h, table.context[i]] = table.mean[i, h]
-        effect, context = module.means.effect.double().cpu().numpy(), module.conditions.context
         parts = module.bag.tensor_split(2, dim=1)
-        module.stack([Split(profiles[h], effect + (control - profiles[1 - h])[context], parts[h]) for h in (0, 1)])
+        splits = split_controls(module.means, table)
+        module.stack([Split(*split, bag) for split, bag in zip(splits, parts, strict=True)])
 
     def _bags(self, controls: Query, n_contexts: int, half: Rows | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Chosen genes of some control cells of each context, drawn with replacement; first those of half 0, then of half 1."""
@@ -301,6 +295,7 @@ class PerturbX(PerturbationModel):
     # -- prediction -------------------------------------------------------------------------------------------------
 
     def _check_representable(self, label: str) -> None:
+        self._check_if_trained(warn=False, message="The model is not trained. Call `train()` before predicting.")
         super()._check_representable(label)
         members = self.vocabulary.parse(label)
         if members and not self.module.representable(self.vocabulary.code(members)):

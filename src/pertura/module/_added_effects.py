@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pertura.data._constants import CONTROL_ONLY, UNKNOWN
 from pertura.data._vocabulary import dose_units
-from pertura.effects import Asked, ConditionMeans, Conditions
+from pertura.effects import Asked, ConditionMeans, Conditions, ConditionTable
 from pertura.nn._likelihoods import Point
 
 from ._base import Action, Basal, Cells, Counterfactual, Globals, PerturbationModule
@@ -178,6 +178,33 @@ class MeasuredMeans(nn.Module):
             check_invariants=True,
         )
         return torch.sparse.mm(matrix.to(values.device), values)
+
+
+def split_controls(
+    means: MeasuredMeans, table: ConditionTable
+) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """Control profiles and effects that do not share their noise: half of the controls is in either.
+
+    The noise of a control profile is in the effect of the same controls, with the opposite sign: what predicts one from the other
+    would take it for a relation.
+
+    Parameters
+    ----------
+    means, table
+        What was measured.
+
+    Returns
+    -------
+    Twice, with the halves exchanged: profiles, ``(n_contexts, n_genes)``, and effects, ``(n_conditions, n_genes)``. Where a half
+    has no controls, those of the other stand in.
+    """
+    control, effect = (v.double().cpu().numpy() for v in (means.control, means.effect))
+    profiles = np.repeat(control[None], 2, axis=0)
+    for i in np.flatnonzero(table.is_control):
+        for half in np.flatnonzero(table.n[i] > 0):
+            profiles[half, table.context[i]] = table.mean[i, half]
+    own = means.conditions.context
+    return [(profiles[half], effect + (control - profiles[1 - half])[own]) for half in (0, 1)]
 
 
 # -- cells --------------------------------------------------------------------------------------------------------------
