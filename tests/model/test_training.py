@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 
 from pertura import datasets
 from pertura.model import SAMSVAE, PertVAE
-from pertura.model import _training as training
+from pertura.model.base import _train as training
 
 N_EPOCHS = 4
 
@@ -142,7 +142,7 @@ def test_two_interruptions_do_not_wait_for_the_step(model):
 
 
 def test_interruption_while_effects_are_measured(model, monkeypatch):
-    monkeypatch.setattr(training, "calibrate", lambda *_: raise_interrupt())
+    monkeypatch.setattr(training, "calibrate", lambda *_, **__: raise_interrupt())
     with pytest.warns(UserWarning, match="not measured"), pytest.raises(KeyboardInterrupt):
         fit(model, 1)
     assert model.is_trained_ and len(model.history["elbo_train"]) == 1
@@ -182,10 +182,10 @@ def test_one_bar_from_the_first_read_to_the_end(model, capsys):
     seen = []
     finish = type(model)._after_training
 
-    def after(self, train_idx):
+    def after(self, train_idx, table):
         for _ in self._progress.track(range(2), "Measuring things"):
             seen.append(self._progress._bar.n)
-        finish(self, train_idx)
+        finish(self, train_idx, table)
 
     model._after_training = after.__get__(model)
     fit(model, 2, enable_progress_bar=True)

@@ -13,7 +13,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "_masks": ["StraightThroughBernoulli"],
         "_mlp": ["MLP", "ResidualMLP"],
         "_propagation": ["GeneEmbedding", "normalized_adjacency"],
-        "_rotation": ["quartimax"],
         "_scalar": ["ScalarMLP"],
         "_selector": ["BagAggregation", "ConcreteSelector", "MemberLinear"],
         "_sem": ["propagate", "remove_regulation", "total_effect"],
