@@ -98,7 +98,7 @@ SIMPLE = {
 
 def default_models() -> dict[str, benchmark.ModelSpec]:
     """SAMSVAE, and as its published comparator a conditional VAE with the same neural networks."""
-    conditional = "SAMSVAE:effect=conditional,shrinkage=False"
+    conditional = "SAMSVAE:effect=conditional"
     return dict(benchmark.parse_model(text) for text in ("SAMSVAE", conditional))
 
 

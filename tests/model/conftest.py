@@ -104,8 +104,8 @@ MODELS = [
         "model.PerturbX",
         init={"n_selected": 8, "n_members": 2, "n_hidden": 8, "bag_size": 8, "n_components": 5, "rank": 5},
         train=_SHORT,
-        knows_genes=True,
         samples=False,
+        scores=False,
     ),
     Spec(
         "model.DrugAAE",
