@@ -15,8 +15,7 @@ from _common import parser, show, start
 from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor
 
-from pertura.module import InfoSEM
-from pertura.module._infosem import Inputs
+from pertura.module import Action, Cells, InfoSEM
 
 BATCH = 64
 
@@ -42,7 +41,7 @@ def study(n_genes: Sequence[int], *, n_regulators: int = 300, n_cells: int = 102
     rows = []
     for n in n_genes:
         generator = torch.Generator().manual_seed(0)
-        batches = [torch.randn(1, BATCH, n, generator=generator) for _ in range(n_steps + 1)]
+        batches = [torch.randn(BATCH, n, generator=generator) for _ in range(n_steps + 1)]
         took, models = {}, {}
         for cls in (InfoSEM, Dense):
             torch.manual_seed(0)
@@ -53,8 +52,10 @@ def study(n_genes: Sequence[int], *, n_regulators: int = 300, n_cells: int = 102
             took[cls] = seconds_per_step(module, batches if many else batches[:1], warm=many) * n_cells / BATCH
         with torch.no_grad():
             weight = models[InfoSEM].network()
-            expected = models[Dense].regulated(batches[0], weight)
-            difference = (models[InfoSEM].regulated(batches[0], weight) - expected).abs().max() / expected.abs().max()
+            expected = models[Dense].regulated(batches[0][None], weight)
+            difference = (
+                models[InfoSEM].regulated(batches[0][None], weight) - expected
+            ).abs().max() / expected.abs().max()
         row = {"n_genes": n, "seconds_per_epoch": took[InfoSEM], "seconds_per_epoch_dense": took[Dense]}
         rows.append({**row, "faster": took[Dense] / took[InfoSEM], "max_difference": float(difference)})
     return pd.DataFrame(rows)
@@ -69,7 +70,9 @@ def seconds_per_step(module: InfoSEM, batches: Sequence[Tensor], *, warm: bool) 
             began = time.perf_counter()
         module.on_step(1.0)
         optimizer.zero_grad()
-        elbo.differentiable_loss(module.model, module.guide, Inputs(x, None)).backward()
+        none = torch.zeros(len(x), 1)
+        cells = Cells(x, Action(none.long() - 1, none), none[:, 0].long(), none[:, 0].long(), none + 1)
+        elbo.differentiable_loss(module.model, module.guide, cells, x=x[None]).backward()
         optimizer.step()
     return (time.perf_counter() - began) / max(1, len(batches) - int(warm))
 

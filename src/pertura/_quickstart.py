@@ -271,7 +271,7 @@ def _draw(
     import scanpy as sc
 
     from pertura import pl
-    from pertura.benchmark import measured_effect
+    from pertura.metrics import measured_effect
 
     effect = model.get_perturbation_effect(perturbation, adata=task.controls.copy(), ci=LEVEL)
     keys = {"perturbation_key": "perturbation", "control": task.dataset.control, "context_key": "context"}

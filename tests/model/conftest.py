@@ -45,6 +45,9 @@ class Spec:
         Whether it has a distribution of cells, to draw replicates from.
     scores
         Whether it has a likelihood of cells.
+    likes_own
+        Whether cells are more likely under their own perturbation than without it. Where an intervention says nothing about the
+        gene it is on, they are not.
     planted, planted_train
         Arguments with which it finds planted effects.
     planted_r, planted_slope
@@ -63,8 +66,9 @@ class Spec:
     only_genes: bool = False
     samples: bool = True
     scores: bool = True
+    likes_own: bool = True
     planted: dict[str, Any] = field(default_factory=dict)
-    planted_train: dict[str, Any] = field(default_factory=lambda: {"max_epochs": 60})
+    planted_train: dict[str, Any] = field(default_factory=lambda: {"max_epochs": 60, "batch_size": 64})
     planted_r: float = 0.7
     planted_slope: float = 0.5
     planted_dose: bool = True
@@ -95,11 +99,19 @@ MODELS = [
         "model.PertVAE",
         init={"n_latent": 4, "encoder_hidden": (16,), "n_flow_hidden": 8, "n_flow_context": 8},
         train=_SHORT,
+        planted={"n_latent": 16, "encoder_hidden": (32,), "n_flow_hidden": 16, "n_flow_context": 16},
+        planted_slope=0.35,
     ),
     Spec("model.SAMSVAE", init=_SMALL, train=_SHORT),
     Spec("model.CRADLEVAE", init=_SMALL, train=_SHORT),
     Spec("model.GPOVAE", init=_SMALL, train=_SHORT, knows_genes=True),
-    Spec("model.CPA", init=_SMALL, train=_SHORT),
+    Spec(
+        "model.CPA",
+        init=_SMALL,
+        train=_SHORT,
+        planted={"n_latent": 16, "n_hidden": 32},
+        planted_train={"max_epochs": 120, "batch_size": 64},
+    ),
     Spec(
         "model.PerturbX",
         init={"n_selected": 8, "n_members": 2, "n_hidden": 8, "bag_size": 8, "n_components": 5, "rank": 5},
@@ -112,7 +124,16 @@ MODELS = [
         init={"n_latent": 4, "encoder_hidden": (16,), "n_gene_embedding": 8, "discriminator_hidden": (8,)},
         train=_SHORT,
     ),
-    Spec("model.InfoSEM", init={"n_ensemble": 2, "hidden": (8,)}, train=_SHORT, knows_genes=True, only_genes=True),
+    Spec(
+        "model.InfoSEM",
+        init={"n_ensemble": 2, "hidden": (8,)},
+        train=_SHORT,
+        knows_genes=True,
+        only_genes=True,
+        likes_own=False,
+        planted_r=0.5,
+        planted_slope=0.3,
+    ),
     Spec("baseline.Additive", refuses_unseen=False, **_CLOSED_FORM),
     Spec("baseline.Linear", knows_genes=True, **_CLOSED_FORM),
 ]

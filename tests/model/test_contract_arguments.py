@@ -158,7 +158,9 @@ def wrong_value(own):
     for limit in ("above", "below"):
         if rules[limit] is not None:
             return rules[limit]
-    return rules["least"] - 1.0 if rules["least"] is not None else "wrong"
+    if rules["least"] is not None:
+        return rules["least"] - 1.0
+    return "wrong" if rules["flag"] or rules["widths"] else ["no such gene"]
 
 
 def test_options(spec, screen, unchanged):

@@ -206,7 +206,6 @@ def test_l1000(profiles, tmp_path):
     assert row["p_identity"] == pytest.approx(expected) and np.isnan(table.loc[("spearman", "identity"), "p_identity"])
 
 
-@pytest.mark.xfail(reason="waits for `predict_perturbation(noise=)`")
 def test_l1000_without_measurement_noise(profiles):
     """The paper's prediction and identity baseline: expectations, of the own control and the asked dose."""
     import l1000_profiles as study

@@ -34,7 +34,7 @@ class GPOVAEOptions(ArtifactOptions):
     effect_lr_factor: float = option(0.3, above=0)
     objective: Literal["resolvent", "hops"] = option("resolvent", one_of=("resolvent", "hops"))
     effects: Literal["measured", "latent"] | None = option(None, one_of=("measured", "latent"))
-    regulators: Sequence[str] | None = None
+    regulators: Sequence[str] | None = option(None)
     alignment_weight: float = option(1.0, least=0)
     covariation_weight: float = option(50.0, least=0)
     shift_floor: float = option(0.05, above=0)
