@@ -115,7 +115,7 @@ class Results:
         unknown = [c for c in new if c not in COLUMNS]
         if unknown:
             raise ValueError(f"`rows`: there is no column {unknown[0]!r}; columns are {COLUMNS}.")
-        new = new.reindex(columns=COLUMNS).fillna(dict.fromkeys(_TEXT, ""))
+        new = new.reindex(columns=COLUMNS).astype(dict.fromkeys(_TEXT, object)).fillna(dict.fromkeys(_TEXT, ""))
         new = new.astype(dict.fromkeys(("value", "n_cells", "seconds", "peak_mb"), float))
         old = self.table[~self._of(run)]
         replaced = len(old) < len(self.table)
