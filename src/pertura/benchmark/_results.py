@@ -71,7 +71,7 @@ class Results:
             lacking = [c for c in COLUMNS if c not in table]
             if lacking:
                 raise ValueError(f"`out`: {str(self.path)!r} is no benchmark result, it lacks {lacking}.")
-            self.table = table[COLUMNS]
+            self.table = table[COLUMNS].astype(dict.fromkeys(_TEXT, object))
 
     def has(self, run: Mapping[str, Any], *, settings: str = "", metrics: Sequence[str] = ()) -> bool:
         """Whether a run is in the table.
