@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from importlib.metadata import metadata
 from pathlib import Path
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "extensions"))
+
+from api_pages import template_context  # noqa: E402
 
 # -- Project ---------------------------------------------------------------------------------
 
@@ -35,6 +39,7 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx_autodoc_typehints",  # after napoleon
+    "api_pages",  # of the folder extensions
     "sphinx_copybutton",
     "sphinx_design",
     "sphinxcontrib.bibtex",
@@ -46,7 +51,18 @@ source_suffix = {".rst": "restructuredtext", ".md": "myst-nb", ".ipynb": "myst-n
 default_role = "literal"
 needs_sphinx = "8.1"
 
+nitpicky = True
+# A broken reference to pertura fails; to other packages, it may only be that a build without network does not know them.
+nitpick_ignore_regex = [
+    (
+        "py:.*",
+        r"(?!(pertura|baseline|benchmark|data|datasets|metrics|model|module|nn|pl|pp|priors|train)\.)[a-z]\w*\..+",
+    ),
+    ("py:(class|data)", "Ellipsis"),
+]
+
 autosummary_generate = True
+autosummary_context = template_context()
 autosummary_ignore_module_all = False
 autodoc_member_order = "groupwise"
 autodoc_typehints = "none"  # left to sphinx_autodoc_typehints

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not getattr(config.option, "loadgroup", False):  # as xdist sets it in its processes
         return
     for item in items:
-        spec = item.callspec.params.get("spec") if hasattr(item, "callspec") else None
-        item.add_marker(pytest.mark.xdist_group(item.path.stem if spec is None else spec.name))
+        own = item.get_closest_marker("xdist_group")
+        if own is not None:
+            continue
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        specs = [params[name] for name in ("spec", "gradient_spec", "shared_spec") if name in params]
+        item.add_marker(pytest.mark.xdist_group(specs[0].name if specs else item.path.stem))
 
 
 @pytest.fixture(autouse=True)
@@ -61,9 +66,26 @@ def data_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every connection fail at once."""
+
+    def refuse(*_args: object, **_kwargs: object) -> None:
+        raise socket.gaierror("blocked by the test")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture
+def offline(no_network: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither data files nor network."""
+    monkeypatch.setenv("PERTURA_DATA_DIR", str(tmp_path / "empty"))
+
+
 @pytest.fixture(scope="session")
 def load_dataset(data_cache: None) -> Callable[..., Any]:
-    """`load_dataset("kang_2018_mini", **arguments)` gives a fresh copy; skips without cache and network."""
+    """`load_dataset("papalexi_2021", **arguments)` gives a fresh copy; skips what is in neither package, cache nor network."""
     from pertura import datasets
 
     loaded: dict[str, Any] = {}

@@ -74,7 +74,7 @@ def test_submodules(name: str):
 @pytest.mark.parametrize("name", sorted(set(pertura.__all__) - {"__version__"}))
 def test_public_names_are_in_the_api_pages(name: str):
     pages = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
-    listed = set(re.findall(rf"^(?:   |\.\. py:data:: pertura\.){name}\.(\w+)$", pages, re.MULTILINE))
+    listed = set(re.findall(rf"^(?:   |\.\. py:data:: ){name}\.(\w+)$", pages, re.MULTILINE))
     public = set(getattr(getattr(pertura, name), "__all__", []))
     assert listed == public, "docs/api has one line `   namespace.name` per public name"
 
@@ -114,12 +114,18 @@ def test_cli_version_and_help(capsys: pytest.CaptureFixture[str]):
         assert expected in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("argv", [[], ["unknown"]])
+def test_cli_alone_prints_help(capsys: pytest.CaptureFixture[str]):
+    assert _cli.main([]) == 0
+    printed = capsys.readouterr().out
+    assert all(command in printed for command in _cli._COMMANDS)
+
+
+@pytest.mark.parametrize("argv", [["unknown"], ["--unknown"]])
 def test_cli_refuses(argv: list[str], capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stopped:
         _cli.main(argv)
     assert stopped.value.code == 2
-    assert "COMMAND" in capsys.readouterr().err
+    assert "unknown" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("returned", "status"), [(None, 0), (3, 3)])
@@ -142,7 +148,7 @@ def test_cli_commands_exist(command: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stopped:
         _cli.main([command, "--help"])
     assert stopped.value.code == 0
-    assert "usage" in capsys.readouterr().out.lower()
+    assert f"usage: pertura {command}" in capsys.readouterr().out.lower()
 
 
 def test_python_m_pertura():

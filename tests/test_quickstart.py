@@ -74,17 +74,23 @@ def test_scores_are_those_of_the_metrics():
     assert np.ptp(half, axis=0).min() > 0
 
 
-def test_simulates_without_data(monkeypatch, capsys):
-    def missing():
-        raise datasets.DataNotAvailable("no network")
-
-    monkeypatch.setattr(datasets, "kang_2018_mini", missing)
+@pytest.mark.parametrize(
+    ("words", "about", "n_genes"),
+    [
+        ([], "Kang et al. 2018", 1267),
+        (["--data", "kang"], "Kang et al. 2018", 1267),
+        (["--data", "simulated"], "simulated", 60),
+        (["--fast"], "simulated", 60),
+    ],
+)
+def test_reads_real_cells_without_cache_or_network(words, about, n_genes, offline, monkeypatch, tmp_path):
     monkeypatch.setattr(datasets, "simulate", lambda **size: _small(size))
-    dataset, about = _quickstart._load("auto", False)
-    assert dataset.name == "simulated" and "simulated" in about
-    assert "simulating cells instead" in capsys.readouterr().out
-    with pytest.raises(datasets.DataNotAvailable):
-        _quickstart._load("kang", False)
+    ran = []
+    monkeypatch.setattr(_quickstart, "_run", lambda *arguments: ran.append(arguments))
+    assert _quickstart.main([*words, "--out", str(tmp_path / "out")]) == 0
+    ((dataset, said, context, *_),) = ran
+    assert about in said and dataset.adata.n_vars == n_genes
+    assert context == ("CD14+ Monocytes" if n_genes == 1267 else "context_1")
 
 
 def _small(size):

@@ -16,6 +16,7 @@ _SUBMODULES = (
     "benchmark",
     "data",
     "datasets",
+    "effects",
     "metrics",
     "model",
     "module",

@@ -19,6 +19,7 @@ _COMMANDS = {
         "pertura._quickstart",
         "train a model on a small data set and show what it predicts (minutes, CPU)",
     ),
+    "benchmark": ("pertura.benchmark.__main__", "score models on held-out conditions of a data set, or of your own"),
     "datasets": ("pertura.datasets.__main__", "list the public data sets, or fill the cache from a folder"),
 }
 
@@ -32,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="`pertura COMMAND --help` says what a command takes.",
     )
     parser.add_argument("--version", action="version", version=f"pertura {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, (_, summary) in _COMMANDS.items():
         # The module's own parser answers `--help`.
         commands.add_parser(name, help=summary, add_help=False)
@@ -51,7 +52,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     -------
     The exit status: 0 if it worked.
     """
-    args, rest = _parser().parse_known_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if args.command is None:
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.print_help()
+        return 0
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     module, _ = _COMMANDS[args.command]
     return int(import_module(module).main(rest) or 0)

@@ -31,10 +31,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", default="pertura_quickstart", help="folder of results (default: ./%(default)s)")
     parser.add_argument(
         "--data",
-        choices=("auto", "kang", "simulated"),
-        default="auto",
-        help="interferon-beta on blood cells (Kang et al. 2018) or simulated cells; auto: the first if it is in "
-        "the cache or can be downloaded",
+        choices=("kang", "simulated"),
+        default=None,
+        help="interferon-beta on blood cells (Kang et al. 2018, part of the package) or simulated cells (default: kang; "
+        "with --fast: simulated)",
     )
     parser.add_argument("--context", help="cell type to hold out (default: CD14+ Monocytes, or the first)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the model (default: %(default)s)")
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"--out: {error}")
-    dataset, about = _load("simulated" if options.fast else options.data, options.fast)
+    dataset, about = _load(options.data or ("simulated" if options.fast else "kang"), options.fast)
     contexts = sorted(set(dataset.contexts))
     context = options.context or ("CD14+ Monocytes" if "CD14+ Monocytes" in contexts else contexts[0])
     if context not in contexts:
@@ -83,17 +83,8 @@ def _load(data: str, fast: bool) -> tuple[Dataset, str]:
     from pertura import datasets
     from pertura.benchmark import Dataset
 
-    if data != "simulated":
-        try:
-            adata = datasets.kang_2018_mini()
-        except datasets.DataNotAvailable:
-            if data == "kang":
-                raise
-            print(
-                "The data of Kang et al. 2018 are neither in the cache nor to be downloaded: simulating cells instead."
-            )
-        else:
-            return Dataset.of(adata), "Kang et al. 2018, blood cells, interferon-beta"
+    if data == "kang":
+        return Dataset.of(datasets.kang_2018_mini()), "Kang et al. 2018, blood cells, interferon-beta"
     size: dict[str, Any] = {"n_genes": 60, "n_regulators": 8} if fast else {"n_genes": 500, "n_regulators": 40}
     n_cells = 25 if fast else 150
     adata = datasets.simulate(
@@ -280,7 +271,7 @@ def _draw(
     import scanpy as sc
 
     from pertura import pl
-    from pertura.benchmark import measured_effect
+    from pertura.metrics import measured_effect
 
     effect = model.get_perturbation_effect(perturbation, adata=task.controls.copy(), ci=LEVEL)
     keys = {"perturbation_key": "perturbation", "control": task.dataset.control, "context_key": "context"}

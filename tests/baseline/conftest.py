@@ -46,7 +46,7 @@ def fit(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         model = cls(adata, **options)
         with monkeypatch.context() as patch:
             if not calibrated:
-                patch.setattr(cls, "_after_training", lambda self, rows: None)
+                patch.setattr(cls, "_after_training", lambda self, rows, table: None)
             model.train(**(train or {}))
         return model
 

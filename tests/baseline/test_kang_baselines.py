@@ -19,7 +19,7 @@ def scores(load_dataset):
     kang = load_dataset("kang_2018_mini")
     cells, effects = {cls: [] for cls in CLASSES}, {cls: {} for cls in CLASSES}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bl.Baseline, "_after_training", lambda self, rows: None)
+        patch.setattr(bl.Baseline, "_after_training", lambda self, rows, table: None)
         for split in leave_context_out(kang, **KEYS):
             (context,) = split.held_out
             train = kang[split.train].copy()
@@ -34,9 +34,9 @@ def scores(load_dataset):
                 module = model.module
                 asked = module.conditions.ask(np.array([0]), np.ones(1))
                 code = model.contexts.index(context)
-                weights = module.combine(asked, code, module.affinity(module.control)[code].numpy())
+                weights = module.combine(asked, code, module.affinity(module.means.control)[code])
                 control = np.asarray(kang.X[split.train][rows].mean(0)).ravel()
-                effects[cls]["stim", context] = control + module._weighted(weights[None])[0][0].numpy()
+                effects[cls]["stim", context] = control + module.weighted(weights[None])[0][0].numpy()
     measure = lambda pred: mt.evaluate(pred, kang, **KEYS).groupby("metric")["value"].mean()  # noqa: E731
     return {
         "cells": {cls: measure(anndata.concat(parts)) for cls, parts in cells.items()},

@@ -179,11 +179,11 @@ def test_standard_errors(screen, fit):
     score = p @ np.linalg.inv(p.T @ p + 0.1 * np.eye(2)) @ g[1]
     n = len(names)
     project = g @ np.linalg.inv(g.T @ g + 0.1 * np.eye(2)) @ g.T
-    variance = module.variance.numpy().astype(float)
+    variance = module.means.variance.numpy().astype(float)
     maps = [np.eye(N) / n + (score[j] - score.sum() / n) * project for j in range(n)]
     of_control = -sum(maps)
     expected = sum(m**2 @ variance[j] for j, m in enumerate(maps)) + of_control**2 @ variance[n]
     asked = module.conditions.ask(np.array([-2]), np.ones(1), g[[1]])
     weights = module.combine(asked, 0, np.zeros(1))
-    _, found = module._weighted(weights[None])
+    _, found = module.weighted(weights[None])
     np.testing.assert_allclose(found[0].numpy(), expected, rtol=1e-3)

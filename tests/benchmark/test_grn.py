@@ -10,7 +10,8 @@ import pytest
 from anndata import AnnData
 
 from pertura import baseline
-from pertura.benchmark import GivenNetwork, NetworkModel, __main__, _grn, run_grn, summarise_grn
+from pertura.benchmark import GivenNetwork, NetworkModel, Results, _grn, run_grn, summarize_grn
+from pertura.benchmark import __main__ as _command
 from pertura.metrics import EdgeCandidates, auprc
 
 
@@ -84,7 +85,7 @@ def test_scores_are_those_of_the_test_pairs(data):
 def test_planted_edges_are_found_from_expression_and_names_do_not_transfer(data):
     adata, truths = data
     models = {"correlation": baseline.Correlation(), "one-hot": baseline.OneHotLogistic()}
-    table = summarise_grn(run_grn(adata, truths, models, splits=("all", "unseen_both"), seeds=4), reference="one-hot")
+    table = summarize_grn(run_grn(adata, truths, models, splits=("all", "unseen_both"), seeds=4), reference="one-hot")
     table = table.set_index(["truth", "split", "model"])
     one = table.loc["first", "unseen_both", "one-hot"]
     assert one["auprc"] == pytest.approx(one["density"]) and np.isnan(one["gain"])
@@ -114,7 +115,7 @@ def test_gains_are_paired():
         for m, f in (("a", 1.0), ("b", 1.1))
     ]
     table = pd.DataFrame(rows).assign(**dict.fromkeys(("auprc_ratio", "epr", "hit_at", "auroc", "macro_auprc"), 1.0))
-    row = summarise_grn(table, reference="a").set_index("model").loc["b"]
+    row = summarize_grn(table, reference="a").set_index("model").loc["b"]
     np.testing.assert_allclose(row[["gain", "gain_low", "gain_high"]].astype(float), 0.1)
 
 
@@ -179,22 +180,22 @@ def test_refuses(data, change: dict, message: str):
 def test_a_file_of_something_else_is_refused(data, tmp_path):
     path = tmp_path / "other.csv"
     path.write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="no result of this benchmark"):
+    with pytest.raises(ValueError, match="no benchmark result"):
         run_grn(*data, {"a": baseline.Correlation()}, out=path)
     with pytest.raises(ValueError, match="lacks the columns"):
-        summarise_grn(pd.DataFrame({"auprc": [1.0]}))
+        summarize_grn(pd.DataFrame({"auprc": [1.0]}))
 
 
 def test_command_line(data, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(__main__, "beeline_data", lambda embedding: data)
+    monkeypatch.setattr(_command, "beeline_data", lambda embedding: data)
     out = tmp_path / "grn.csv"
     command = ["grn", "--models", "correlation", "one-hot LR", "embedding cosine", "--seeds", "2", "--out", str(out)]
-    assert __main__.main(command) == 0
+    assert _command.main(command) == 0
     printed = capsys.readouterr().out
     assert "unseen_both" in printed and "embedding cosine" in printed and "gain" in printed
-    assert len(pd.read_csv(out)) == 2 * (2 * (1 + 8) + 8)
+    assert len(Results(out).select(metric="auprc")) == 2 * (2 * (1 + 8) + 8)
     with pytest.raises(SystemExit):
-        __main__.main(["grn", "--models", "nothing"])
+        _command.main(["grn", "--models", "nothing"])
     assert "none of" in capsys.readouterr().err
 
 

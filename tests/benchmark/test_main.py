@@ -5,12 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import numpy as np
 import pandas as pd
 import pytest
-from anndata import AnnData
 
-from pertura import datasets
+from pertura import _cli, datasets
+from pertura.benchmark import Results
 from pertura.benchmark.__main__ import main
 
 
@@ -22,10 +21,10 @@ def test_kang(screen, monkeypatch, tmp_path, capsys):
     text = capsys.readouterr().out
     for name in ("NoChange", "MeanEffect", "WeightedMeanEffect", "Additive", "ceiling", "gap_closed"):
         assert name in text
-    results = pd.read_csv(out)
+    results = Results(out).table
     # Baselines do not depend on the seed and run once.
     assert results.groupby("model")["seed"].nunique().eq(1).all()
-    assert len(results) == 5 * 2 * 15
+    assert len(results) == 5 * 2 * 15 and set(results["split"]) == {"unseen_context"}
     value = results[results["metric"] == "mse"].groupby("model")["value"].mean()
     assert value["MeanEffect"] < value["NoChange"]
     assert plot.stat().st_size > 10_000
@@ -33,24 +32,36 @@ def test_kang(screen, monkeypatch, tmp_path, capsys):
     assert main(arguments) == 0 and out.stat().st_size == size
 
 
-def test_other_questions(screen, monkeypatch, capsys):
+def test_another_task(screen, monkeypatch, capsys):
     monkeypatch.setattr(datasets, "norman_mcfaline_mini", lambda: screen)
-    assert main(["norman", "--split", "unseen_combination", "--models", "Additive", "--metrics", "mse"]) == 0
+    assert main(["norman", "--task", "unseen_combination", "--models", "Additive", "--metrics", "mse"]) == 0
     assert "Additive" in capsys.readouterr().out
 
 
-def test_l1000(monkeypatch, capsys):
-    rng = np.random.default_rng(0)
-    x = rng.normal(8, 2, size=(12, 30)).astype(np.float32)
-    obs = pd.DataFrame({"perturbation": ["control", "control", *[f"d{i // 2}" for i in range(10)]], "dose": 1.0})
-    obs.index = [f"p{i}" for i in range(12)]
-    obs["paired_control_index"] = ["p0", "p1"] * 6
-    adata = AnnData(X=x, obs=obs, var=pd.DataFrame(index=[f"g{i}" for i in range(30)]))
-    adata.obs.loc[["p0", "p1"], "dose"] = 0.0
-    monkeypatch.setattr(datasets, "lincs_l1000_ht115", lambda: adata)
-    assert main(["l1000", "--models", "MeanEffect", "--seeds", "1"]) == 0
-    text = capsys.readouterr().out
-    assert "spearman" in text and "compound_mean_effect" in text and "p_identity" in text
+def test_a_file_of_one_s_own(screen, tmp_path, capsys):
+    adata = screen[screen.obs["cell_type"] == screen.obs["cell_type"].iloc[0]].copy()
+    adata.obs = adata.obs.rename(columns={"perturbation": "guide"})
+    adata.obs["guide"] = adata.obs["guide"].astype(str).replace("control", "NT")
+    path, out = tmp_path / "my.h5ad", tmp_path / "out.csv"
+    adata.uns = {}
+    adata.write_h5ad(path)
+    words = ["benchmark", str(path), "--models", "MeanEffect", "--metrics", "mse", "--out", str(out)]
+    own = ["--perturbation-key", "guide", "--control", "NT", "--layer", "counts"]
+    assert _cli.main([*words, *own]) == 0
+    results = Results(out).table
+    # without contexts, cells are held out
+    assert set(results["dataset"]) == {"my"} and set(results["split"]) == {"held_out_cells"}
+    assert set(results["perturbation"]) == set(adata.obs["guide"]) - {"NT"}
+    for change, message in ((["--control", "no"], "`control`"), (["--perturbation-key", "no"], "`perturbation_key`")):
+        with pytest.raises(SystemExit):
+            _cli.main([*words, *own, *change])
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        _cli.main(words)
+    assert "--perturbation-key" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        _cli.main(["benchmark", str(tmp_path / "other.h5ad"), *own])
+    assert "no file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -59,7 +70,8 @@ def test_l1000(monkeypatch, capsys):
         (["unheard"], "`data`"),
         (["kang", "--models", "Unheard"], "`models`"),
         (["kang", "--metrics", "unheard"], "`metrics`"),
-        (["l1000", "--plot", "x.png"], "--plot"),
+        (["kang", "--task", "unheard"], "--task"),
+        (["grn", "--models", "unheard"], "--models"),
     ],
 )
 def test_wrong_arguments(screen, arguments, message, monkeypatch, capsys):
@@ -80,6 +92,16 @@ def test_without_data(monkeypatch, capsys):
     assert stopped.value.code == 2 and "connect to the network" in capsys.readouterr().err
 
 
+def test_speed_is_a_word_of_its_own(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(
+        "pertura.benchmark.__main__.run_speed",
+        lambda data, n_steps: seen.append((data, n_steps)) or pd.DataFrame({"ratio": [1.5]}),
+    )
+    assert main(["speed", "kang", "--steps", "3"]) == 0
+    assert seen == [("kang", 3)] and "1.500" in capsys.readouterr().out
+
+
 def test_is_a_command():
     result = subprocess.run([sys.executable, "-m", "pertura.benchmark", "--help"], capture_output=True, text=True)
-    assert result.returncode == 0 and "--seeds" in result.stdout
+    assert result.returncode == 0 and "usage: pertura benchmark" in result.stdout

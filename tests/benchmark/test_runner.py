@@ -88,7 +88,7 @@ def test_scores_are_those_of_the_definitions(screen, shift):
         assert value["pearson_effect_top20"] == pytest.approx(mt.pearson_effect(x, truth, control, top=20), abs=1e-5)
         assert value["r2_top20"] == pytest.approx(mt.r2(x, truth, control, top=20), abs=1e-5)
         assert value["mse"] == pytest.approx(mt.mse(x, truth), rel=1e-5)
-        measured = bm.measured_effect(
+        measured = mt.measured_effect(
             screen[(screen.obs["cell_type"] == context).to_numpy()], perturbation, **KEYS
         ).set_index("gene")
         low, high, se = effect - 0.2, effect + 0.2, measured["se"].to_numpy()
@@ -161,7 +161,7 @@ def test_doses_are_asked_one_by_one(shift):
     assert set(scored["dose"]) == {"0.1", "1.0", "10.0"}
     assert (scored["held_out"].str.removeprefix("dose=") == scored["dose"]).all()
     assert (spy.trained_on[0].obs["dose"] != 0.1).all()
-    assert bm.summarise(table, baseline="spy").query("model == 'spy'")["n_conditions"].item() == 12
+    assert bm.summarize(table, baseline="spy").query("model == 'spy'")["n_conditions"].item() == 12
 
 
 def test_held_out_controls_are_the_reference_where_there_are_some(screen, shift):

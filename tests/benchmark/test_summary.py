@@ -39,7 +39,7 @@ HAND = {
 
 
 def test_by_hand():
-    s = bm.summarise(table(HAND)).set_index("model")
+    s = bm.summarize(table(HAND)).set_index("model")
     assert s.loc["model", "mean"] == pytest.approx((0.7 + 0.85) / 2)
     assert s.loc["model", "gain"] == pytest.approx(0.775 - 0.6)
     assert s.loc["model", "gap_closed"] == pytest.approx((0.775 - 0.6) / (0.95 - 0.6))
@@ -60,7 +60,7 @@ def test_a_constant_gain_has_no_spread():
         "model": {str(i): [v + 0.1] for i, v in enumerate(base)},
         "ceiling": {str(i): [v + 0.4] for i, v in enumerate(base)},
     }
-    s = bm.summarise(table(values)).set_index("model").loc["model"]
+    s = bm.summarize(table(values)).set_index("model").loc["model"]
     assert s[["gain", "gain_low", "gain_high"]].tolist() == pytest.approx([0.1] * 3)
     assert s[["gap_closed", "gap_low", "gap_high"]].tolist() == pytest.approx([0.25] * 3)
     assert s["high"] - s["low"] > 0.1
@@ -72,21 +72,21 @@ def test_errors_count_downwards():
         "model": {"a": [0.3], "b": [0.1]},
         "ceiling": {"a": [0.1], "b": [0.1]},
     }
-    s = bm.summarise(table(values, "mse")).set_index("model").loc["model"]
+    s = bm.summarize(table(values, "mse")).set_index("model").loc["model"]
     assert s["gain"] == pytest.approx(0.1)
     assert s["gap_closed"] == pytest.approx((0.3 - 0.2) / (0.3 - 0.1))
 
 
 def test_coverage_is_compared_by_its_distance_from_the_level():
     values = {"MeanEffect": {"a": [0.7], "b": [0.7]}, "model": {"a": [0.95], "b": [0.95]}}
-    s = bm.summarise(table(values, "interval_coverage_top")).set_index("model").loc["model"]
+    s = bm.summarize(table(values, "interval_coverage_top")).set_index("model").loc["model"]
     assert s["gain"] == pytest.approx(0.2 - 0.05)
     assert np.isnan(s["gap_closed"])
 
 
 def test_no_gap_where_there_is_nothing_to_win():
     values = {"MeanEffect": {"a": [0.9]}, "model": {"a": [0.95]}, "ceiling": {"a": [0.8]}}
-    s = bm.summarise(table(values)).set_index("model").loc["model"]
+    s = bm.summarize(table(values)).set_index("model").loc["model"]
     assert np.isnan(s[["gap_closed", "gap_low", "gap_high"]].astype(float)).all()
     assert np.isnan(s[["low", "high"]].astype(float)).all()  # one value: nothing to resample
 
@@ -94,7 +94,7 @@ def test_no_gap_where_there_is_nothing_to_win():
 def test_only_shared_conditions_are_compared():
     values = {**HAND, "picky": {"b": [0.8]}}
     values["picky"]["a"] = [np.nan]
-    s = bm.summarise(table(values)).set_index("model").loc["picky"]
+    s = bm.summarize(table(values)).set_index("model").loc["picky"]
     assert s["n_conditions"] == 1
     assert s["gain"] == pytest.approx(0.8 - 0.7)
     assert s["gap_closed"] == pytest.approx((0.8 - 0.7) / (1.0 - 0.7))
@@ -103,7 +103,7 @@ def test_only_shared_conditions_are_compared():
 def test_spread_over_seeds_is_in_the_interval():
     quiet = {"m": {"a": [0.5, 0.5], "b": [0.5, 0.5]}}
     loud = {"m": {"a": [0.3, 0.7], "b": [0.3, 0.7]}}
-    width = [s["high"].item() - s["low"].item() for s in (bm.summarise(table(v)) for v in (quiet, loud))]
+    width = [s["high"].item() - s["low"].item() for s in (bm.summarize(table(v)) for v in (quiet, loud))]
     assert width[0] == pytest.approx(0, abs=1e-12)
     # Mean of two conditions, each the mean of two draws out of {.3, .7}: sd .2 / sqrt(4); 5 % to 95 %.
     assert width[1] == pytest.approx(0.4, abs=0.11)
@@ -114,7 +114,7 @@ def test_interval_covers_the_mean_of_new_conditions():
     inside = []
     for _ in range(200):
         values = {"m": {str(i): [v] for i, v in enumerate(rng.normal(0.5, 0.1, 30))}}
-        s = bm.summarise(table(values), n_resamples=300).iloc[0]
+        s = bm.summarize(table(values), n_resamples=300).iloc[0]
         inside.append(s["low"] <= 0.5 <= s["high"])
     assert 0.82 <= np.mean(inside) <= 0.96
 
@@ -122,12 +122,12 @@ def test_interval_covers_the_mean_of_new_conditions():
 def test_groups_are_apart_and_refusals():
     first = table(HAND)
     second = table({k: {c: [v[0] / 2] for c, v in m.items()} for k, m in HAND.items()}).assign(dataset="e")
-    s = bm.summarise(pd.concat([first, second])).set_index(["dataset", "model"])
+    s = bm.summarize(pd.concat([first, second])).set_index(["dataset", "model"])
     assert s.loc[("e", "MeanEffect"), "mean"] == pytest.approx(0.3)
     assert s.loc[("d", "MeanEffect"), "mean"] == pytest.approx(0.6)
     with pytest.raises(ValueError, match="lacks the columns"):
-        bm.summarise(first.drop(columns="value"))
+        bm.summarize(first.drop(columns="value"))
     with pytest.raises(ValueError, match="empty"):
-        bm.summarise(first[:0])
+        bm.summarize(first[:0])
     with pytest.raises(ValueError, match="`level`"):
-        bm.summarise(first, level=90)
+        bm.summarize(first, level=90)

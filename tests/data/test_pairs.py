@@ -2,6 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from pertura.data import _pairs as pairs
 from pertura.data._pairs import embed, explicit_coupling, random_coupling, strata, transport_coupling
 
 
@@ -61,22 +62,20 @@ def test_transport_finds_the_planted_pairs():
     embedding = np.concatenate([base, base[order] + np.float32(3.0)])
     control = np.arange(160) < 80
     where = strata(pd.DataFrame({"context": ["a"] * 160}), control, ["context"])
-    labels = np.where(control, "c", "t").astype(object)
-    coupling = transport_coupling(np.arange(160), control, where, labels, embedding, rng)
+    coupling = transport_coupling(np.arange(160), control, where, (~control).astype(int), embedding, rng)
     np.testing.assert_array_equal(coupling.draw(rng), order[coupling.treated - 80])
 
 
 def test_transport_draws_in_proportion_to_the_plan_and_blocks_cover_all_cells(monkeypatch):
-    import pertura.data._pairs as pairs
-
-    monkeypatch.setattr(pairs, "_OT_BLOCK", 16)
+    monkeypatch.setattr(pairs, "_MAX_EXACT", 16)
+    monkeypatch.setattr(pairs, "_BLOCK", 8)
     rng = np.random.default_rng(0)
     embedding = rng.normal(size=(130, 3)).astype(np.float32)
     control = np.arange(130) < 50
     stratum = np.where(np.arange(130) % 2 == 0, 0, 1)
-    label = np.where(control, "c", rng.choice(["A", "B"], 130)).astype(object)
+    group = np.where(control, -1, rng.integers(0, 2, 130))
     where = strata(pd.DataFrame({"context": stratum}), control, ["context"])
-    coupling = transport_coupling(np.arange(130), control, where, label, embedding, rng)
+    coupling = transport_coupling(np.arange(130), control, where, group, embedding, rng)
     assert set(coupling.treated) == set(np.flatnonzero(~control))
     drawn = np.stack([coupling.draw(rng) for _ in range(2000)])
     assert control[drawn].all()
@@ -86,6 +85,33 @@ def test_transport_draws_in_proportion_to_the_plan_and_blocks_cover_all_cells(mo
     share = pd.Series(drawn[:, 0]).value_counts(normalize=True).reindex(first, fill_value=0).to_numpy()
     np.testing.assert_allclose(share, weights, atol=0.05)
     assert weights.sum() == pytest.approx(1.0)
+
+
+def test_blocks_of_many_cells_are_small_and_partners_nearer_than_random_ones():
+    rng = np.random.default_rng(0)
+    treated, control = (rng.normal(size=(n, 4)).astype(np.float32) for n in (300, 700))
+    blocks = list(pairs._blocks(treated, control))
+    assert all(max(len(t), len(c)) <= 64 for t, c in blocks)
+    for which, n in ((0, 300), (1, 700)):
+        np.testing.assert_array_equal(np.sort(np.concatenate([b[which] for b in blocks])), np.arange(n))
+    # equal shares of both sides: no control is used much more than another
+    assert all(abs(len(c) / len(t) - 700 / 300) < 0.5 for t, c in blocks)
+    embedding = np.concatenate([control, treated])
+    is_control = np.arange(1000) < 700
+    where = strata(pd.DataFrame({"context": ["a"] * 1000}), is_control, ["context"])
+    coupling = transport_coupling(np.arange(1000), is_control, where, (~is_control).astype(int), embedding, rng)
+    distance = np.square(embedding[coupling.treated] - embedding[coupling.draw(rng)]).sum(1)
+    assert distance.mean() < 0.5 * 8  # 8 between random cells
+
+
+def test_a_group_far_smaller_than_its_controls_uses_some_of_them():
+    rng = np.random.default_rng(0)
+    is_control = np.arange(1010) < 1000
+    embedding = rng.normal(size=(1010, 3)).astype(np.float32)
+    where = strata(pd.DataFrame({"context": ["a"] * 1010}), is_control, ["context"])
+    coupling = transport_coupling(np.arange(1010), is_control, where, (~is_control).astype(int), embedding, rng)
+    assert len(np.unique(coupling.partners)) == 128
+    assert len(coupling.treated) == 10
 
 
 @pytest.mark.parametrize("counts", [True, False])

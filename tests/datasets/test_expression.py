@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from importlib import resources
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,7 +12,7 @@ from anndata import AnnData, read_h5ad
 from scipy import sparse
 
 from pertura import datasets
-from pertura.datasets import _drugs, registry
+from pertura.datasets import _drugs, _stimulation, registry
 from pertura.datasets._common import edges_to_csr
 from pertura.datasets._crispr import _combination
 
@@ -192,6 +195,45 @@ def test_kang_mini_labels(load_dataset) -> None:
     assert table["CD8 T cells", "107", "stim"] == 15
     assert adata.var["ensembl"].str.fullmatch(r"ENSG\d{11}").all()
     assert adata.obsm["X_tsne"].shape == (1556, 2)
+
+
+def test_kang_mini_needs_neither_cache_nor_network(offline) -> None:
+    first, second = datasets.kang_2018_mini(), datasets.kang_2018_mini()
+    assert first.shape == SHAPES["kang_2018_mini"]
+    first.X.data[:] = 0
+    first.uns["dataset"]["name"] = "x"
+    assert second.X.max() > 3
+    assert second.uns["dataset"]["name"] == "kang_2018_mini"
+
+
+def test_kang_mini_is_the_file_it_was() -> None:
+    """The bytes are those that were compared with the source, and what is said of them lies beside them."""
+    folder = resources.files("pertura.datasets") / "_files"
+    content, about = (folder / "kang_2018_mini.h5ad").read_bytes(), (folder / "kang_2018_mini.md").read_text()
+    source = registry()["kang_2018_mini"]
+    assert hashlib.sha256(content).hexdigest() in about
+    assert len(content) < 1_500_000
+    assert (
+        source.sha256 in about and source.url.split("/")[5] in about and "GPL-3" in source.licence and "GPL-3" in about
+    )
+
+
+def test_kang_mini_is_what_the_source_gives(load_dataset, tmp_path) -> None:
+    try:
+        source = _stimulation.read_kang_2018_mini()
+    except datasets.DataNotAvailable as error:
+        pytest.skip(str(error))
+    shipped = load_dataset("kang_2018_mini")
+    pd.testing.assert_frame_equal(shipped.obs, source.obs)
+    pd.testing.assert_frame_equal(shipped.var, source.var)
+    for found, expected in ((shipped.X, source.X), (shipped.layers["counts"], source.layers["counts"])):
+        for part in ("data", "indices", "indptr"):
+            np.testing.assert_array_equal(getattr(found, part), getattr(expected, part), strict=True)
+    np.testing.assert_array_equal(shipped.obsm["X_tsne"], source.obsm["X_tsne"], strict=True)
+    assert shipped.uns == source.uns
+    _stimulation.write_kang_2018_mini(tmp_path / "again.h5ad")
+    again = read_h5ad(tmp_path / "again.h5ad")
+    np.testing.assert_array_equal(again.X, source.layers["counts"].toarray())
 
 
 @pytest.mark.parametrize("name", ["kang_2018_mini", "kang_2018_wide"])

@@ -71,14 +71,6 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         thread.join()
 
 
-def _block_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_args: object, **_kwargs: object) -> None:
-        raise socket.gaierror("blocked by the test")
-
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-
-
 def _tree(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
@@ -126,10 +118,7 @@ def test_cache_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 # Fetch
 
 
-def test_fetch_reads_the_cache_without_network(
-    files: dict[str, DataFile], cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _block_network(monkeypatch)
+def test_fetch_reads_the_cache_without_network(files: dict[str, DataFile], cache: Path, no_network: None) -> None:
     path = cache / files["one"].file
     path.parent.mkdir(parents=True)
     path.write_bytes(CONTENT["one"])
@@ -157,10 +146,7 @@ def test_downloaded_file_with_other_bytes_is_refused(
     assert _tree(cache) == []
 
 
-def test_cached_file_with_other_bytes_is_refused(
-    files: dict[str, DataFile], cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _block_network(monkeypatch)
+def test_cached_file_with_other_bytes_is_refused(files: dict[str, DataFile], cache: Path, no_network: None) -> None:
     path = cache / files["one"].file
     path.parent.mkdir(parents=True)
     path.write_bytes(b"tampered")
@@ -173,14 +159,13 @@ def test_cached_file_with_other_bytes_is_refused(
     assert not isinstance(caught.value, DataNotAvailable)
 
 
-def test_offline_error_is_one_clear_sentence(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _block_network(monkeypatch)
+def test_offline_error_is_one_clear_sentence(cache: Path, no_network: None) -> None:
     start = time.monotonic()
     with pytest.raises(DataNotAvailable) as caught:
-        datasets.kang_2018_mini()
+        datasets.kang_2018_wide()
     assert time.monotonic() - start < 5  # one retry, a second apart
     message = str(caught.value)
-    for part in ("'kang_2018_mini.rda'", str(cache), "https://", "PERTURA_DATA_DIR", "network"):
+    for part in ("'kang_2018_wide.RData'", str(cache), "https://", "PERTURA_DATA_DIR", "network"):
         assert part in message
     assert "\n" not in message
     assert message.endswith(".")

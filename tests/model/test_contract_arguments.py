@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,8 @@ import pandas as pd
 import pytest
 
 from pertura.model import PerturbationModel
+
+from .conftest import SHARED
 
 N = {"n_samples": 4}
 SCREEN = {"perturbation_key": "perturbation", "control": "control", "layer": "counts"}
@@ -72,35 +76,36 @@ WRONG_SETUP: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("argument", "value"), WRONG_SETUP, ids=lambda v: str(v))
-def test_setup_anndata(spec, screen, unchanged, argument, value):
+def test_setup_anndata(shared_spec, screen, unchanged, argument, value):
     adata = prepared(screen())
     with unchanged(adata), pytest.raises(ValueError, match=f"`{argument}`") as raised:
-        spec.cls.setup_anndata(adata, **{**SCREEN, argument: value})
+        shared_spec.cls.setup_anndata(adata, **{**SCREEN, argument: value})
     assert len(str(raised.value)) > 40
 
 
 def test_setup_anndata_has_no_other_arguments(spec):
-    """What is new must be tried wrong here, or in the tests of the model whose own it is."""
+    """What is new is declared, with a check of its own, or tried wrong above."""
     shared = {"adata", "kwargs", *(argument for argument, _ in WRONG_SETUP)}
     own = set(inspect.signature(spec.cls.setup_anndata).parameters) - shared
-    assert own <= set(spec.own_setup)
+    assert own <= {key.name for key in spec.cls._setup_keys}
+    assert all(name in inspect.getdoc(spec.cls.setup_anndata) for name in own)
 
 
-def test_setup_anndata_of_size_factors_without_counts(spec, screen, unchanged):
+def test_setup_anndata_of_size_factors_without_counts(shared_spec, screen, unchanged):
     adata = prepared(screen())
     adata.obs["size"] = 1.0
     with unchanged(adata), pytest.raises(ValueError, match="`(size_factor_key|layer)`"):
-        spec.cls.setup_anndata(adata, **{**SCREEN, "layer": "fraction", "size_factor_key": "size"})
+        shared_spec.cls.setup_anndata(adata, **{**SCREEN, "layer": "fraction", "size_factor_key": "size"})
 
 
-def test_setup_anndata_with_unknown_arguments(spec, screen, unchanged):
+def test_setup_anndata_with_unknown_arguments(shared_spec, screen, unchanged):
     adata = screen()
     with unchanged(adata), pytest.raises(TypeError, match="contex_key"):
-        spec.cls.setup_anndata(adata, **SCREEN, contex_key="cell_type")
+        shared_spec.cls.setup_anndata(adata, **SCREEN, contex_key="cell_type")
 
 
 @pytest.mark.parametrize("what", ["frame", "view", "genes", "cells", "empty"])
-def test_setup_anndata_of_wrong_data(spec, screen, what):
+def test_setup_anndata_of_wrong_data(shared_spec, screen, what):
     adata = screen()
     if what == "frame":
         adata = adata.obs
@@ -113,15 +118,15 @@ def test_setup_anndata_of_wrong_data(spec, screen, what):
     else:
         adata = adata[:0].copy()
     with pytest.raises(ValueError, match="`adata`"):
-        spec.cls.setup_anndata(adata, **SCREEN)
+        shared_spec.cls.setup_anndata(adata, **SCREEN)
 
 
-def test_a_second_setup_that_fails_leaves_the_first(spec, screen, unchanged):
+def test_a_second_setup_that_fails_leaves_the_first(shared_spec, screen, unchanged):
     adata = prepared(screen())
-    spec.setup(adata)
+    shared_spec.setup(adata)
     with unchanged(adata), pytest.raises(ValueError, match="`batch_key`"):
-        spec.cls.setup_anndata(adata, **SCREEN, batch_key="absent")
-    spec.make(adata)
+        shared_spec.cls.setup_anndata(adata, **SCREEN, batch_key="absent")
+    shared_spec.make(adata)
 
 
 @pytest.mark.parametrize(
@@ -133,27 +138,50 @@ def test_a_second_setup_that_fails_leaves_the_first(spec, screen, unchanged):
         ({"adata": pd.DataFrame()}, "`adata` must be an AnnData or MuData, got DataFrame"),
     ],
 )
-def test_init(spec, arguments, match):
+def test_init(shared_spec, arguments, match):
     with pytest.raises(ValueError, match=match):
-        spec.cls(**arguments, **spec.init)
+        shared_spec.cls(**arguments, **shared_spec.init)
 
 
-def test_init_with_data_that_were_not_set_up(spec, screen):
+def test_init_with_data_that_were_not_set_up(shared_spec, screen):
     with pytest.raises(ValueError, match="set up your AnnData"):
-        spec.cls(screen(), **spec.init)
+        shared_spec.cls(screen(), **shared_spec.init)
 
 
-def test_own_arguments_of_init(spec, screen, unchanged):
+def wrong_value(own):
+    """A value that an option must not have."""
+    rules = own.metadata
+    if rules["one_of"] is not None:
+        return "nonsense"
+    if rules["whole"] is not None:
+        return rules["whole"] - 1
+    for limit in ("above", "below"):
+        if rules[limit] is not None:
+            return rules[limit]
+    if rules["least"] is not None:
+        return rules["least"] - 1.0
+    return "wrong" if rules["flag"] or rules["widths"] else ["no such gene"]
+
+
+def test_options(spec, screen, unchanged):
     adata = screen()
     spec.setup(adata)
-    parameters = inspect.signature(spec.cls.__init__).parameters.values()
-    passed_on = inspect.Parameter.VAR_KEYWORD  # to another model, whose own arguments are tested there
-    own = {p.name for p in parameters if p.kind is not passed_on} - {"self", "adata", "registry"}
-    assert own <= set(spec.wrong_init), "`wrong_init` has one wrong value for each argument"
-    for argument in own:
-        value = spec.wrong_init[argument]
-        with unchanged(adata), pytest.raises(ValueError, match=f"`{argument}"):
-            spec.cls(adata, **{**spec.init, argument: value})
+    for own in fields(spec.cls._options_cls):
+        assert own.metadata, f"`{own.name}` has no rule"
+        with unchanged(adata), pytest.raises(ValueError, match=f"`{own.name}"):
+            spec.cls(adata, **{**spec.init, own.name: wrong_value(own)})
+    with pytest.raises(ValueError, match="`preset`"):
+        spec.cls(adata, **spec.init, preset="best")
+    with pytest.raises(TypeError, match="n_layer"):
+        spec.cls(adata, **spec.init, n_layer_=3)
+
+
+def test_options_show_in_signature_and_documentation(spec):
+    parameters = inspect.signature(spec.cls).parameters
+    doc = inspect.getdoc(spec.cls)
+    for own in fields(spec.cls._options_cls):
+        assert parameters[own.name].default == own.default
+        assert re.search(rf"^(\w+, )*{own.name}(, \w+)*$", doc, re.M), f"`{own.name}` is not documented"
 
 
 WRONG_TRAIN: list[tuple[str, Any]] = [
@@ -189,11 +217,16 @@ WRONG_TRAIN: list[tuple[str, Any]] = [
 ]
 
 
+@pytest.fixture
+def trainable():
+    return next(spec for spec in SHARED if spec.learns_by_gradient)
+
+
 @pytest.mark.parametrize(("argument", "value"), WRONG_TRAIN, ids=lambda v: str(v))
-def test_train(gradient_spec, screen, unchanged, argument, value):
+def test_train(trainable, screen, unchanged, argument, value):
     adata = screen()
-    gradient_spec.setup(adata)
-    model = gradient_spec.make(adata)
+    trainable.setup(adata)
+    model = trainable.make(adata)
     before = {k: v.clone() for k, v in model.module.state_dict().items()}
     with unchanged(adata), pytest.raises(Exception, match=f"`?{argument}") as raised:
         model.train(**{"accelerator": "cpu", "enable_progress_bar": False, "max_epochs": 1, argument: value})
@@ -203,11 +236,11 @@ def test_train(gradient_spec, screen, unchanged, argument, value):
     assert all((v == before[k]).all() for k, v in model.module.state_dict().items())
 
 
-def test_train_with_contradictions(gradient_spec, screen):
+def test_train_with_contradictions(trainable, screen):
     adata = screen()
-    gradient_spec.setup(adata)
-    model = gradient_spec.make(adata)
-    with pytest.raises(ValueError, match="`validation_size` must be at most 1 - train_size = 0.2, got 0.5"):
+    trainable.setup(adata)
+    model = trainable.make(adata)
+    with pytest.raises(ValueError, match="`train_size` is 0.8, `validation_size` 0.5: .* must be between 0 and 1"):
         model.train(train_size=0.8, validation_size=0.5)
     with pytest.raises(ValueError, match="`early_stopping` needs validation cells"):
         model.train(early_stopping=True, train_size=1.0)
@@ -242,6 +275,7 @@ WRONG_ASKED: list[tuple[str, Any]] = [
     ("ci", 1.0),
     ("ci", 90),
     ("ci", "wide"),
+    ("noise", "loud"),
     ("scale", "log2"),
     ("batch_size", 0),
     ("batch_size", "big"),
@@ -274,20 +308,18 @@ ASKED = [(method, argument, value) for method, wrong in METHODS.items() for argu
 
 
 @pytest.mark.parametrize(("method", "argument", "value"), ASKED, ids=lambda v: str(v))
-def test_prediction(spec, trained, screen, unchanged, method, argument, value):
-    if value == "absent" and not spec.refuses_unseen:
-        pytest.skip("predicts any perturbation")
+def test_prediction(shared_spec, trained_shared, screen, unchanged, method, argument, value):
     adata = screen()
     right = {"adata": adata, **N}
-    if "perturbation" in inspect.signature(getattr(trained, method)).parameters:
-        right["perturbation"] = trained.vocabulary.names[0]
-    with unchanged(adata), unchanged(trained.adata), pytest.raises(ValueError, match=f"`{argument}"):
-        getattr(trained, method)(**{**right, argument: value})
+    if "perturbation" in inspect.signature(getattr(trained_shared, method)).parameters:
+        right["perturbation"] = trained_shared.vocabulary.names[0]
+    with unchanged(adata), unchanged(trained_shared.adata), pytest.raises(ValueError, match=f"`{argument}"):
+        getattr(trained_shared, method)(**{**right, argument: value})
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_argument_is_tried(trained, method):
-    parameters = set(inspect.signature(getattr(PerturbationModel, method)).parameters) - {"self"}
+def test_every_argument_is_tried(trained_shared, method):
+    parameters = set(inspect.signature(getattr(PerturbationModel, method)).parameters) - {"self", "changes"}
     assert parameters == {argument for argument, _ in METHODS[method]}
 
 

@@ -264,9 +264,9 @@ def test_loss_that_is_not_finite_stops(gradient_spec, screen):
     adata = screen()
     gradient_spec.setup(adata)
     model = gradient_spec.make(adata)
-    parameter = next(model.module.parameters())
     with torch.no_grad():
-        parameter.fill_(float("nan"))
+        for parameter in model.module.parameters():
+            parameter.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="nan.*smaller learning rate"):
         gradient_spec.fit(model)
     assert not model.is_trained_

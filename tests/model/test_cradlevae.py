@@ -1,6 +1,9 @@
-"""CRADLEVAE finds planted artefacts and takes them away; its extra loss does not depend on the minibatch."""
+"""CRADLEVAE finds planted artifacts and takes them away, and measures effects between cells that passed."""
+
+import inspect
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
@@ -9,8 +12,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from pertura import datasets
+from pertura.data._cells import CellDataset
 from pertura.model import CRADLEVAE
-from pertura.module import Cells
+from pertura.model.base import PerturbationModel
+from pertura.model.base._artifact import passed_rows
+from pertura.model.base._predict import device_of
 
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
 KEYS = {"perturbation_key": "perturbation", "control": "control", "layer": "counts", "qc_key": "failed"}
@@ -41,7 +47,7 @@ def trained(screen):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = CRADLEVAE(adata, n_latent=6)
-    model.train(max_epochs=60, **QUIET)
+    model.train(max_epochs=40, **QUIET)
     return model
 
 
@@ -58,16 +64,83 @@ def test_denoise_moves_failed_cells_to_passed_ones(trained):
     assert _gap(adata.layers["denoised"], adata) < 0.5 * _gap(x, adata)
 
 
-def test_predictions_with_the_artefact_removed(trained):
-    name = trained.vocabulary.names[0]
-    asked = {"n_samples": 5, "return_anndata": True}
-    own = trained.predict_perturbation(name, **asked)
-    removed = trained.predict_perturbation(name, artefact="removed", **asked)
-    assert _gap(removed.X, trained.adata) < 0.5 * _gap(own.X, trained.adata)
-    passed = ~trained.adata.obs["failed"].to_numpy()
-    np.testing.assert_allclose(own.X[passed].mean(0), removed.X[passed].mean(0), atol=0.15)
-    with pytest.raises(ValueError, match="`artefact`"):
-        trained.predict_perturbation(name, artefact="doubled")
+def test_denoise_is_the_prediction_of_a_cell_s_own_perturbation_without_the_artifact(trained):
+    name, adata = trained.vocabulary.names[1], trained.adata
+    rows = np.flatnonzero(adata.obs["perturbation"] == name)[:20]
+    part = adata[rows].copy()
+    trained.denoise(part, n_samples=4, scale="counts", seed=3)
+    asked = {"adata": part, "n_samples": 4, "ci": None, "scale": "counts", "seed": 3, "return_anndata": True}
+    own = trained.predict_perturbation(name, artefact="removed", **asked)
+    np.testing.assert_array_equal(part.layers["denoised"], own.X)
+    assert part.uns["denoised"]["scale"] == "counts"
+    passed = ~part.obs["failed"].to_numpy()
+    np.testing.assert_array_equal(own.X[passed], part.layers["counts"].toarray()[passed])
+    trained.denoise(part, n_samples=2)  # its own key
+    part.layers["mine"] = part.layers["denoised"]
+    with pytest.raises(ValueError, match="`key_added`"):
+        trained.denoise(part, key_added="mine")
+
+
+def test_a_cell_under_its_own_perturbation_is_what_was_measured(trained):
+    name, adata = trained.vocabulary.names[0], trained.adata
+    rows = np.flatnonzero(adata.obs["perturbation"] == name)
+    asked = {"indices": rows, "n_samples": 4, "ci": None, "scale": "counts", "return_anndata": True}
+    np.testing.assert_array_equal(trained.predict_perturbation(name, **asked).X, adata.layers["counts"][rows].toarray())
+
+
+METHODS = ("predict_perturbation", "iter_predictions", "get_perturbation_effect", "get_latent_representation")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_prediction_has_the_argument(trained, method):
+    signature = inspect.signature(getattr(CRADLEVAE, method))
+    shared = inspect.signature(getattr(PerturbationModel, method))
+    assert list(signature.parameters) == [*list(shared.parameters)[:-1], "artefact"]
+    doc = inspect.getdoc(getattr(CRADLEVAE, method))
+    assert '\nartefact\n    ``"own"``' in doc and "changes" not in doc
+    assert "artefact" not in inspect.getdoc(getattr(PerturbationModel, method))
+    named = {} if method == "get_latent_representation" else {"perturbation": trained.vocabulary.names[0]}
+    with pytest.raises(ValueError, match="`artefact` must be 'own' or 'removed', got 'doubled'"):
+        getattr(trained, method)(**named, artefact="doubled")
+    with pytest.raises(TypeError, match="artifct"):
+        getattr(trained, method)(**named, artifct="own")
+
+
+def test_predictions_with_the_artifact_removed(trained):
+    name, adata = trained.vocabulary.names[0], trained.adata
+    asked = {"n_samples": 4, "ci": None}
+    own = trained.predict_perturbation(name, return_anndata=True, **asked)
+    removed = trained.predict_perturbation(name, artefact="removed", return_anndata=True, **asked)
+    assert _gap(removed.X, adata) < 0.5 * _gap(own.X, adata)
+    passed = ~adata.obs["failed"].to_numpy()
+    np.testing.assert_allclose(own.X[passed], removed.X[passed], atol=1e-5)
+    parts = list(trained.iter_predictions(name, artefact="removed", chunk_size=250, **asked))
+    np.testing.assert_array_equal(np.concatenate([part.X for part in parts]), removed.X)
+
+
+def test_effects_and_states_with_the_artifact_removed(trained):
+    """Effects on failed controls, and their states, are those of cells without the artifact."""
+    adata, name = trained.adata, trained.vocabulary.names[0]
+    failed = np.flatnonzero((adata.obs["perturbation"] == "control") & adata.obs["failed"])
+    tables = [
+        trained.get_perturbation_effect(name, indices=failed, artefact=artefact, n_samples=4)
+        for artefact in ("own", "removed")
+    ]
+    x = np.log1p(1e4 * _counts(adata)[failed] / _counts(adata)[failed].sum(1, keepdims=True)).mean(0)
+    artifact = adata.var["is_artefact"].to_numpy()
+    np.testing.assert_allclose(tables[0]["mean_control"], x, atol=1e-3)
+    assert (tables[0]["mean_control"] - tables[1]["mean_control"]).to_numpy()[artifact].mean() > 0.5
+    states = [
+        trained.get_latent_representation(indices=failed, kind="perturbed", artefact=artefact)
+        for artefact in ("own", "removed")
+    ]
+    assert states[0].shape == states[1].shape == (len(failed), 18)
+    assert np.abs(states[0][:, 12:]).max() > 0 and not states[1][:, 12:].any()
+    np.testing.assert_allclose(states[0][:, :12], states[1][:, :12], atol=1e-5)
+
+
+def _counts(adata):
+    return adata.layers["counts"].toarray()
 
 
 def _told_apart(states, failed):
@@ -77,53 +150,91 @@ def _told_apart(states, failed):
 
 
 def test_the_basal_state_does_not_tell_quality(trained):
-    """Near chance; where the encoder sees failed cells as they are, .80 of draws and 1.00 of means (docs/trust.md)."""
+    """Near chance; where the encoder sees failed cells as they are, .80 of draws and 1.00 of means."""
     module, failed = trained.module, trained.adata.obs["failed"].to_numpy()
-    (cells,) = trained._cells(trained.adata_manager, np.arange(len(failed)), len(failed))
-    with torch.no_grad(), torch.random.fork_rng():
+    everything = trained._registered_cells(np.arange(len(failed)))
+    (cells,) = everything.cells(len(failed), device_of(module))
+    with torch.random.fork_rng():
         torch.manual_seed(0)
-        globals_ = module.draw_globals(1)
-        posterior = module.basal(cells, module.moves(globals_, cells, cells.action))
-        draw, mean = torch.normal(posterior.loc, posterior.scale)[0].numpy(), posterior.loc[0].numpy()
-        expression = module.normalised(cells.x).numpy()
+        draw = module.abduct(cells, 1, module.draw_globals(1, cells)).state[0, :, :6].numpy()
+        expression = module.normalized(cells.x).numpy()
+    mean = trained.get_latent_representation(n_samples=30, artefact="removed")
+    assert not mean[:, 6:].any()
     assert _told_apart(expression, failed) > 0.95
     assert _told_apart(draw, failed) < 0.6
     assert _told_apart(mean, failed) < 0.75
 
 
 def test_the_counterfactual_is_of_the_same_perturbation_and_the_other_label(trained):
-    module, adata = trained.module, trained.adata
+    artifact, adata = trained.module.artifact, trained.adata
     name = trained.vocabulary.names[1]
     own = (adata.obs["perturbation"] == name).to_numpy() & adata.obs["failed"].to_numpy()
-    counts = torch.as_tensor(np.asarray(adata.layers["counts"][own].todense()))
+    counts = torch.as_tensor(_counts(adata)[own])
     expected = torch.log1p(1e4 * counts / counts.sum(1, keepdim=True)).mean(0)
-    torch.testing.assert_close(module.profile[2, 1], expected, atol=1e-3, rtol=1e-3)
-    assert int(module.profile_cells[2, 1]) == own.sum()
+    torch.testing.assert_close(artifact.profile[2, 1], expected, atol=1e-3, rtol=1e-3)
+    assert int(artifact.profile_cells[2, 1]) == own.sum()
 
 
-def test_the_extra_loss_adds_up_over_minibatches(trained):
-    """A sum over cells, divided by their number with the rest of the loss: no weight of the batch size."""
-    module = trained.module
-    (cells,) = list(trained._cells(trained.adata_manager, np.arange(64), 64))
-    globals_ = module.draw_globals(1)
-    with torch.no_grad():
-        whole = float(module.counterfactual(cells, globals_))
-        parts = sum(float(module.counterfactual(_rows(cells, slice(s, s + 16)), globals_)) for s in range(0, 64, 16))
-    assert whole > 0
-    np.testing.assert_allclose(parts, whole, rtol=1e-4)
+def test_effects_are_measured_between_cells_that_passed(screen):
+    adata = screen.copy()
+    CRADLEVAE.setup_anndata(adata, **KEYS)
+    model, rows = CRADLEVAE(adata, n_latent=3), np.arange(adata.n_obs)
+    table = model._measure(rows, model._data_module(rows, rows[:0], 64, 0))
+    x = pd.DataFrame(np.log1p(1e4 * _counts(adata) / _counts(adata).sum(1, keepdims=True)))
+    kept = ~adata.obs["failed"].to_numpy()
+    means = x[kept].groupby(adata.obs["perturbation"].astype(str).to_numpy()[kept]).mean()
+    expected = means.loc[list(model.vocabulary.names)] - means.loc["control"]
+    np.testing.assert_allclose(table.effects(adjust_depth=False).effect, expected, atol=1e-4)
 
 
-def _rows(cells, rows):
-    action = type(cells.action)(cells.action.codes[rows], cells.action.dose[rows])
-    return Cells(cells.x[rows], action, cells.context[rows], cells.batch[rows], cells.library[rows], cells.qc[rows])
+def test_conditions_without_passed_cells_keep_their_cells(screen):
+    adata = screen.copy()
+    name = sorted(set(adata.obs["perturbation"]) - {"control"})[0]
+    own = (adata.obs["perturbation"] == name).to_numpy()
+    adata.obs["failed"] = adata.obs["failed"] | own
+    CRADLEVAE.setup_anndata(adata, **KEYS)
+    dataset = CellDataset(CRADLEVAE(adata).adata_manager)
+    rows = passed_rows(dataset, np.arange(adata.n_obs))
+    np.testing.assert_array_equal(rows, np.flatnonzero(~adata.obs["failed"] | own))
+
+
+def test_saved_models_predict_the_same_and_train_on(trained, screen, tmp_path):
+    name = trained.vocabulary.names[0]
+    trained.save(tmp_path / "model")
+    loaded = CRADLEVAE.load(tmp_path / "model", adata=screen.copy(), accelerator="cpu")
+    asked = {"indices": np.arange(10), "n_samples": 3, "artefact": "removed", "return_anndata": True}
+    one, other = (m.predict_perturbation(name, **asked).X for m in (trained, loaded))
+    np.testing.assert_array_equal(one, other)
+    before = loaded.module.artifact.loc.clone()
+    loaded.train(max_epochs=1, **QUIET)
+    assert not torch.equal(before, loaded.module.artifact.loc)
 
 
 def test_wrong_labels_and_settings(screen):
     adata = screen.copy()
-    with pytest.raises(ValueError, match="`qc_key`"):
+    with pytest.raises(ValueError, match="`qc_key`.*must be true for cells that failed"):
         CRADLEVAE.setup_anndata(adata, **{**KEYS, "qc_key": "cell_type"})
+    with pytest.raises(ValueError, match="`qc_key`"):
+        CRADLEVAE.setup_anndata(adata, **{**KEYS, "qc_key": "absent"})
     CRADLEVAE.setup_anndata(adata, **KEYS)
-    with pytest.raises(ValueError, match="`effect`"):
+    with pytest.raises(ValueError, match="`effect` must be one of"):
         CRADLEVAE(adata, effect="conditional")
-    module = CRADLEVAE(adata, preset="paper").module
-    assert module.class_balance and not module.match_quality
+
+
+def test_paper_preset_is_that_of_the_paper(screen):
+    adata = screen.copy()
+    CRADLEVAE.setup_anndata(adata, **KEYS)
+    model = CRADLEVAE(adata, preset="paper")
+    module = model.module
+    assert module.artifact.class_balance and not module.artifact.match_quality and module.gene_effects is None
+    # the sum over 512 cells beside a mean
+    assert module.artifact.counterfactual_weight == pytest.approx(0.1 * model._default_batch_size(adata.n_obs))
+    assert (module.n_latent, module.decoder.n_out, module.shifts.correlated) == (200, 400, True)
+    assert (len(module.encoder.hidden.rest), len(module.decoder.hidden.rest)) == (0, 1)
+    plan = model._plan_defaults()
+    assert (plan["lr"], plan["lr_schedule"], plan["n_epochs_kl_warmup"]) == (3e-4, "constant", None)
+    assert plan["loss_fn"].num_particles == 5 and model._default_max_epochs(1) == 100_000
+    small = CRADLEVAE(adata, preset="paper", n_latent=5, n_hidden=16, n_particles=2)
+    small.train(max_epochs=2, **QUIET)
+    assert np.isfinite(small.history["elbo_train"].to_numpy(float)).all()
+    assert len(small.get_shifts()) == 15

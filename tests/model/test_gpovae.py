@@ -3,11 +3,13 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy import sparse
 
 from pertura import datasets
 from pertura.metrics import score_network
 from pertura.model import GPOVAE
+from pertura.module import HopsGPOVAE
 
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
 KEYS = {"perturbation_key": "perturbation", "control": "control", "layer": "counts"}
@@ -25,6 +27,7 @@ SCREEN = {
 
 def fitted(adata, max_epochs=8, setup=None, **options):
     GPOVAE.setup_anndata(adata, **KEYS, **(setup or {}))
+    torch.manual_seed(0)
     model = GPOVAE(adata, **{"n_latent": 6, "n_hidden": 32, **options})
     model.train(max_epochs=max_epochs, **QUIET)
     return model
@@ -52,6 +55,41 @@ def test_the_network_is_better_than_shifts_and_correlation(trained):
     assert found > auprc(z.numpy(), adata, names) + 0.05
     assert found > auprc(correlation, adata, names) + 0.2
     assert np.isclose(found, trained.evaluate_grn(datasets.true_network(adata), regulators=list(names))["auprc"])
+
+
+def test_effects_of_measured_perturbations_are_those_measured(trained):
+    truth = datasets.true_effects(trained.adata).droplevel("cell_type")
+    table = trained.get_perturbation_effect(list(truth.index), n_samples=4)
+    found = table.pivot(index="perturbation", columns="gene", values="lfc_mean").loc[truth.index, truth.columns]
+    every = np.ones(truth.shape, dtype=bool)
+    assert pearson(found.to_numpy(), truth.to_numpy(), every) > 0.88
+    assert ((found - truth) ** 2).to_numpy().mean() < 0.25 * (truth**2).to_numpy().mean()
+
+
+def test_a_cell_under_its_own_perturbation_is_what_was_measured(trained):
+    name, adata = trained.vocabulary.names[3], trained.adata
+    rows = np.flatnonzero(adata.obs["perturbation"] == name)
+    asked = {"indices": rows, "n_samples": 4, "ci": None, "scale": "counts", "return_anndata": True}
+    np.testing.assert_array_equal(trained.predict_perturbation(name, **asked).X, adata.layers["counts"][rows].toarray())
+
+
+def test_log_likelihood_of_a_cell_knows_its_perturbation(trained):
+    rows = np.flatnonzero(trained.adata.obs["perturbation"] != "control")[::4]
+    other = trained.adata.copy()
+    other.obs["perturbation"] = np.roll(other.obs["perturbation"].to_numpy(object), 100)
+    own, wrong = (trained.get_marginal_ll(adata, indices=rows, n_samples=10) for adata in (trained.adata, other))
+    assert own.mean() > wrong.mean() + 3.0
+
+
+def test_the_network_alone_explains_effects():
+    """Without measured effects, the shifts of the network do nearly as well."""
+    adata = datasets.simulate(**SCREEN)
+    model = fitted(adata, max_epochs=4, effects="latent")
+    truth = datasets.true_effects(adata).droplevel("cell_type")
+    table = model.get_perturbation_effect(list(truth.index), n_samples=4)
+    found = table.pivot(index="perturbation", columns="gene", values="lfc_mean").loc[truth.index, truth.columns]
+    assert pearson(found.to_numpy(), truth.to_numpy(), np.ones(truth.shape, dtype=bool)) > 0.88
+    assert model.module.gene_effects is None
 
 
 def test_edges_have_probability_and_sign(trained):
@@ -94,13 +132,37 @@ def test_a_gene_that_nobody_perturbed_is_knocked_out(held_out):
     truth = effects.to_numpy()
     model = fitted(adata.copy(), regulators=list(effects.index))
     predicted, others, table = knocked_out(model, effects)
+    pair = f"{effects.index[0]}+{model.vocabulary.names[0]}"
+    assert set(model.get_perturbation_effect(pair, n_samples=2)["novelty"]) == {"unseen with features"}
     assert set(table["novelty"]) == {"unseen with features"}
     seen = model.get_perturbation_effect(list(model.vocabulary.names[:5]), n_samples=10)
+    with pytest.raises(ValueError, match="no regulator of the network. Name it in `regulators`"):
+        model.get_perturbation_effect(next(g for g in adata.var_names if g not in model._rows))
+    with pytest.raises(ValueError, match="'nobody' was not seen"):
+        model.get_perturbation_effect("nobody")
     assert table["lfc_sd"].median() > 1.3 * seen["lfc_sd"].median()
     mean = np.tile(model.module.shift_table.mean(0).numpy(), (len(truth), 1))
     assert pearson(predicted, truth, others) > pearson(mean, truth, others) + 0.2
     error, unchanged = (((x - truth)[others] ** 2).mean() for x in (predicted, np.zeros_like(truth)))
     assert error < unchanged
+
+
+def test_a_registered_perturbation_without_training_cells_is_the_network_s():
+    """Another split, the same network: nothing was measured, so that the effect is what the network says."""
+    adata = datasets.simulate(**SCREEN)
+    GPOVAE.setup_anndata(adata, **KEYS)
+    torch.manual_seed(0)
+    model, name = GPOVAE(adata, n_latent=6, n_hidden=32), "TF05"
+    out = adata.obs["perturbation"] == name
+    split = [np.flatnonzero(~out), np.array([], dtype=int), np.flatnonzero(out)]
+    model.train(max_epochs=3, datasplitter_kwargs={"external_indexing": split}, **QUIET)
+    control = np.flatnonzero(adata.obs["perturbation"] == "control")[:100]
+    table = model.get_perturbation_effect(name, indices=control, n_samples=10).set_index("gene")
+    row = list(model.vocabulary.names).index(name)
+    with torch.no_grad():
+        total = model.module.total(model.module.mean_network())[row].numpy()
+    assert np.corrcoef(table.loc[adata.var_names, "lfc_mean"], total)[0, 1] > 0.8
+    assert not bool(model.module.gene_effects.measured.measured[row])
 
 
 def test_a_prior_network_helps_if_right_and_does_no_harm_if_wrong(held_out):
@@ -133,21 +195,59 @@ def test_saved_networks_load_without_the_prior(trained, held_out, tmp_path):
     pd.testing.assert_frame_equal(loaded.get_grn(), model.get_grn(key_added=None))
     asked = {"adata": adata[:5].copy(), "n_samples": 3, "return_anndata": True}
     one, other = (m.predict_perturbation(effects.index[0], **asked).X for m in (model, loaded))
-    np.testing.assert_allclose(one, other)
+    np.testing.assert_array_equal(one, other)
+    without = adata.copy()
+    del without.varp["prior"]
+    again = GPOVAE.load(tmp_path / "model", adata=without, accelerator="cpu")
+    before = again.module.shifts.loc.clone()
+    again.train(max_epochs=1, **QUIET)
+    assert not torch.equal(before, again.module.shifts.loc)
 
 
-def test_paper_preset(held_out):
+def test_artifacts_are_taken_away():
+    small = {"n_cells_per_condition": 20, "n_genes": 50, "n_regulators": 6, "n_perturbations": 6}
+    adata = datasets.simulate(**{**SCREEN, **small, "frac_qc_failed": 0.3, "n_artefact_genes": 8})
+    adata.obs["failed"] = ~adata.obs["qc_pass"]
+    model = fitted(adata, max_epochs=60, setup={"qc_key": "failed"}, batch_size=32)
+    name, failed = model.vocabulary.names[0], adata.obs["failed"].to_numpy()
+    asked = {"n_samples": 2, "ci": None, "return_anndata": True}
+    own, removed = (model.predict_perturbation(name, artefact=a, **asked).X for a in ("own", "removed"))
+    gap, left = (
+        np.abs(x[failed].mean(0) - x[~failed].mean(0))[adata.var["is_artefact"].to_numpy()].mean()
+        for x in (own, removed)
+    )
+    assert left < 0.5 * gap
+    np.testing.assert_allclose(own[~failed], removed[~failed], atol=1e-5)
+
+
+def test_paper_preset_is_that_of_the_paper(held_out):
     adata = held_out[0].copy()
     GPOVAE.setup_anndata(adata, **KEYS)
-    model = GPOVAE(adata, preset="paper", n_latent=5, n_hidden=16, n_particles=2, regulators=["TF01"])
+    model = GPOVAE(adata, preset="paper", n_hidden=16, n_particles=2, regulators=["TF01"])
     module = model.module
-    assert (module.objective, module.mask_prior, module.n_hops) == ("hops", 0.3, 5)
+    assert isinstance(module, HopsGPOVAE) and module.n_latent == 100 and module.n_hops == 5
+    torch.testing.assert_close(module.shifts.prior_logits.sigmoid().unique(), torch.tensor([0.3]))
     assert (module.alignment_weight, module.sparsity_weight) == (100.0, 5.0)
+    assert model._plan_defaults()["lr"] == 3e-4 and model._default_batch_size(1000) == 512
     model.train(max_epochs=2, **QUIET)
     edges = model.get_grn(key_added=None)
     assert set(edges["source"]) <= {*model.vocabulary.names, "TF01"}
     np.testing.assert_allclose(edges["weight"], edges["proba"])
     assert float(module.share.sum()) > 0.5 and float(module.difference.max()) > 0.5
+    with pytest.raises(ValueError, match="`perturbation`: 'TF01' was not seen"):
+        model.get_perturbation_effect("TF01")
+    with pytest.raises(ValueError, match="`effects='measured'` is not possible"):
+        GPOVAE(adata, preset="paper", effects="measured")
+
+
+def test_the_objective_of_the_paper_fits_differences(held_out):
+    """Probabilities of edges go with how much genes differ from matched controls."""
+    adata = held_out[0].copy()
+    model = fitted(adata, max_epochs=12, objective="hops", alignment_weight=100.0, effect_lr_factor=5.0)
+    module = model.module
+    off = module.possible[: module.n_perturbations].numpy()
+    found = module.accumulated().detach().numpy()[off]
+    assert np.corrcoef(found, module.difference[:, 4].numpy()[off])[0, 1] > 0.7
 
 
 def test_wrong_networks(held_out):
@@ -160,5 +260,7 @@ def test_wrong_networks(held_out):
     GPOVAE.setup_anndata(adata, **KEYS)
     with pytest.raises(ValueError, match="`regulators`: 1 of 2"):
         GPOVAE(adata, regulators=["TF01", "absent"])
-    with pytest.raises(ValueError, match="`effect`"):
-        GPOVAE(adata, effect="dense")
+    with pytest.raises(ValueError, match="`regulators` must be a list"):
+        GPOVAE(adata, regulators="TF01")
+    with pytest.raises(ValueError, match="`objective` must be one of"):
+        GPOVAE(adata, objective="loud")

@@ -8,16 +8,17 @@ import pandas as pd
 import pytest
 from sklearn.metrics import average_precision_score
 
-from pertura.model._network import Network, NetworkMixin
+from pertura.model.base import GeneNetwork, GRNModel
 
 WEIGHT = np.array([[0, 3, -4, 0.5], [1, 0, 0, -2]], dtype=np.float32)
 GENES = pd.Index(["R1", "R2", "a", "b"])
 
 
-class Fixed(NetworkMixin):
+class Fixed(GRNModel):
     """A model that learned the network above."""
 
     _model_summary_string = "fixed"
+    adata = None  # not registered
 
     def __init__(self, adata: ad.AnnData | None, **more: np.ndarray) -> None:
         self.adata, self.more, self.is_trained = adata, more, True
@@ -26,8 +27,8 @@ class Fixed(NetworkMixin):
         if not self.is_trained:
             raise RuntimeError(message)
 
-    def _network(self) -> Network:
-        return Network(GENES[:2], GENES, WEIGHT, **self.more)
+    def _gene_network(self) -> GeneNetwork:
+        return GeneNetwork(GENES[:2], GENES, WEIGHT, **self.more)
 
 
 @pytest.fixture
@@ -136,4 +137,4 @@ def test_scores_are_those_of_the_metrics():
 
 def test_shapes_are_checked():
     with pytest.raises(ValueError, match="`proba`"):
-        Network(GENES[:2], GENES, WEIGHT, proba=WEIGHT.T)
+        GeneNetwork(GENES[:2], GENES, WEIGHT, proba=WEIGHT.T)

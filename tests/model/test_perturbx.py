@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,7 +10,7 @@ from anndata import AnnData
 
 from pertura.baseline import MeanEffect
 from pertura.model import PerturbX
-from pertura.module._perturbx import _STRENGTHS
+from pertura.model import _perturbx_biomarkers as biomarkers
 
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
 SETUP = {"perturbation_key": "perturbation", "control": "control", "context_key": "cell_type"}
@@ -20,7 +18,7 @@ N_GENES = 60
 MARKERS, RESPONSE = np.arange(3), np.arange(20, 40)
 
 
-def responders(n_contexts: int = 14, *, informative: bool = True, seed: int = 0) -> tuple[AnnData, np.ndarray]:
+def responders(n_contexts: int = 16, *, informative: bool = True, seed: int = 0) -> tuple[AnnData, np.ndarray]:
     """Contexts with and without three marker genes; a drug moves twenty genes where they are expressed."""
     rng = np.random.default_rng(seed)
     responds = np.arange(n_contexts) % 2 == 0
@@ -41,49 +39,53 @@ def responders(n_contexts: int = 14, *, informative: bool = True, seed: int = 0)
     return adata, responds
 
 
-def without(adata: AnnData, contexts: list[str]) -> AnnData:
-    treated = adata.obs["perturbation"] == "drug"
-    return adata[~(treated & adata.obs["cell_type"].isin(contexts)).to_numpy()].copy()
+# contexts whose treated cells are left out: of the first two controls train, of the others not even these
+HELD, NEW = ["line00", "line01"], ["line02", "line03"]
 
 
-def fit(adata: AnnData, cls=PerturbX, **options):
+def training_cells(adata: AnnData) -> AnnData:
+    treated, line = adata.obs["perturbation"] == "drug", adata.obs["cell_type"]
+    return adata[~((treated & line.isin(HELD)) | line.isin(NEW)).to_numpy()].copy()
+
+
+def fit(adata: AnnData, cls=PerturbX, max_epochs: int | None = None, **options):
     cls.setup_anndata(adata, **SETUP)
     torch.manual_seed(0)
     model = cls(adata, **options)
-    model.train(**(QUIET if cls is PerturbX else {}))
+    model.train(max_epochs, **QUIET)
     return model
-
-
-HELD = ["line00", "line01"]
 
 
 @pytest.fixture(scope="module")
 def trained() -> tuple[AnnData, PerturbX]:
     adata, _ = responders()
-    return adata, fit(without(adata, HELD), n_selected=6, bag_size=16)
+    return adata, fit(training_cells(adata), n_selected=6, bag_size=16)
 
 
 def effects(model, adata: AnnData) -> pd.DataFrame:
-    own = adata[adata.obs["cell_type"].isin(HELD) & (adata.obs["perturbation"] == "control")].copy()
-    table = model.get_perturbation_effect("drug", adata=own)
+    own = adata[adata.obs["cell_type"].isin([*HELD, *NEW]) & (adata.obs["perturbation"] == "control")].copy()
+    table = model.get_perturbation_effect("drug", adata=own, n_samples=2)
     return table.pivot(index="context", columns="gene", values="lfc_mean")[list(adata.var_names)]
 
 
 def truth(adata: AnnData) -> pd.DataFrame:
     means = adata.to_df().groupby([adata.obs["cell_type"].astype(str), adata.obs["perturbation"].astype(str)]).mean()
     wide = means.unstack().swaplevel(axis=1)
-    return (wide["drug"] - wide["control"]).loc[HELD]
+    return (wide["drug"] - wide["control"]).loc[[*HELD, *NEW]]
 
 
 def test_an_unseen_responder_is_told_from_a_non_responder(trained):
+    """Also where its control cells come with the question."""
     adata, model = trained
     predicted, measured = effects(model, adata), truth(adata)
     size = predicted.iloc[:, RESPONSE].abs().mean(1)
-    assert size["line00"] > 2.5 * size["line01"]
-    mean = effects(fit(without(adata, HELD), MeanEffect), adata)
-    for context in HELD:
+    assert min(size["line00"], size["line02"]) > 2.5 * max(size["line01"], size["line03"])
+    mean = effects(fit(training_cells(adata), MeanEffect), adata)
+    for context in (*HELD, *NEW):
         error = [((p.loc[context] - measured.loc[context]) ** 2).mean() for p in (predicted, mean)]
         assert error[0] < 0.5 * error[1]
+    queried = model.get_context_representation("drug", adata=adata[adata.obs["cell_type"].isin(NEW)].copy())
+    assert sorted(queried.index) == NEW
 
 
 def test_planted_markers_are_selected_and_important(trained):
@@ -107,20 +109,20 @@ def test_importance_of_the_prediction_adds_up_to_it(trained):
 
     # values of the regression are those of a linear function: together they are its change from the mean context
     module = model.module
-    action = model._question_action("drug", 1)
-    axis = model._effect_axes("drug")[0]
-    module = copy.deepcopy(module)
-    module.share.copy_(torch.tensor([1.0, 0.0, 1.0]))
-    slope = module.regression_slope(action, axis)
-    control = module.control + 0.1 * torch.randn(module.control.shape, generator=torch.Generator().manual_seed(0))
-    asked = module._distinct(action, torch.zeros(1, dtype=torch.long))[0][0]
-    weights = [module._from_others(asked, module.n_contexts, row)[1] for row in module.affinity(control).numpy()]
-    along = module._sums(np.stack(weights))[0].double().numpy() @ axis
-    told = control.double().numpy() @ slope
-    np.testing.assert_allclose(along - along[0], told - told[0], atol=1e-4)
+    asked = biomarkers.ask(model, "drug")
+    axis = biomarkers.effect_axes(model, asked)[0]
+    slope = module.regression_slope(asked, axis)
+    control = module.means.control + 0.1 * torch.randn(
+        module.means.control.shape, generator=torch.Generator().manual_seed(0)
+    )
+    weights = [module._from_others(asked, module.n_contexts, row) for row in module.affinity(control)]
+    along = module.means.sums(np.stack(weights))[0].double().numpy() @ axis
+    expected = control.double().numpy() @ slope
+    assert np.ptp(expected) > 0.1
+    np.testing.assert_allclose(along - along[0], expected - expected[0], atol=1e-4)
 
 
-def test_importance_says_when_the_networks_have_no_share(trained, caplog):
+def test_importance_says_when_the_neural_networks_have_no_share(trained, caplog):
     adata, model = trained
     share = model.module.share.clone()
     try:
@@ -160,52 +162,65 @@ def test_representation_separates_responders(trained):
 def test_without_signal_the_mean_effect_remains():
     """Whether a context responds is not in its control cells."""
     adata, _ = responders(informative=False, seed=1)
-    train = without(adata, HELD)
-    model = fit(train, n_selected=6, bag_size=16)
-    assert float(model.module.share[:2].sum()) < 0.4
+    train = training_cells(adata)
+    model = fit(train, n_selected=6, bag_size=16, n_members=3, n_steps=300)
+    assert model.shares.sum() < 0.4
     measured = truth(adata)
     error = ((effects(model, adata) - measured) ** 2).mean(axis=None)
     mean = ((effects(fit(train, MeanEffect), adata) - measured) ** 2).mean(axis=None)
     assert error < 1.25 * mean
 
 
-def test_training_contexts_choose_the_strength_of_the_regression():
-    """The same choice by ridge regressions written out, each without the context it is judged on."""
-    train = without(responders()[0], HELD)
-    PerturbX.setup_anndata(train, **SETUP)
-    model = PerturbX(train, n_selected=6, bag_size=16)
-    model.train(max_epochs=1, **QUIET)  # the networks have no part in it
-    module = model.module
-    basis = module.basis.double().numpy()
-    obs = model.adata.obs
-    means = model.adata.to_df().groupby([obs["cell_type"].astype(str), obs["perturbation"].astype(str)]).mean()
-    wide = means.unstack().swaplevel(axis=1)
-    treated = wide["drug"].dropna().index
-    control = wide["control"].loc[treated].to_numpy() @ basis
-    effect = (wide["drug"] - wide["control"]).loc[treated].to_numpy() @ basis
-    errors = []
-    for strength in _STRENGTHS:
-        target, told = [], []
-        for i in range(len(treated)):
-            others = np.delete(np.arange(len(treated)), i)
-            centre, mean = control[others].mean(0), effect[others].mean(0)
-            a = control[others] - centre
-            penalty = strength * np.square(a).sum() / (len(others) - 1)
-            told.append(
-                (control[i] - centre)
-                @ np.linalg.solve(a.T @ a + penalty * np.eye(a.shape[1]), a.T @ (effect[others] - mean))
-            )
-            target.append(effect[i] - mean)
-        target, told = np.ravel(target), np.ravel(told)
-        share = np.clip(target @ told / (told @ told), 0, 1)
-        errors.append(((target - share * told) ** 2).sum())
-    assert float(module.regression_strength) == pytest.approx(_STRENGTHS[int(np.argmin(errors))])
+def test_noise_of_controls_is_no_relation():
+    """All contexts have the same effect: that noisy controls look further from treated cells is not to be learned."""
+    shares = []
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        effect = rng.normal(0, 0.5, N_GENES)
+        obs = [(name, f"line{c}") for c in range(10) for name in ("control", "drug") for _ in range(15)]
+        x = rng.normal(2.0, 1.0, (len(obs), N_GENES)) + np.array([name == "drug" for name, _ in obs])[:, None] * effect
+        adata = AnnData(x.astype(np.float32), obs=pd.DataFrame(obs, columns=["perturbation", "cell_type"]).astype(str))
+        adata.obs_names = [f"cell{i}" for i in range(adata.n_obs)]
+        model = fit(adata, max_epochs=1, n_selected=6, bag_size=16, n_members=2)  # the bags have no part in it
+        shares.append(model.shares["regression"])
+    assert np.mean(shares) < 0.3
+
+
+def test_combinations_are_sums(trained):
+    """Of what the members do in the context; where one was never measured alone, they are refused."""
+    rng = np.random.default_rng(0)
+    conditions = {"control": 0.0, "A": 1.0, "B": -2.0, "B+C": 3.0}
+    obs = [(name, f"line{c}") for c in range(3) for name in conditions for _ in range(10)]
+    x = rng.normal(5.0, 0.1, (len(obs), 8)) + np.array([conditions[name] for name, _ in obs])[:, None]
+    adata = AnnData(x.astype(np.float32), obs=pd.DataFrame(obs, columns=["perturbation", "cell_type"]).astype(str))
+    model = fit(adata, max_epochs=1, n_selected=4, bag_size=4, n_members=1, rank=4)
+    table = model.get_perturbation_effect(["A+B", "B+C"], n_samples=2)
+    found = table.groupby("perturbation")["lfc_mean"].mean()
+    np.testing.assert_allclose([found["A+B"], found["B+C"]], [-1.0, 3.0], atol=0.1)
+    with pytest.raises(ValueError, match="'A\\+C' was not measured, nor that of each member alone"):
+        model.get_perturbation_effect("A+C")
+    with pytest.raises(ValueError, match="'Q' was not seen in training"):
+        model.get_perturbation_effect("Q")
+
+
+def test_own_perturbation_gives_the_counts_back():
+    rng = np.random.default_rng(0)
+    obs = [(name, f"line{c}") for c in range(3) for name in ("control", "drug") for _ in range(12)]
+    counts = rng.poisson(3.0, (len(obs), 20)).astype(np.float32)
+    adata = AnnData(counts, obs=pd.DataFrame(obs, columns=["perturbation", "cell_type"]).astype(str))
+    model = fit(adata, max_epochs=1, n_selected=4, bag_size=4, n_members=2, rank=4)
+    rows = np.flatnonzero(adata.obs["perturbation"] == "drug")
+    ask = {"indices": rows, "scale": "counts", "return_anndata": True, "n_samples": 2}
+    np.testing.assert_array_equal(model.predict_perturbation("drug", **ask).X, counts[rows])
+    for refused in (model.posterior_predictive_sample, model.get_marginal_ll):
+        with pytest.raises(ValueError, match="no distribution of single cells"):
+            refused()
 
 
 def test_cells_get_their_own_expression_plus_the_effect(trained):
     adata, model = trained
     own = adata[(adata.obs["cell_type"] == "line00") & (adata.obs["perturbation"] == "control")].copy()
-    predicted = model.predict_perturbation("drug", adata=own, return_anndata=True)
+    predicted = model.predict_perturbation("drug", adata=own, return_anndata=True, n_samples=2)
     moved = predicted.X - own.X
     np.testing.assert_allclose(moved, np.broadcast_to(moved[:1], moved.shape), atol=1e-4)
     np.testing.assert_allclose(moved[0], effects(model, adata).loc["line00"], atol=1e-3)
@@ -222,17 +237,22 @@ def test_attention_is_of_control_cells_and_averages_to_one(trained):
     )
 
 
-def test_paper_preset_is_one_network(trained):
+def test_paper_preset(trained):
     adata, _ = trained
-    train = without(adata, HELD)
-    PerturbX.setup_anndata(train, **SETUP)
-    model = PerturbX(train, preset="paper", n_selected=6, bag_size=16)
+    model = fit(training_cells(adata), max_epochs=2, preset="paper", n_selected=6, bag_size=16)
     module = model.module
     assert (module.n_members, module.rank, module.residual, module.n_folds) == (1, None, False, 1)
+    assert (module.duplicate_penalty, module.entropy_penalty, module.dropout.p) == (0, 0, 0)
     assert module.selector.logits.shape == (1, 6, N_GENES)
     assert module.decoder_out.weight.shape[-1] == N_GENES
-    model.train(max_epochs=2, **QUIET)
-    assert module.share.tolist() == [0.0, 1.0, 0.0]
+    assert model.shares.tolist() == [0.0, 1.0]
+    # nothing but the bags predicts, also where the effect was measured
+    table = model.get_perturbation_effect("drug", n_samples=2)
+    own = table.loc[table["context"] == "line05", "lfc_mean"].to_numpy()
+    asked = biomarkers.ask(model, "drug")
+    at = model.contexts.index("line05")
+    expected = module.predict_bags(module.action_of([asked]), module.bag[[at]])[0][0, 0].detach().numpy()
+    np.testing.assert_allclose(own, expected, atol=1e-5)
 
 
 def test_loaded_model_describes_the_same_biomarkers(trained, tmp_path):
@@ -243,17 +263,3 @@ def test_loaded_model_describes_the_same_biomarkers(trained, tmp_path):
     pd.testing.assert_frame_equal(loaded.get_gene_importance("drug"), model.get_gene_importance("drug"))
     with pytest.raises(ValueError, match="`component` must be between"):
         loaded.get_gene_importance("drug", component=50)
-
-
-def test_patients_that_the_model_has_never_met():
-    """Their control cells, which come with the question, are enough."""
-    adata, _ = responders()
-    known = ~adata.obs["cell_type"].isin(HELD)
-    model = fit(adata[known.to_numpy()].copy(), n_selected=6, bag_size=16)
-    predicted, measured = effects(model, adata), truth(adata)
-    size = predicted.iloc[:, RESPONSE].abs().mean(1)
-    assert size["line00"] > 2.5 * size["line01"]
-    for context in HELD:
-        assert np.corrcoef(predicted.loc[context], measured.loc[context])[0, 1] > 0.7
-    queried = model.get_context_representation("drug", adata=adata[~known.to_numpy()].copy())
-    assert sorted(queried.index) == HELD

@@ -3,6 +3,8 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from scipy import sparse
 
 from pertura import datasets
 from pertura.model import PertVAE
@@ -35,7 +37,7 @@ def _coverage(table):
 @pytest.fixture(scope="module")
 def screen():
     return datasets.simulate(
-        n_cells_per_condition=120, n_perturbations=3, combinations=1, n_contexts=3, seed=1, **SMALL
+        n_cells_per_condition=60, n_perturbations=3, combinations=1, n_contexts=2, n_batches=2, seed=1, **SMALL
     )
 
 
@@ -43,9 +45,10 @@ def screen():
 def trained(screen):
     """Trained without the combination."""
     adata = screen[~screen.obs["perturbation"].str.contains("+", regex=False)].copy()
-    PertVAE.setup_anndata(adata, **KEYS)
+    PertVAE.setup_anndata(adata, batch_key="batch", **KEYS)
+    torch.manual_seed(0)
     model = PertVAE(adata, n_latent=10, n_flow_hidden=16)
-    model.train(max_epochs=110, **QUIET)
+    model.train(max_epochs=80, batch_size=64, **QUIET)
     return model
 
 
@@ -69,6 +72,7 @@ def test_a_new_combination_is_the_sum_and_less_certain(screen, trained):
     assert combined.mean() > sd.reindex(combined.index).mean()
 
 
+@pytest.mark.slow
 def test_a_context_nobody_treated():
     adata = datasets.simulate(
         n_cells_per_condition=80, n_perturbations=1, n_contexts=6, n_unresponsive_contexts=2, seed=2, **SMALL
@@ -95,6 +99,7 @@ def _response(adata, context):
     return float(rows.loc[context, "response_factor"])
 
 
+@pytest.mark.slow
 def test_singletons_do_not_hurt_the_latent_space():
     """With few pairs and many cells without a partner, held-out cells are described at least as well."""
     adata = datasets.simulate(n_cells_per_condition=150, n_perturbations=1, n_contexts=4, seed=3, **SMALL)
@@ -110,14 +115,12 @@ def test_singletons_do_not_hurt_the_latent_space():
     for singletons in (True, False):
         model = PertVAE(adata, n_latent=8, n_flow_hidden=16, singletons=singletons)
         model.train(max_epochs=40, datasplitter_kwargs={"external_indexing": split}, **QUIET)
-        model.singletons = True  # both are judged on all validation cells
+        # both are judged on all validation cells
         losses[singletons] = _validation_loss(model, np.sort(split[1]))
     assert losses[True] <= losses[False]
 
 
 def _validation_loss(model, rows):
-    import torch
-
     from pertura.data._datamodule import PerturbationDataModule
     from pertura.train import FreeBitsELBO
 
@@ -132,7 +135,7 @@ def _validation_loss(model, rows):
 
 def test_explicit_pairs_of_bulk_profiles():
     adata = datasets.simulate(
-        n_cells_per_condition=60, n_perturbations=1, n_contexts=3, modality="log", paired=True, seed=4, **SMALL
+        n_cells_per_condition=40, n_perturbations=1, n_contexts=3, modality="log", paired=True, seed=4, **SMALL
     )
     PertVAE.setup_anndata(
         adata, perturbation_key="perturbation", control="control", context_key="cell_type", pair_key="pair"
@@ -140,11 +143,12 @@ def test_explicit_pairs_of_bulk_profiles():
     model = PertVAE(adata, n_latent=8, n_flow_hidden=16)
     assert model.pairing == "pairs"
     assert model.module.effect_input == "cell"
-    model.train(max_epochs=60, **QUIET)
+    model.train(max_epochs=60, batch_size=64, **QUIET)
     table = _compare(model, adata[adata.obs["perturbation"] == "control"].copy())
     assert _pearson(table) >= 0.9
 
 
+@pytest.mark.slow
 def test_features_predict_new_perturbations():
     """Effects are linear in features: a perturbation that training never saw is told apart from the mean effect."""
     rng = np.random.default_rng(0)
@@ -185,34 +189,105 @@ def test_features_predict_new_perturbations():
     assert table["lfc_sd"].mean() > seen["lfc_sd"].mean()
 
 
-def test_paper_preset_is_the_architecture_of_the_paper(screen):
+def test_own_counts_come_back_and_effects_are_the_mean_change_of_controls(trained):
+    adata = trained.adata
+    name = next(p for p in adata.obs["perturbation"].unique() if p != "control")
+    own = np.flatnonzero(adata.obs["perturbation"] == name)
+    counts = adata.layers["counts"][own]
+    counts = counts.toarray() if sparse.issparse(counts) else counts
+    result = trained.predict_perturbation(name, indices=own, scale="counts", ci=None, return_anndata=True)
+    np.testing.assert_array_equal(result.X, counts)
+    controls = np.flatnonzero((adata.obs["perturbation"] == "control") & (adata.obs["cell_type"] == "context_1"))
+    predicted = trained.predict_perturbation(name, indices=controls, ci=None, return_anndata=True, seed=1)
+    raw = adata.layers["counts"][controls]
+    raw = raw.toarray() if sparse.issparse(raw) else raw
+    change = predicted.X.mean(0) - np.log1p(1e4 * raw / raw.sum(1, keepdims=True)).mean(0)
+    table = trained.get_perturbation_effect(name, indices=controls, seed=2).set_index("gene")["lfc_mean"]
+    np.testing.assert_allclose(table.reindex(adata.var_names), change, atol=0.05)
+
+
+def test_log_likelihood_of_a_cell_knows_its_perturbation(trained):
+    adata = trained.adata
+    treated = np.flatnonzero(adata.obs["perturbation"] != "control")
+    own = trained.get_marginal_ll(indices=treated, n_samples=20)
+    other = adata.copy()
+    other.obs["perturbation"] = "control"
+    assert own.mean() > trained.get_marginal_ll(other, indices=treated, n_samples=20).mean() + 0.1
+
+
+def test_intervals_of_cells_hold_the_noise_of_the_transition(trained):
+    """Noise taken out of the model leaves means alone and makes the intervals of single cells narrower."""
+    name = next(p for p in trained.adata.obs["perturbation"].unique() if p != "control")
+    rows = np.flatnonzero(trained.adata.obs["perturbation"] == "control")[:40]
+    options = {"indices": rows, "return_anndata": True, "n_samples": 50}
+    noisy = trained.predict_perturbation(name, **options)
+    log_scale = trained.module.effect_log_scale
+    kept = log_scale.detach().clone()
+    try:
+        log_scale.data.fill_(-20.0)
+        plain = trained.predict_perturbation(name, **options)
+    finally:
+        log_scale.data.copy_(kept)
+    np.testing.assert_array_equal(noisy.X, plain.X)
+
+    def width(result):
+        return (result.layers["high"] - result.layers["low"]).mean()
+
+    assert width(noisy) > 1.1 * width(plain)
+
+
+def test_paper_preset_is_the_architecture_and_schedule_of_the_paper(screen):
     single = next(p for p in screen.obs["perturbation"].unique() if p != "control" and "+" not in p)
     adata = screen[screen.obs["perturbation"].isin(["control", single])].copy()
     PertVAE.setup_anndata(adata, **KEYS)
-    module = PertVAE(adata, preset="paper").module
-    widths = [m.out_features for m in module.encoder if hasattr(m, "out_features")]
-    assert widths == [500, 300, 200]
-    assert [m.out_features for m in module.decoder if hasattr(m, "out_features")] == [200, 300, 500]
-    assert len(module.flow.steps) == 2
-    assert module.flow.steps[0].nn.hidden_dims == [300]
-    assert module.n_latent == 100
+    model = PertVAE(adata, preset="paper", likelihood="normal")
+    module, flow = model.module, model.module.flow
+    assert [m.out_features for m in module.encoder if hasattr(m, "out_features")] == [500, 300]
+    # mean and scale beside the units of the flow, all from the second layer
+    assert [layer.in_features for layer in (flow.loc, flow.log_scale, flow.context[0])] == [300] * 3
+    assert (flow.context[0].out_features, flow.loc.out_features) == (200, 100)
+    assert [m.out_features for m in module.decoder if hasattr(m, "out_features")] == [300, 500]
+    assert [step.nn.hidden_dims for step in flow.steps] == [[300], [300]]
     assert module.effect_W().shape == (1, 100, 100)
     assert not module.effect_W().any() and not module.effect_b.any()
-    assert module.effect_input == "cell"
-    assert any("original0" in name for name in module.encoder.state_dict())
+    assert module.effect_input == "cell" and module.effect_log_scale_slope is not None
+    for part in (module.encoder, flow, module.decoder, module.likelihood):
+        layers = [m for m in part.modules() if isinstance(m, torch.nn.Linear)]
+        assert layers and all(hasattr(layer, "parametrizations") for layer in layers)
+    plan = model._plan_defaults()
+    assert (plan["lr_schedule"], plan["n_epochs_kl_warmup"], plan["weight_decay"]) == ("constant", None, 0.0)
+    assert plan["loss_fn"].free_nats == {"z1": 2.0, "z2": 2.0}
     assert PertVAE(adata, preset="paper", n_latent=20).module.n_latent == 20
 
 
-def test_pairing_options_differ_only_in_the_partners(screen):
+@pytest.mark.parametrize("pairing", ["random", "ot"])
+def test_partners_are_controls_of_the_same_context_and_batch(screen, pairing):
     adata = screen.copy()
-    PertVAE.setup_anndata(adata, **KEYS)
-    for pairing in ("random", "ot"):
-        model = PertVAE(adata, n_latent=4, pairing=pairing)
-        rows = np.arange(adata.n_obs)
-        coupling = model._coupling(rows, 0)
-        treated = np.flatnonzero(adata.obs["perturbation"] != "control")
-        assert set(coupling.treated) == set(treated)
-        partners = coupling.draw(np.random.default_rng(0))
-        assert (adata.obs["perturbation"].to_numpy()[partners] == "control").all()
-        same = adata.obs["cell_type"].to_numpy()
+    PertVAE.setup_anndata(adata, batch_key="batch", **KEYS)
+    model = PertVAE(adata, n_latent=4, pairing=pairing)
+    rows = np.arange(adata.n_obs)
+    data = model._data_module(rows, rows[:0], 64, 0)
+    table = model._measure(rows, data)
+    model._initialize(data, table)
+    coupling = data.train_dataloader().sampler.coupling
+    assert (coupling.cumulative is None) == (pairing == "random")
+    assert set(coupling.treated) == set(np.flatnonzero(adata.obs["perturbation"] != "control"))
+    partners = coupling.draw(np.random.default_rng(0))
+    assert (adata.obs["perturbation"].to_numpy()[partners] == "control").all()
+    for key in ("cell_type", "batch"):
+        same = adata.obs[key].to_numpy()
         assert (same[partners] == same[coupling.treated]).all()
+
+
+def test_new_contexts_are_described_by_their_own_controls(trained):
+    """A context under another name has the same effect; one of other cells another."""
+    name = next(p for p in trained.adata.obs["perturbation"].unique() if p != "control")
+    controls = trained.adata[trained.adata.obs["perturbation"] == "control"].copy()
+    known = controls[controls.obs["cell_type"] == "context_1"].copy()
+    other = controls[controls.obs["cell_type"] != "context_1"].copy()
+    renamed = [part.copy() for part in (known, other)]
+    for part in renamed:
+        part.obs["cell_type"] = "new"
+    effects = [trained.get_perturbation_effect(name, adata=a)["lfc_mean"] for a in (known, *renamed)]
+    np.testing.assert_allclose(effects[0], effects[1], atol=0.02)
+    assert np.abs(effects[0] - effects[2]).max() > 0.02

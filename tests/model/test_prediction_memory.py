@@ -14,6 +14,10 @@ import pytest
 from anndata import AnnData
 from scipy import sparse
 
+from pertura import datasets
+
+from .conftest import MODELS, Spec
+
 STATM = Path("/proc/self/statm")
 pytestmark = pytest.mark.skipif(not STATM.exists(), reason="memory of a process is read from /proc")
 N_GENES = 200
@@ -46,7 +50,11 @@ def growth(call: Callable[[], Any]) -> float:
 
 @pytest.fixture(scope="module")
 def model(spec):
-    from pertura import datasets
+    return fitted(spec)
+
+
+def fitted(spec: Spec) -> Any:
+    """A model of few cells."""
 
     adata = datasets.simulate(
         n_cells_per_condition=10,
@@ -91,12 +99,10 @@ def compare(call: Callable[..., None], model: Any, sizes: tuple[int, int], n_sam
     return [growth(lambda q=query: call(model, q, n_samples)) for query in queries]
 
 
-@pytest.fixture
-def one_model(request, spec):
+@pytest.fixture(scope="module")
+def one_model():
     """The others go the same way: they are tried among the slow tests."""
-    if spec.name != "model.PertVAE":
-        pytest.skip("tried among the slow tests")
-    return request.getfixturevalue("model")
+    return fitted(next(spec for spec in MODELS if spec.name == "model.SAMSVAE"))
 
 
 @pytest.mark.parametrize("call", [iterate, effect])

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-import pertura.model._engine as engine
+import pertura.model.base._predict as predict
 
 N = {"n_samples": 4}
 # sums may be rounded one way or the other, depending on where in memory their terms are
@@ -27,7 +27,7 @@ def name_of(model):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of 32 cells, so that a few hundred cells make many."""
-    monkeypatch.setattr(engine, "_MAX_CELLS", 32)
+    monkeypatch.setattr(predict, "_MAX_CELLS", 32)
 
 
 def same(one, other):
@@ -79,7 +79,7 @@ def test_not_on_what_else_is_asked(trained, small_blocks):
 
 def test_not_on_the_number_of_passes(trained, monkeypatch):
     """Sums of many perturbations are made in several passes."""
-    import pertura.model._effects as effects
+    import pertura.model.base._effects as effects
 
     names = list(trained.vocabulary.names)
     at_once = trained.get_perturbation_effect(names, **N)
@@ -93,7 +93,9 @@ def test_seeds(trained):
     same(ask(trained, name), ask(trained, name, seed=0))
 
 
-def test_other_seeds_give_other_draws(gradient_spec, trained):
+def test_other_seeds_give_other_draws(spec, trained):
+    if not spec.learns_by_gradient:
+        return
     one, other = (ask(trained, name_of(trained), seed=s) for s in (3, 4))
     assert not np.array_equal(one.X, other.X)
     assert np.corrcoef(one.X.ravel(), other.X.ravel())[0, 1] > 0.9
@@ -125,32 +127,16 @@ def test_global_random_state_is_left_alone(spec, trained):
 # -- identities -----------------------------------------------------------------------------------------------------
 
 
-def test_own_perturbation_asked_is_no_change(trained):
-    """Asked of cells that already have it, a perturbation has no effect: their answer is their own reconstruction."""
-    obs = trained.adata.obs["perturbation"]
+def test_own_perturbation_is_no_change(trained):
+    """Cells that already have a perturbation are predicted as they were measured, without any doubt."""
+    measured, obs = np.asarray(trained.adata.X.todense()), trained.adata.obs["perturbation"]
     for name in ("control", name_of(trained)):
         rows = np.flatnonzero(obs == name)
         found = ask(trained, name, indices=rows, n_samples=20)
-        blocks = list(trained._engine(trained.adata_manager, n_samples=20, scale="log1p", seed=0).blocks(rows))
-        own = np.concatenate([b.ask(None)[0].mean(0).numpy() for b in blocks])
-        np.testing.assert_allclose(found.X, own, atol=1e-4)
+        for values in (found.X, found.layers["low"], found.layers["high"]):
+            np.testing.assert_allclose(values, measured[rows], atol=2e-4)
     table = trained.get_perturbation_effect("control", **N)
-    assert (table[["lfc_mean", "lfc_sd", "log2fc"]].to_numpy() == 0).all()
-
-
-def test_own_perturbation_is_reconstructed(spec, trained):
-    if not spec.reconstructs:
-        pytest.skip("keeps nothing of the cell")
-    measured = np.asarray(trained.adata.X.todense())
-    obs = trained.adata.obs
-    for name in ("control", name_of(trained)):
-        rows = np.flatnonzero(obs["perturbation"] == name)
-        found = ask(trained, name, indices=rows, n_samples=20)
-        error = np.abs(found.X - measured[rows]).mean()
-        shuffled = np.abs(found.X - measured[np.roll(rows, 1)]).mean()
-        assert error < 0.6 * shuffled, "closer to the cell itself than to the next one"
-        interval = (found.layers["low"] <= measured[rows]) & (measured[rows] <= found.layers["high"])
-        assert interval.mean() > 0.75
+    np.testing.assert_allclose(table[["lfc_mean", "lfc_sd", "log2fc"]].to_numpy(), 0.0, atol=1e-5)
 
 
 def test_own_perturbation_needs_no_widening(trained):
@@ -166,7 +152,7 @@ def test_own_perturbation_needs_no_widening(trained):
                 widths[calibrated, name] = (found.layers["high"] - found.layers["low"]).mean()
         finally:
             trained.calibration_ = kept
-    assert widths[True, name_of(trained)] == widths[False, name_of(trained)]
+    np.testing.assert_allclose(widths[True, name_of(trained)], widths[False, name_of(trained)], atol=1e-5)
     if any(trained.calibration_["seen"]):
         assert widths[True, "control"] > widths[False, "control"]
 
@@ -194,11 +180,7 @@ def test_effect_table_is_consistent(trained):
     np.testing.assert_allclose((table["ci_high"] + table["ci_low"]) / 2, table["lfc_mean"], atol=1e-9)
     np.testing.assert_allclose(table["mean_perturbed"] - table["mean_control"], table["lfc_mean"], atol=1e-9)
     certain = table["lfc_sd"] > 0
-    p = (
-        1
-        - stats.norm.cdf(0.2, table["lfc_mean"], table["lfc_sd"])
-        + stats.norm.cdf(-0.2, table["lfc_mean"], table["lfc_sd"])
-    )
+    p = stats.norm.sf(0.2, table["lfc_mean"].abs(), table["lfc_sd"])
     np.testing.assert_allclose(table["proba_de"][certain], p[certain], atol=1e-9)
     fold = np.log2(np.expm1(table["mean_perturbed"]) + 1e-9) - np.log2(np.expm1(table["mean_control"]) + 1e-9)
     np.testing.assert_allclose(table["log2fc"], fold, rtol=1e-4, atol=1e-4)
@@ -231,30 +213,23 @@ def test_contexts_without_controls(trained, screen):
 
 
 def test_scales_agree(trained):
-    """They are the same draws: counts at the cell's depth, and log1p of counts per 10,000 of each draw."""
-    rows = np.arange(40)
-    name = name_of(trained)
-    options = {"n_samples": 6, "seed": 2}
-    draws = {}
-    for scale in ("counts", "log1p"):
-        blocks = trained._engine(trained.adata_manager, scale=scale, **options).blocks(rows)
-        from pertura.model._engine import Question
-
-        question = Question(name, (1.0,))
-        draws[scale] = torch.cat([b.ask(question)[0] for b in blocks], dim=1)
-        found = ask(trained, name, indices=rows, scale=scale, **options)
-        np.testing.assert_allclose(found.X, draws[scale].mean(0), rtol=1e-5, atol=1e-6)
-        assert found.uns["prediction"]["scale"] == scale
-    if trained.module.native_scale == "counts":
-        counts = draws["counts"]
-        per_10k = 1e4 * counts / counts.sum(-1, keepdim=True).clamp(min=1)
-        torch.testing.assert_close(torch.log1p(per_10k), draws["log1p"])
-        assert torch.equal(counts, counts.round())
-    else:
-        library = torch.as_tensor(np.asarray(trained.adata.layers["counts"][rows].sum(1)))
-        torch.testing.assert_close(torch.expm1(draws["log1p"]) * library / 1e4, draws["counts"], rtol=1e-3, atol=1e-3)
+    """Counts at the cell's depth, and log1p of counts per 10,000 of the same prediction."""
+    rows, name = np.arange(40), name_of(trained)
+    counts, log1p = (ask(trained, name, indices=rows, scale=scale, n_samples=6).X for scale in ("counts", "log1p"))
+    library = np.asarray(trained.adata.layers["counts"][rows].sum(1))
+    # the mean of a logarithm is below the logarithm of the mean, and near it where there is little doubt
+    bound = np.log1p(1e4 * counts / library)
+    assert (log1p <= bound + 1e-3).all() and np.corrcoef(log1p.ravel(), bound.ravel())[0, 1] > 0.98
     same(ask(trained, name, scale="layer"), ask(trained, name, scale="counts"))
     same(ask(trained, name, scale="log1p"), ask(trained, name))
+
+
+def test_expectations_leave_the_noise_of_the_cell_out(trained):
+    name = name_of(trained)
+    own, none = (ask(trained, name, noise=noise, ci=None) for noise in ("own", "none"))
+    assert none.uns["prediction"]["noise"] == "none"
+    if trained.module.native_scale == "counts":
+        assert none.X.var(0).sum() < own.X.var(0).sum()
 
 
 def test_counts_are_at_the_depth_of_the_cell(trained):
@@ -324,7 +299,9 @@ def test_posterior_predictive_sample(spec, trained):
 
 
 @pytest.mark.slow  # numba compiles what `sparse` does
-def test_criticism_of_scvi(gradient_spec, trained):
+def test_criticism_of_scvi(spec, trained):
+    if not spec.samples:
+        return
     from scvi.criticism import PosteriorPredictiveCheck
 
     adata = trained.adata.copy()

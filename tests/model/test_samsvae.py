@@ -80,10 +80,37 @@ def test_many_cells_give_the_measured_effect():
     assert pearson(predicted, own).min() > 0.98
 
 
-def test_without_shrinkage_effects_are_those_of_the_latent_shift():
+def test_effects_by_name():
+    """The latent shift alone, and the measured effect alone: what is predicted depends on nothing else."""
     adata, _, _ = planted_counts(seed=1, n_perturbations=8)
-    model = fitted(adata, max_epochs=3, n_latent=2, shrinkage=False)
-    assert not model.module.residual.any()
+    names = [f"P{t:02d}" for t in range(8)]
+    for effects, moves in (("latent", True), ("measured", False)):
+        model = fitted(adata.copy(), max_epochs=3, n_latent=2, effects=effects)
+        before = predicted_effects(model, names)
+        with torch.no_grad():
+            model.module.shifts.loc.normal_()
+            model.module.shifts.mask_logits.fill_(5.0)
+        assert (np.abs(predicted_effects(model, names) - before).to_numpy().max() > 1e-3) == moves
+    with pytest.raises(ValueError, match="`effects='measured'` is not possible"):
+        SAMSVAE(model.adata, effect="svae+", effects="measured")
+
+
+def test_a_measured_pair_is_not_less_certain_than_its_members():
+    from pertura import datasets
+
+    adata = datasets.simulate(
+        n_cells_per_condition=60, n_genes=40, n_perturbations=4, combinations=2, n_contexts=1, n_unresponsive_contexts=0,
+        n_truth_cells=10, seed=1,
+    )  # fmt: skip
+    SAMSVAE.setup_anndata(adata, perturbation_key="perturbation", control="control", layer="counts")
+    model = SAMSVAE(adata, n_latent=4)
+    model.train(max_epochs=10, **QUIET)
+    measured = ["+".join(c) for c in model.vocabulary.combinations]
+    names = model.vocabulary.names
+    unmeasured = [f"{a}+{b}" for i, a in enumerate(names) for b in names[i + 1 :] if f"{a}+{b}" not in measured]
+    table = model.get_perturbation_effect([*measured, *unmeasured], n_samples=50)
+    sd = table.groupby("perturbation")["lfc_sd"].mean()
+    assert sd[measured].max() < sd[unmeasured].min()
 
 
 def test_shifts_are_in_the_planted_dimensions(planted):
@@ -137,8 +164,12 @@ def test_paper_preset_is_that_of_the_paper(planted):
     adata = planted[0].adata.copy()
     SAMSVAE.setup_anndata(adata, perturbation_key="perturbation", control="control")
     model = SAMSVAE(adata, preset="paper")
-    module = model.module
-    assert (module.n_latent, module.decoder.n_out, module.mask_prior) == (200, 400, 0.01)
-    assert module.effect_network is not None and not module.effect_log_prior_sd.requires_grad
-    assert model.n_particles == 5 and not model.shrinkage
+    module, options = model.module, model.options
+    assert (module.n_latent, module.decoder.n_out) == (200, 400)
+    torch.testing.assert_close(module.shifts.prior_logits.sigmoid().mean(), torch.tensor(0.01))
+    assert module.shifts.correlated and not module.shifts.log_prior_sd.requires_grad
+    assert options.n_particles == 5 and module.gene_effects is None
+    plan = model._plan_defaults()
+    assert (plan["lr"], plan["lr_schedule"], plan["n_epochs_kl_warmup"]) == (3e-4, "constant", None)
     assert SAMSVAE(adata, preset="paper", n_latent=7).module.n_latent == 7
+    assert SAMSVAE(adata, preset="paper", n_latent=30).module.n_latent == 30, "a default that is given wins, too"

@@ -1,20 +1,161 @@
-"""Closed forms behind DrugAAE."""
+"""Model and guide of DrugAAE: what they share, what is left out of them, and who optimizes what."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
+import pyro
 import pytest
 import torch
+from pyro.infer import Trace_ELBO
 from scipy import sparse
 
-from pertura.baseline._pseudobulk import Pseudobulk
-from pertura.model._description import fit_effects, solve_effects
-from pertura.model._description import hill as hill_of_arrays
-from pertura.module import DrugAAE
-from pertura.module._drugaae import hill
-from pertura.nn import GeneEmbedding, fit_descriptions
-from pertura.nn._descriptions import DescriptionEncoder
-from pertura.nn._ridge import _LeaveOneOut, _slopes, correlations
+from pertura.module import Action, Cells, DrugAAE
+from pertura.nn import DescriptionEncoder, GeneEmbedding
+from pertura.train import AdversarialPlan
+
+N, GENES, DRUGS, CONTEXTS = 40, 12, 5, 2
+
+
+def make(**options) -> DrugAAE:
+    torch.manual_seed(0)
+    settings = {"n_text": 3, "n_state": 4, "n_effect_components": GENES, "n_gene_embedding": 6, "encoder_hidden": (8,)}
+    module = DrugAAE(GENES, DRUGS, CONTEXTS, **{**settings, **options})
+    closed = module.closed_form
+    closed.basis.copy_(torch.eye(GENES)[:, : module.closed_form.n_components])
+    closed.measured.fill_(True)
+    for name in ("effects", "common", "left_out", "weight", "intercept"):
+        getattr(closed, name).normal_()
+    module.features.normal_()
+    module.own_signature.normal_()
+    return module
+
+
+def make_cells(**options) -> Cells:
+    rng = np.random.default_rng(0)
+    codes = torch.as_tensor(rng.integers(-1, DRUGS, size=(N, 1)))
+    x = torch.as_tensor(rng.poisson(3.0, size=(N, GENES)), dtype=torch.float32)
+    context = torch.as_tensor(rng.integers(0, CONTEXTS, N))
+    given = {"action": Action(codes, (codes >= 0).float()), "context": context, "batch": torch.zeros(N).long()}
+    return Cells(x, library=x.sum(1, keepdim=True), **{**given, **options})
+
+
+def states(trace) -> torch.Tensor:
+    return trace.nodes["state"]["value"]
+
+
+def test_guide_and_model_see_perturbations_in_the_same_way(monkeypatch):
+    """In training both treat the same perturbations as unmeasured, with the same parts of their descriptions."""
+    module, cells = make().train(), make_cells()
+    seen = []
+    describe = module.describe
+    monkeypatch.setattr(module, "describe", lambda *a, **k: seen.append(describe(*a, **k)) or seen[-1])
+    for _ in range(5):
+        seen.clear()
+        Trace_ELBO().differentiable_loss(module.model, module.guide, cells)
+        (one, other), (again, and_other) = seen
+        assert torch.equal(one, again) and torch.equal(other, and_other)
+    # and not always the same ones
+    effects = {
+        float(describe(cells.action, cells.context, module.genes(), module.draw_lots())[1].sum()) for _ in range(9)
+    }
+    assert len(effects) > 1
+    # the lots are no part of the density
+    lots = [pyro.poutine.trace(p).get_trace(cells).nodes["lots"] for p in (module.guide, module.model)]
+    assert all(float(site["fn"].log_prob(site["value"])) == 0.0 for site in lots)
+    assert module.eval().draw_lots() is None
+
+
+def test_a_perturbation_treated_as_unmeasured_knows_nothing_of_its_own_cells():
+    """Neither its measured effect nor a signature of its cells, but what all others predict of it."""
+    module, action = make(), Action(torch.tensor([[1]]), torch.ones(1, 1))
+    context, every = torch.zeros(1).long(), torch.ones(DRUGS, dtype=torch.bool)
+    with torch.no_grad():
+        ask = lambda **k: module.eval().describe(action, context, module.genes(), **k)  # noqa: E731
+        own, as_new = ask(), ask(unmeasured=every)
+        torch.testing.assert_close(own[1][0], module.closed_form.effects[1, 0])
+        torch.testing.assert_close(as_new[1][0], module.closed_form.left_out[1] + module.closed_form.common[0])
+        module.own_signature[1] *= -1.0
+        module.closed_form.effects[1] += 1.0
+        assert not torch.equal(ask()[0], own[0]) and not torch.equal(ask()[1], own[1])
+        changed = ask(unmeasured=every)
+        assert torch.equal(changed[0], as_new[0]) and torch.equal(changed[1], as_new[1])
+        # without vectors, the effect in closed form is all there is
+        assert (ask(unmeasured=every, vector_share=0.0)[0] == 0).all()
+        # a perturbation outside of the vocabulary is what its features say
+        module.vector_share.fill_(0.0)
+        new = Action(torch.tensor([[-2]]), torch.ones(1, 1), module.features[None, 1:2])
+        closed = module.closed_form
+        torch.testing.assert_close(
+            module.describe(new, context, module.genes())[1][0],
+            closed.common[0] + closed.intercept + module.features[1] @ closed.weight,
+        )
+
+
+def test_registered_signatures_are_kept_by_perturbations_treated_as_unmeasured():
+    module = make(n_text=0, signatures=[range(GENES)]).eval()
+    action, every = Action(torch.tensor([[1]]), torch.ones(1, 1)), torch.ones(DRUGS, dtype=torch.bool)
+    with torch.no_grad():
+        own = module.describe(action, torch.zeros(1).long(), module.genes())
+        as_new = module.describe(action, torch.zeros(1).long(), module.genes(), unmeasured=every)
+        torch.testing.assert_close(own[0], as_new[0])
+        assert (own[0] != 0).any()
+
+
+def test_the_effect_is_taken_off_before_the_guide_and_added_after_the_decoder():
+    """A cell that is moved by exactly its closed-form effect has the basal state of the cell that was not."""
+    module = make(likelihood="normal").eval()
+    control = make_cells(action=Action(torch.full((N, 1), -1), torch.zeros(N, 1)))
+    moved = make_cells(action=Action(torch.ones(N, 1).long(), torch.ones(N, 1)))
+    with torch.no_grad():
+        effect = module.closed_form.effects[1][control.context]
+        moved.x = control.x + effect
+        found = [pyro.poutine.trace(module.guide).get_trace(c).nodes["z"]["fn"].base_dist.loc for c in (control, moved)]
+        torch.testing.assert_close(*found)
+        z = {"z": found[0]}
+        mean = [
+            pyro.poutine.trace(pyro.condition(module.model, data=z)).get_trace(c).nodes["x"]["fn"].mean
+            for c in (control, moved)
+        ]
+        shift, _ = module.describe(moved.action, moved.context, module.genes())
+        decoded = [
+            module.likelihood.loc.bias * 0 + module.decode(s, moved.batch, module.genes())
+            for s in (z["z"], z["z"] + shift)
+        ]
+        torch.testing.assert_close(mean[1] - mean[0], effect + decoded[1] - decoded[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("likelihood", ["nb", "normal"])
+def test_zero_dose_is_no_effect_and_own_perturbation_gives_the_cell_back(likelihood):
+    module, cells = make(likelihood=likelihood).eval(), make_cells()
+    with torch.no_grad():
+        nothing = Action(cells.action.codes.clamp(min=0), torch.zeros(N, 1))
+        shift, effect = module.describe(nothing, cells.context, module.genes())
+        assert (shift == 0).all() and (effect == 0).all()
+        basal = module.abduct(cells, 3, {})
+        same = module.counterfactual(basal, cells.action).expression.conditional_mean(
+            basal.noise, "counts" if likelihood == "nb" else "layer", cells.library
+        )
+        torch.testing.assert_close(same, cells.x.expand_as(same), atol=1e-5, rtol=1e-5)
+        # in an unknown context too
+        there = make_cells(context=torch.full((N,), CONTEXTS))
+        assert torch.isfinite(states(pyro.poutine.trace(module.model).get_trace(there))).all()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"n_effect_components": 0}, {"n_text": 0, "has_ppi": True}, {"likelihood": "normal"}]
+)
+def test_every_setting_has_finite_gradients(options):
+    module, cells = make(**options).train(), make_cells()
+    if options.get("has_ppi"):
+        module.genes.set_network(sparse.random(GENES, GENES, 0.3, random_state=0))
+    module.adversary_share = 1.0
+    Trace_ELBO().differentiable_loss(module.model, module.guide, cells).backward()
+    grads = {n: p.grad for n, p in module.named_parameters()}
+    assert [n for n, g in grads.items() if g is None] == []
+    assert all(torch.isfinite(g).all() for g in grads.values())
+    assert not list(pyro.get_param_store().keys())
 
 
 def test_propagation_is_the_dense_formula():
@@ -41,137 +182,18 @@ def test_what_is_missing_of_a_description_is_left_out():
     encoder, embedding = DescriptionEncoder(5, 3, 4), torch.randn(12, 5)
     signature, text = torch.randn(3, 12), torch.randn(3, 3)
     signature[1], text[2] = 0.0, 0.0  # row 1 has a text alone, row 2 a signature alone
-    v, s, t = encoder.eval()(signature, text, embedding)
+    v, s, t = encoder(signature, text, embedding)
     gate = torch.sigmoid(encoder.gate(torch.cat([s, t], -1)))[0]
     torch.testing.assert_close(v, torch.stack([gate * s[0] + (1 - gate) * t[0], t[1], s[2]]))
     assert (encoder(torch.zeros(1, 12), torch.zeros(1, 3), embedding)[0] == 0).all()
-    # in training either is taken away from those that have both, and from them alone
-    both = encoder.train()(signature, text, embedding, (1.0, 0.0))[0]
-    torch.testing.assert_close(both, torch.stack([t[0], t[1], s[2]]))
-    both = encoder(signature, text, embedding, (0.0, 1.0))[0]
-    torch.testing.assert_close(both, torch.stack([s[0], t[1], s[2]]))
+    # the lot takes either away from those that have both, and from them alone
+    for lot, first in ((0.1, t[0]), (0.4, s[0]), (0.9, v[0])):
+        found = encoder(signature, text, embedding, torch.full((3,), lot), (0.3, 0.3))[0]
+        torch.testing.assert_close(found, torch.stack([first, t[1], s[2]]))
 
 
-def test_hill_is_0_at_0_and_1_at_1():
-    dose = torch.tensor([0.0, 0.1, 0.5, 1.0, 2.0])
-    for log_k, log_n in [(0.0, 0.0), (-1.0, 0.5), (1.0, -0.5)]:
-        found = hill(dose, torch.tensor(log_k), torch.tensor(log_n))
-        assert found[0] == 0 and found[3] == pytest.approx(1)
-        assert (found.diff() > 0).all()
-        np.testing.assert_allclose(found, hill_of_arrays(dose.numpy(), log_k, log_n), rtol=1e-5)
-
-
-def test_left_out_predictions_are_those_of_fits_without_the_row():
-    rng = np.random.default_rng(1)
-    x = rng.normal(size=(20, 4))
-    y = x @ rng.normal(size=(4, 10)) + 0.3 * rng.normal(size=(20, 10))
-    found = fit_descriptions(x, y, [slice(0, 4)])
-    assert found.gain > 0.3 and found.share > 0.8
-    # ridge without row 0, by hand: the features' centre and scale stay those of all rows
-    centre, scale = x.mean(0), np.sqrt(((x - x.mean(0)) ** 2).sum() / 20)
-    z = (x - centre) / scale
-    design = np.column_stack([np.ones(19), z[1:]])
-    penalty = np.diag([0.0, *[found.penalty] * 4])
-    beta = np.linalg.solve(design.T @ design + penalty, design.T @ y[1:])
-    by_hand = np.r_[1.0, z[0]] @ beta
-    mean = y[1:].mean(0)
-    np.testing.assert_allclose(found.left_out[0], mean + found.share * (by_hand - mean), rtol=1e-6)
-
-
-def test_a_signature_of_ones_own_genes_is_used_gene_by_gene():
-    rng = np.random.default_rng(2)
-    truth = rng.normal(size=(20, 30))
-    signature = 0.5 * truth + 0.1 * rng.normal(size=truth.shape)
-    genes = rng.permutation(30)
-    own = fit_descriptions(signature[:, genes], truth, [slice(0, 30)], own=[genes])
-    plain = fit_descriptions(signature[:, genes], truth, [slice(0, 30)])
-    assert correlations(own.left_out, truth).mean() > 0.9
-    assert correlations(own.left_out, truth).mean() > correlations(plain.left_out, truth).mean() + 0.05
-    new = rng.normal(size=(5, 30))
-    found = (0.5 * new)[:, genes] @ own.weight + own.intercept
-    assert correlations(found, new).mean() > 0.9
-
-
-@pytest.mark.parametrize("strength", [0.1, 3.0])
-def test_left_out_predictions_gene_by_gene_are_those_of_fits_without_the_row(strength):
-    rng = np.random.default_rng(5)
-    x = rng.normal(size=(15, 6, 2))
-    x -= x.mean(0)
-    y = (x * rng.normal(size=(6, 2))).sum(-1) + rng.normal(size=(15, 6))
-    kernel = x.reshape(15, -1) @ x.reshape(15, -1).T
-    found = _LeaveOneOut(kernel, 2.0, y, x)(_slopes(x, y, strength, left_out=True))
-    for row in (0, 7):
-        keep = np.arange(15) != row
-        mean, own = y[keep].mean(0), x[keep]
-        # by hand: common slopes, each gene's own towards them, ridge with an intercept on what is left
-        common = np.linalg.lstsq(own.reshape(-1, 2), (y[keep] - mean).ravel(), rcond=None)[0]
-        level = np.trace(own.reshape(-1, 2).T @ own.reshape(-1, 2)) / 2 / 6
-        slopes = np.stack(
-            [
-                np.linalg.solve(
-                    own[:, g].T @ own[:, g] + strength * level * np.eye(2),
-                    own[:, g].T @ (y[keep, g] - mean[g]) + strength * level * common,
-                )
-                for g in range(6)
-            ]
-        )
-        rest = y[keep] - (own * slopes).sum(-1)
-        design = np.column_stack([np.ones(14), own.reshape(14, -1)])
-        penalty = np.diag([0.0, *[2.0] * 12])
-        beta = np.linalg.solve(design.T @ design + penalty, design.T @ rest)
-        by_hand = np.r_[1.0, x[row].ravel()] @ beta + (x[row] * slopes).sum(-1)
-        np.testing.assert_allclose(found[row], by_hand, rtol=1e-5)
-
-
-def test_gene_by_gene_only_where_left_out_perturbations_bear_it_out():
-    rng = np.random.default_rng(6)
-    latent = rng.normal(size=(40, 2))
-    signature = latent @ rng.normal(size=(2, 30)) + 0.5 * rng.normal(size=(40, 30))
-    # the same two programmes move other genes: a gene's own value in the signature says nothing of it
-    other = latent @ rng.normal(size=(2, 30)) + 0.1 * rng.normal(size=(40, 30))
-    by_programme = fit_descriptions(signature, other, [slice(0, 30)], own=[np.arange(30)])
-    assert by_programme.strength is None and by_programme.gain > 0.2
-    gene_by_gene = fit_descriptions(signature, 0.5 * signature, [slice(0, 30)], own=[np.arange(30)])
-    assert gene_by_gene.strength is not None
-
-
-def test_planted_hill_curves_are_found():
-    rng = np.random.default_rng(7)
-    doses, log_k, log_n = np.array([0.04, 0.2, 0.5, 1.0]), -1.5, 0.5
-    truth = rng.normal(size=(6, 20))
-    codes = np.repeat(np.arange(6), 4)[:, None]
-    dose = np.tile(doses, 6)[:, None]
-    mean = hill_of_arrays(dose, log_k, log_n) * truth[codes[:, 0]] + 0.02 * rng.normal(size=(24, 20))
-    stacked = np.concatenate([mean, np.zeros((1, 20))]).astype(np.float32)
-    bulk = Pseudobulk(
-        codes, dose, np.zeros(24, dtype=np.int64), stacked, np.full_like(stacked, 4e-4), np.ones(1, dtype=bool)
-    )
-    found = fit_effects(bulk, np.ones(6), 1, np.zeros((6, 0)), n_text=0, signatures=[], n_components=20)
-    # where the module starts: its dose head maps these to log k and log n
-    assert np.tanh(found["dose"]) * [2.0, 1.0] == pytest.approx([log_k, log_n], abs=0.01)
-    np.testing.assert_allclose(found["effects"][:, 0] @ found["basis"].T, truth, atol=0.15)
-
-
-def test_features_that_say_nothing_leave_the_mean_effect():
-    rng = np.random.default_rng(3)
-    found = fit_descriptions(rng.normal(size=(40, 8)), rng.normal(size=(40, 20)) + 1.0, [slice(0, 8)])
-    assert found.share == 0 and not found.weight.any()
-
-
-def test_effects_of_doses_and_combinations_are_solved_together():
-    rng = np.random.default_rng(4)
-    truth = 3 * rng.normal(size=(4, 6))
-    design = np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0.5, 0], [0, 0, 1, 0], [1, 0, 0, 1], [0, 0, 0, 0.7]])
-    found, _, _ = solve_effects(design, design @ truth, np.full((6, 6), 1e-6))
-    assert correlations(found, truth).min() > 0.98
-
-
-def test_every_parameter_is_in_exactly_one_optimiser():
-    from types import SimpleNamespace
-
-    from pertura.train import AdversarialPlan
-
-    module = DrugAAE(8, 3, 2, 2, n_text=2, n_effect_components=4)
+def test_every_parameter_is_in_exactly_one_optimizer():
+    module = make()
     plan = AdversarialPlan(module)
     plan._trainer = SimpleNamespace(max_epochs=3)
     first, second = plan.configure_optimizers()
@@ -181,7 +203,5 @@ def test_every_parameter_is_in_exactly_one_optimiser():
 
 
 def test_adversary_counts_from_its_own_steps():
-    from pertura.train import AdversarialPlan
-
-    plan = AdversarialPlan(DrugAAE(8, 3), warmup_start=0.2, warmup_end=0.6)
+    plan = AdversarialPlan(make(), warmup_start=0.2, warmup_end=0.6)
     assert [plan.adversary_share(p) for p in (0.0, 0.2, 0.4, 0.6, 1.0)] == pytest.approx([0, 0, 0.5, 1, 1])

@@ -1,11 +1,14 @@
 """The equations of PertVAE, checked against closed forms."""
 
+from dataclasses import replace
+
 import pyro
 import pytest
 import torch
 
 from pertura.module import Action, Cells, PertVAE
-from pertura.module._base import Basal
+from pertura.module._base import PerturbationModule
+from pertura.module._pertvae import _same
 from pertura.train import FreeBitsELBO
 
 N_GENES, N_LATENT = 7, 3
@@ -43,8 +46,8 @@ def _shake(module):
 def test_starts_as_the_identity():
     module, cells = _module(), _cells()
     z = torch.randn(2, 6, N_LATENT)
-    basal = Basal(z, torch.zeros(2, 6, N_GENES), cells.context, cells.batch, cells.library)
-    torch.testing.assert_close(module.act(basal, cells.action, {}), z)
+    torch.testing.assert_close(module.effect(z, cells), torch.zeros_like(z))
+    torch.testing.assert_close(module._take_back(z, cells, None), z)
 
 
 def test_elbo_is_the_sum_of_its_terms():
@@ -74,7 +77,7 @@ def test_elbo_is_the_sum_of_its_terms():
 
 
 def test_free_nats_make_small_divergences_free():
-    module, cells = _module(n_flow_steps=0), _cells()
+    module, cells = _module(n_flow_steps=0), _cells(codes=((-1,),) * 6)
     with torch.no_grad():
         module.flow.loc.weight.zero_(), module.flow.loc.bias.zero_()
         module.flow.log_scale.weight.zero_(), module.flow.log_scale.bias.zero_()  # q = p: no divergence at all
@@ -109,38 +112,144 @@ def test_prior_of_effects_is_weighed_by_the_share_of_the_minibatch():
 
 
 def test_gradients_reach_every_parameter():
-    module, cells = _shake(_module(rank=1, n_batch=2, prediction_weight=0.5)), _cells()
+    module = _shake(_module(rank=1, n_batch=2, prediction_weight=0.5, transition_noise="state", use_weight_norm=True))
+    cells = _cells()
     cells.action.dose[3] = 0.3
     FreeBitsELBO().differentiable_loss(module.model, module.guide, cells, 3).backward()
     without = [name for name, p in module.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert without == []
 
 
-@pytest.mark.parametrize("effect_input", ["cell", "context"])
-@pytest.mark.parametrize("rank", [None, 1])
-def test_abduction_takes_the_own_effect_back(effect_input, rank):
-    """z1 found by abduction, moved by the cell's own perturbation, is the state that the cell was encoded to."""
-    module, cells = _shake(_module(effect_input=effect_input, rank=rank)), _cells()
-    torch.manual_seed(5)
+OPTIONS = [{}, {"rank": 1}, {"effect_input": "cell"}, {"effect_input": "cell", "rank": 1, "transition_noise": "state"}]
+
+
+def _shaken(**options):
+    module = _shake(_module(**options)).eval()
+    if module.effect_log_scale_slope is not None:
+        torch.nn.init.normal_(module.effect_log_scale_slope, std=0.2)
+    return module
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_abduction_takes_the_own_effect_back(options):
+    """The basal state, moved by the cell's own perturbation, is the state that the cell was encoded to."""
+    module, cells = _shaken(**options), _cells()
     basal = module.abduct(cells, 4, {})
-    torch.manual_seed(5)
-    z = module.flow(module.encode(cells)).sample((4,))
-    torch.testing.assert_close(module.act(basal, cells.action, {}), z, atol=1e-4, rtol=1e-4)
+    moved = basal.state + module.effect(basal.state, cells)
+    torch.testing.assert_close(moved, basal.latents["measured"], atol=1e-4, rtol=1e-4)
+    assert (basal.state - moved)[:, 3:].abs().min() > 1e-3
+    torch.testing.assert_close(basal.state[:, :3], basal.latents["measured"][:, :3])
+    control = module.counterfactual(basal, cells.action.control())
+    torch.testing.assert_close(control.state, basal.state, atol=1e-5, rtol=0)
 
 
-def test_own_perturbation_gives_the_own_profile_back():
-    module, cells = _shake(_module()), _cells()
+@pytest.mark.parametrize("options", OPTIONS)
+def test_own_perturbation_gives_the_own_profile_back_in_every_draw(options):
+    module, cells = _shaken(**options), _cells()
     basal = module.abduct(cells, 3, {})
-    x = module.decode(module.act(basal, cells.action, {}), basal)
-    torch.testing.assert_close(x, cells.x.expand(3, -1, -1), atol=1e-4, rtol=1e-4)
+    found = module.counterfactual(basal, cells.action)
+    for expression in (found.expression, found.of_cells):
+        torch.testing.assert_close(expression.replay(basal.noise), cells.x.expand(3, -1, -1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_noise_of_the_transition_is_in_draws_and_not_in_means(options):
+    module, cells = _shaken(**options), _cells(n=1, codes=((-1,),))
+    basal = module.abduct(cells, 4000, {})
+    basal.state = basal.state[:1].expand_as(basal.state)
+    found = module.counterfactual(basal, Action(torch.tensor([[1]]), torch.ones(1, 1)))
+    assert found.state.std(0).max() < 1e-5
+    weight = module.likelihood.linear.weight * module.likelihood.unit[:, None]  # a linear decoder
+    variance = (weight.square() * module.noise_sd(basal.state[0]).square()).sum(1)
+    torch.testing.assert_close(found.of_cells.loc[:, 0].var(0), variance, rtol=0.15, atol=1e-4)
+    torch.testing.assert_close(found.of_cells.loc.mean(0), found.expression.loc.mean(0), atol=1e-3, rtol=1e-3)
+    assert (found.expression.loc.std(0) < 1e-5).all()
+
+
+def test_treated_cells_keep_their_noise_under_another_perturbation():
+    module, cells = _shaken(), _cells()
+    basal = module.abduct(cells, 5, {})
+    found = module.counterfactual(basal, Action(torch.tensor([[1]]), torch.ones(1, 1)).expand(6))
+    apart = (found.of_cells.loc - found.expression.loc).abs().amax((0, 2))
+    assert (apart[:3] > 1e-3).all() and (apart[3:] < 1e-4).all()
+
+
+def test_same_perturbations_whatever_the_order_of_their_members():
+    one = Action(torch.tensor([[0, 1], [1, -1], [0, -1], [0, -1]]), torch.tensor([[1.0, 0.5], [1, 0], [1, 0], [1, 0]]))
+    other = Action(torch.tensor([[1, 0, -1], [1, 0, -1], [0, -1, -1], [0, -1, -1]]), torch.ones(4, 3))
+    other.dose[:, 2] = 0.0
+    other.dose[0, 0], other.dose[1, 1], other.dose[3, 0] = 0.5, 0.0, 0.9
+    assert _same(one, other).tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize("effect_input", ["cell", "context"])
+def test_prior_of_a_treated_cell_is_the_marginal_of_z2(effect_input):
+    module, cells = _shaken(effect_input=effect_input), _cells()
+    torch.manual_seed(0)
+    z1 = torch.randn(200_000, 6, N_LATENT)
+    drawn = module.transition(z1, cells).sample()
+    prior = module.prior(cells)
+    torch.testing.assert_close(prior.mean[3:], drawn.mean(0)[3:], atol=0.03, rtol=0)
+    torch.testing.assert_close(prior.variance[3:], drawn.var(0)[3:], rtol=0.03, atol=0.0)
+    torch.testing.assert_close(prior.variance[:3], torch.ones(3, N_LATENT), atol=1e-6, rtol=0)
+    with torch.no_grad():
+        z = torch.randn(5, 6, N_LATENT)
+        # by one draw of z1 from its posterior: exact where the noise is constant
+        torch.testing.assert_close(
+            module._log_marginal(z, cells, None)[:, 3:], prior.log_prob(z)[:, 3:], atol=1e-4, rtol=1e-4
+        )
+
+
+def test_log_weights_with_noise_that_depends_on_the_state_estimate_the_likelihood():
+    """Against an average of p(x | z2) p(z2 | z1) over z1 of the prior, in one dimension."""
+    module = _shaken(n_latent=1, effect_input="cell", transition_noise="state")
+    module.effect_log_scale_slope.data.fill_(0.5)
+    cells = _cells(n=2, codes=((0,), (1,)))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        weights = module.log_weights(cells, 50_000, {})
+        z2 = module.transition(torch.randn(200_000, 2, 1), cells).sample()
+        direct = module.expression(z2, cells).log_prob(cells.x)
+    estimates = [torch.logsumexp(v, 0) - torch.tensor(float(len(v))).log() for v in (weights, direct)]
+    torch.testing.assert_close(*estimates, atol=0.1, rtol=0)
+
+
+def test_log_weights_are_the_generic_ones_and_depend_on_the_perturbation():
+    module, cells = _shaken(), _cells()
+    torch.manual_seed(1)
+    own = module.log_weights(cells, 8, {})
+    torch.manual_seed(1)
+    torch.testing.assert_close(own, PerturbationModule.log_weights(module, cells, 8, {}))
+    cells.action.codes[3] = 1
+    torch.manual_seed(1)
+    apart = (module.log_weights(cells, 8, {}) - own).abs().amax(0)
+    assert apart[3] > 1e-2 and apart[[0, 1, 2, 4, 5]].max() < 1e-4
+
+
+def test_profiles_of_new_contexts_decide_the_effect():
+    module, cells = _shaken(), _cells()
+    cells.context[3] = 3
+    table = torch.cat([module.context_profile, torch.full((1, 2), 2.0)])
+    basal = module.abduct(cells, 2, {"context_profile": table})
+    expected = module.effect_U[0] @ table[3] + module.effect_b[0] + module.effect_common
+    torch.testing.assert_close((basal.latents["measured"] - basal.state)[0, 3], expected)
+    assert torch.isfinite(module.log_weights(cells, 2, {"context_profile": table})).all()
+
+
+def test_cells_alone_do_not_train_the_effect():
+    module, cells = _shake(_module()), _cells()
+    FreeBitsELBO().differentiable_loss(module.model, module.guide, cells).backward()
+    assert module.effect_log_scale.grad is None
+    # the prior alone, which the size of the data makes tiny
+    assert module.effect_b.grad.abs().max() < 1e-4 and module.flow.loc.weight.grad.abs().max() > 1e-2
 
 
 def test_combinations_add_and_doses_grow_from_nothing():
-    module = _shake(_module())
-    u = torch.randn(4, 1, 2)
+    module, cells = _shake(_module()), _cells(n=1, codes=((-1,),))
+    z = torch.zeros(4, 1, N_LATENT)
 
     def effect(codes, dose):
-        return module.effect(u, Action(torch.tensor([codes]), torch.tensor([dose])))
+        return module.effect(z, replace(cells, action=Action(torch.tensor([codes]), torch.tensor([dose]))))
 
     torch.testing.assert_close(effect([0, 1], [1.0, 1.0]), effect([0, -1], [1.0, 0.0]) + effect([1, -1], [1.0, 0.0]))
     torch.testing.assert_close(effect([0], [0.0]), torch.zeros(4, 1, N_LATENT))
@@ -151,15 +260,15 @@ def test_combinations_add_and_doses_grow_from_nothing():
 def test_one_perturbation_has_a_full_matrix():
     module = PertVAE(N_GENES, 1, n_latent=N_LATENT, effect_input="cell")
     assert module.effect_W().shape == (1, N_LATENT, N_LATENT)
-    assert not hasattr(module, "effect_V")
+    assert module.effect_V is None
 
 
 def test_features_of_a_new_perturbation_move_the_state():
     module = _module(n_features=4)
     torch.nn.init.normal_(module.effect_features.weight)
     features = torch.randn(1, 1, 4)
-    moved = module.effect(torch.zeros(1, 1, 2), Action(torch.tensor([[-2]]), torch.ones(1, 1), features))
-    torch.testing.assert_close(moved[0], module.effect_features(features[0]) + module.effect_common)
+    moved = module.shift(Action(torch.tensor([[-2]]), torch.ones(1, 1), features))
+    torch.testing.assert_close(moved, module.effect_features(features[0]) + module.effect_common)
 
 
 def test_counts_pass_through_plates():

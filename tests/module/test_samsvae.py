@@ -7,7 +7,8 @@ import torch
 from pyro.infer import Trace_ELBO
 from torch.distributions import Bernoulli, Normal, kl_divergence
 
-from pertura.module import SAMSVAE, Action, Cells
+from pertura.module import SAMSVAE, Action, Cells, ConditionalVAE, GeneEffects, SVAEPlus
+from pertura.module._shifts import SparseShifts
 from pertura.nn import StraightThroughBernoulli
 
 N, GENES, PERTURBATIONS = 60, 12, 4
@@ -40,9 +41,10 @@ def _loss(module, cells, particles=1):
 @torch.no_grad()
 def _reference(module, cells, n_draws):
     """Each perturbed cell carries 1 / N_t of the divergence of its perturbation; per-cell mean."""
-    mask, effect = Bernoulli(logits=module.mask_logits), Normal(module.effect_loc, module.effect_log_sd.exp() + 1e-4)
-    prior_mask = Bernoulli(torch.full_like(module.mask_logits, 0.2))
-    prior_effect = Normal(torch.zeros_like(module.effect_loc), module.effect_log_prior_sd.exp())
+    shifts = module.shifts
+    mask, effect = Bernoulli(logits=shifts.mask_logits), Normal(shifts.loc, shifts.log_sd.exp() + 1e-4)
+    prior_mask = Bernoulli(torch.full_like(shifts.mask_logits, 0.2))
+    prior_effect = Normal(torch.zeros_like(shifts.loc), shifts.log_prior_sd.exp())
     per_perturbation = (kl_divergence(mask, prior_mask) + kl_divergence(effect, prior_effect)).sum(1)
     code = cells.action.codes[:, 0]
     number = torch.bincount(code[code >= 0], minlength=PERTURBATIONS)
@@ -52,9 +54,9 @@ def _reference(module, cells, n_draws):
     for _ in range(n_draws):
         table = mask.sample() * effect.sample()
         shift = torch.where((code >= 0)[:, None], table[code.clamp(min=0)], 0.0)
-        posterior = module.basal(cells, shift)
+        posterior = module.encoder(module.standardized(cells.x), None, shift)
         z = posterior.sample()
-        log_p = module.expression(z + shift, cells).log_prob(cells.x)
+        log_p = module.likelihood(module.decoder(z + shift, None), cells.library).log_prob(cells.x)
         local = kl_divergence(Normal(posterior.loc, posterior.scale), Normal(0.0, 1.0)).sum(1)
         values.append(float((local - log_p).mean() + plated))
     return np.mean(values), np.std(values) / np.sqrt(n_draws)
@@ -93,72 +95,191 @@ def test_mask_draws_are_hard_and_pass_gradients():
     assert (logits.grad > 0).all()
 
 
-@pytest.mark.parametrize("effect", ["sparse", "dense", "svae+", "conditional"])
-@pytest.mark.parametrize("options", [{}, {"effect_guide": "correlated", "basal_guide": "amortised", "n_layers": 2}])
-def test_every_setting_has_finite_gradients(effect, options):
-    module = _module(effect=effect, **options)
-    _loss(module, _cells(order=2), 3).backward()
-    grads = {n: p.grad for n, p in module.named_parameters() if p.requires_grad}
-    idle = {"dose_log_kappa"}  # without doses the response is 1 whatever its shape
-    assert [n for n, g in grads.items() if g is None and n not in idle] == []
-    assert all(torch.isfinite(g).all() for g in grads.values() if g is not None)
+@pytest.mark.parametrize("cls", [SAMSVAE, SVAEPlus, ConditionalVAE])
+@pytest.mark.parametrize("n_layers", [0, 2])
+def test_every_setting_has_finite_gradients(cls, n_layers):
+    torch.manual_seed(0)
+    settings = [{}]
+    if cls is SAMSVAE:
+        settings += [
+            {"masked": False},
+            {"effect_guide": "correlated", "basal_guide": "amortized"},
+            {"interactions": True},
+        ]
+    for own in settings:
+        module = cls(GENES, PERTURBATIONS, n_latent=3, n_hidden=8, n_layers=n_layers, **own)
+        module.n_train = N
+        _loss(module, _cells(order=2), 3).backward()
+        grads = {n: p.grad for n, p in module.named_parameters() if p.requires_grad}
+        idle = ("kappa",)  # without doses the response is 1 whatever its shape
+        assert [n for n, g in grads.items() if g is None and not n.endswith(idle)] == []
+        assert all(torch.isfinite(g).all() for g in grads.values() if g is not None)
     assert not list(pyro.get_param_store().keys())
 
 
 def test_combinations_are_sums_and_pairs_add_what_was_learned():
-    module = _module(interactions=True)
+    shifts = SparseShifts(PERTURBATIONS, 3, interactions=True)
     table = torch.randn(PERTURBATIONS, 3)
     action = Action(torch.tensor([[0, 2], [1, -1]]), torch.tensor([[1.0, 1.0], [1.0, 0.0]]))
-    u = module.effect_interaction.detach()
+    u = shifts.interaction.detach()
     expected = torch.stack([table[0] + table[2] + u[0] * u[2], table[1]])
-    torch.testing.assert_close(module.shift(table, action).detach(), expected)
-
-
-def test_residuals_add_up_and_a_registered_pair_has_its_own():
-    module = SAMSVAE(GENES, PERTURBATIONS, n_latent=3, n_combinations=1, order=2)
-    module.residual.copy_(torch.arange(5.0)[:, None].expand(-1, GENES))
-    module.combinations[0] = torch.tensor([1, 3])
-    action = Action(torch.tensor([[1, -1], [0, 3], [1, 3]]), torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 1.0]]))
-    offset = module.offset(action, {})
-    torch.testing.assert_close(offset[:, 0], torch.tensor([1.0, 3.0, 1.0 + 3.0 + 4.0]))
+    torch.testing.assert_close(shifts(table, action).detach(), expected)
 
 
 @pytest.mark.parametrize("options", [{}, {"n_layers": 1}, {"likelihood": "normal"}])
 def test_a_rotation_leaves_what_is_decoded(options):
     """Shifts under new coordinates decode to what they did; masks start where shifts are large."""
-    module = _module(**options)
+    module, cells = _module(**options), _cells()
 
-    def mean(h):
-        return module.likelihood.linear(h)
+    def decoded(state):
+        return module.likelihood.linear(module.decoder(state, None))
 
-    batch, cells = torch.zeros(PERTURBATIONS).long(), _cells()
+    def basal(shift):
+        return module.encoder(module.standardized(cells.x), None, shift).loc
+
     with torch.no_grad():
-        table = module.mask_logits.sigmoid() * module.effect_loc
-        before, seen = mean(module._decoded(table, batch)), module.basal(cells, table[[0] * N])
-        state = mean(module._decoded(seen.loc, cells.batch))
-        r = module.rotate()
-        turned = module.effect_loc
-        torch.testing.assert_close(mean(module._decoded(turned, batch)), before, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(r @ r.T, torch.eye(3), atol=1e-5, rtol=0)
-        after = module.basal(cells, turned[[0] * N])
-        torch.testing.assert_close(mean(module._decoded(after.loc, cells.batch)), state, atol=1e-4, rtol=1e-4)
+        table = module.shifts.proba() * module.shifts.loc
+        before, state = decoded(table), decoded(basal(table[[0] * N]))
+        module.on_step(0.5)
+        turned = module.shifts.loc
+        torch.testing.assert_close(decoded(turned), before, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(decoded(basal(turned[[0] * N])), state, atol=1e-4, rtol=1e-4)
     assert (turned.abs() ** 4).sum() >= (table.abs() ** 4).sum()
-    assert (module.mask_logits.argmax(1) == turned.abs().argmax(1)).all()
+    largest = module.shifts.mask_logits.gather(1, turned.abs().argmax(1, keepdim=True))[:, 0]
+    assert torch.equal(largest, module.shifts.mask_logits.max(1).values)
 
 
 def test_rotation_comes_once_and_only_where_shifts_have_free_coordinates():
     module = _module()
     for progress in (0.0, 0.2, 0.4):
-        assert bool(module.rotated) == (progress > 0.4)
+        assert bool(module.rotation.done) == (progress > 0.4)
         module.on_step(progress)
-    assert bool(module.rotated) and not module._can_rotate()
+    assert bool(module.rotation.done)
+    turned = module.shifts.loc.detach().clone()
+    module.on_step(0.6)
+    assert torch.equal(turned, module.shifts.loc)
     for options in (
-        {"effect": "dense"},
+        {"masked": False},
         {"effect_guide": "correlated"},
         {"interactions": True},
         {"rotate_shifts": False},
     ):
         module = _module(**options)
-        module.on_step(0.2)
         module.on_step(0.4)
-        assert not bool(module.rotated)
+        assert not bool(module.rotation.done)
+
+
+# -- counterfactuals and likelihoods, which all modules have from their model and guide ----------------------------------
+
+
+def _linear_gaussian():
+    """A module in which everything has a closed form."""
+    module = _module(likelihood="normal", effect_guide="mean_field")
+    with torch.no_grad():
+        module.shifts.mask_logits.fill_(30.0)
+        module.shifts.log_sd.fill_(-20.0)
+    return module.eval()
+
+
+def test_counterfactuals_keep_the_noise_of_the_cell():
+    """x' = x + W (shift' - shift) where the likelihood is normal and linear, whatever was drawn."""
+    module, cells = _linear_gaussian(), _cells()
+    globals_ = module.draw_globals(4, cells)
+    basal = module.abduct(cells, 4, globals_)
+    action = Action(torch.full((N, 1), 2), torch.ones(N, 1))
+    found = module.counterfactual(basal, action)
+    table = globals_["mask"] * globals_["effect"]
+    code = cells.action.codes[:, 0]
+    own = torch.where((code >= 0)[:, None], table[:, code.clamp(min=0)], torch.zeros(()))
+    moved = (table[:, [2] * N] - own) @ module.likelihood.linear.weight.T * module.likelihood.unit
+    torch.testing.assert_close(found.expression.replay(basal.noise), cells.x + moved, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.state, basal.state + table[:, [2] * N], atol=1e-5, rtol=1e-4)
+
+
+def test_draws_are_antithetic():
+    module, cells = _linear_gaussian(), _cells()
+    globals_ = module.draw_globals(4, cells)
+    effect = globals_["effect"]
+    torch.testing.assert_close((effect[0] + effect[2]) / 2, module.shifts.loc.detach(), atol=1e-5, rtol=1e-5)
+    state = module.abduct(cells, 4, globals_).state
+    torch.testing.assert_close(state[0] + state[2], state[1] + state[3], atol=1e-2, rtol=1e-2)
+    assert not torch.allclose(state[0], state[1])
+
+
+def test_weighted_likelihood_is_the_marginal_one():
+    """Of a linear normal model x ~ N(W shift + b, W W' + diag)."""
+    module, cells = _linear_gaussian(), _cells(slice(0, 8))
+    with torch.no_grad():
+        module.likelihood.log_scale.fill_(0.7)
+    globals_ = module.draw_globals(1, cells)
+    globals_ = {name: value.expand(20_000, *value.shape[1:]) for name, value in globals_.items()}
+    torch.manual_seed(0)
+    weights = module.log_weights(cells, 20_000, globals_)
+    found = torch.logsumexp(weights, 0) - np.log(20_000)
+    unit, w = module.likelihood.unit, module.likelihood.linear.weight.detach()
+    scale = module.likelihood.log_scale.exp() * unit
+    code = cells.action.codes[:, 0]
+    shift = torch.where((code >= 0)[:, None], module.shifts.loc[code.clamp(min=0)], torch.zeros(())).detach()
+    mean = module.likelihood.linear(shift) * unit
+    w = w * unit[:, None]
+    exact = torch.distributions.MultivariateNormal(mean, w @ w.T + torch.diag(scale**2)).log_prob(cells.x)
+    torch.testing.assert_close(found, exact.detach(), atol=0.3, rtol=0.01)
+
+
+# -- measured effects -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def site():
+    site = GeneEffects(3, GENES, combinations=[[0, 2]]).eval()
+    torch.manual_seed(0)
+    site.measured.mean.normal_()
+    site.measured.sd.fill_(0.5)
+    site.measured.tau.fill_(1.0)
+    site.is_counts = False
+    return site
+
+
+def _asked(*members):
+    codes = torch.tensor([[*m, *[-1] * (2 - len(m))] for m in members])
+    return Action(codes, (codes >= 0).float())
+
+
+def test_measured_effects_of_singles_pairs_and_controls(site):
+    action = _asked([1], [0, 2], [0, 1], [])
+    mean = site.measured.mean
+    found = site(action, action.dose)
+    torch.testing.assert_close(found, torch.stack([mean[1], mean[3], mean[0] + mean[1], torch.zeros(GENES)]))
+
+
+def test_noise_of_measured_effects(site):
+    """Rows have noise of their own, the same each time; unmeasured pairs have more of it than measured ones."""
+    with pyro.plate("draws", 400, dim=-2):
+        noise = site.sample_noise()
+    action = _asked([0], [1], [0, 2], [0, 1], [])
+    draws = site(action, action.dose, noise)
+    assert torch.equal(draws, site(action, action.dose, noise))
+    torch.testing.assert_close(draws.mean(0), site(action, action.dose), atol=1e-4, rtol=1e-4)
+    sd = draws.std(0).mean(1)
+    torch.testing.assert_close(sd, torch.tensor([0.5, 0.5, 0.5, (0.5 + 1.0) ** 0.5, 0.0]), atol=0.05, rtol=0.05)
+    one, other = (draws[:, i] - draws[:, i].mean(0) for i in (0, 1))
+    assert abs(float((one * other).mean() / (one.std() * other.std()))) < 0.1
+    alone = _asked([1])
+    torch.testing.assert_close(site(alone, alone.dose, noise)[:, 0], draws[:, 1])
+
+
+def test_activations_move_expected_expression_by_the_effect():
+    """The curve from effects to activations, against the expectation of the likelihood."""
+    module = _module(effects="measured", n_latent=2).eval()
+    site, cells = module.gene_effects, _cells()
+    with torch.no_grad():
+        activation = module.likelihood.linear(module.decoder(torch.zeros(N, 2), None))
+        start = module.likelihood.moved_by(activation, cells.library, 0.0).expectation("log1p", cells.library).mean(0)
+        site.set_curve(start, module.likelihood, activation, cells.library)
+        for size in (-1.0, -0.3, 0.2, 0.8):
+            wanted = (start + size).clamp(min=0.3) - start
+            offset = site.to_activation(wanted)
+            moved = module.likelihood.moved_by(activation, cells.library, offset)
+            reached = moved.expectation("log1p", cells.library).mean(0) - start
+            torch.testing.assert_close(reached, wanted, atol=0.03, rtol=0.05)
+    assert (site.to_activation(torch.zeros(GENES)) == 0).all()

@@ -8,7 +8,7 @@ from pertura.nn import MLP, InverseAutoregressiveFlow
 def test_density_is_the_change_of_variables(n_steps):
     """log q(z) equals the base density minus the log-determinant of the Jacobian, computed by autograd."""
     torch.manual_seed(0)
-    flow = InverseAutoregressiveFlow(n_latent=4, n_context=3, n_steps=n_steps, n_hidden=8)
+    flow = InverseAutoregressiveFlow(4, 3, 5, n_steps, n_hidden=8, use_weight_norm=n_steps == 2)
     for parameter in flow.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     h = torch.randn(1, 3)
@@ -28,17 +28,30 @@ def test_density_is_the_change_of_variables(n_steps):
 
 def test_step_is_the_lstm_type_update():
     torch.manual_seed(0)
-    flow = InverseAutoregressiveFlow(n_latent=3, n_context=2, n_steps=1, n_hidden=6)
-    h, z = torch.randn(5, 2), torch.randn(5, 3)
+    flow = InverseAutoregressiveFlow(3, 2, 4, n_steps=1, n_hidden=6)
+    h, z = flow.context(torch.randn(5, 2)), torch.randn(5, 3)
     step = flow.steps[0]
     mean, gate = step.nn(z, h)
     gate = torch.sigmoid(gate + 2.0)
     torch.testing.assert_close(step.condition(h)(z), gate * z + (1 - gate) * mean)
 
 
+def test_a_dimension_follows_those_before_it_and_the_order_turns_between_steps():
+    torch.manual_seed(0)
+    flow = InverseAutoregressiveFlow(4, 2, 3, n_steps=1, n_hidden=16)
+    h, z = flow.context(torch.randn(1, 2)), torch.randn(4)
+    step = flow.steps[0].condition(h)
+    jacobian = torch.autograd.functional.jacobian(lambda z: step(z[None])[0], z)
+    torch.testing.assert_close(jacobian.triu(1), torch.zeros(4, 4))
+    assert (jacobian.tril(-1) != 0).sum() == 6
+    two = InverseAutoregressiveFlow(4, 2, 3, n_steps=2, n_hidden=16)
+    reverse = two(torch.randn(1, 2)).transforms[1]
+    torch.testing.assert_close(reverse(z), z.flip(-1))
+
+
 def test_mean_follows_the_noise_free_path():
     torch.manual_seed(0)
-    flow = InverseAutoregressiveFlow(n_latent=3, n_context=2, n_steps=2, n_hidden=6)
+    flow = InverseAutoregressiveFlow(3, 2, 4, n_steps=2, n_hidden=6)
     torch.nn.init.constant_(flow.log_scale.bias, -7.0)
     torch.nn.init.zeros_(flow.log_scale.weight)
     h = torch.randn(4, 2)
@@ -50,7 +63,7 @@ def test_flow_bends_what_a_gaussian_can_not():
 
     def fit(n_steps):
         torch.manual_seed(1)
-        flow = InverseAutoregressiveFlow(n_latent=2, n_context=1, n_steps=n_steps, n_hidden=32)
+        flow = InverseAutoregressiveFlow(2, 1, 1, n_steps, n_hidden=32)
         optimizer = torch.optim.Adam(flow.parameters(), lr=1e-2)
         h = torch.zeros(1, 1)
         for _ in range(400):

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 import torch
-from scipy.stats import poisson
+from scipy.stats import nbinom
 
 from pertura.nn import CountLikelihood, GaussianLikelihood
-from pertura.nn._likelihoods import NegativeBinomial, poisson_quantile
+from pertura.nn._likelihoods import NegativeBinomial, Point, RectifiedGaussian
 
 
 def _count(beta=1.0, n_genes=6):
@@ -29,7 +29,7 @@ def test_sharpness_one_is_the_softmax():
 def test_rates_add_up_to_the_library_and_start_at_the_mean(beta):
     likelihood = _count(beta)
     mean = torch.tensor([5.0, 1.0, 0.5, 0.1, 3.0, 20.0])
-    likelihood.initialise(mean, torch.ones(6))
+    likelihood.initialize(mean, torch.ones(6))
     rate = likelihood.rate(torch.zeros(2, 3), torch.tensor([[100.0], [1000.0]]))
     torch.testing.assert_close(rate.sum(1), torch.tensor([100.0, 1000.0]), rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(rate[0] / 100, mean / mean.sum(), rtol=2e-2, atol=1e-4)
@@ -43,51 +43,6 @@ def test_linear_on_log1p_where_the_link_is_sharp():
     steps = torch.log1p(per_10k).diff()
     torch.testing.assert_close(steps, torch.tensor([0.5, 0.5]), atol=1e-3, rtol=0)
     assert likelihood.link_sharpness == 8.0
-
-
-def test_gamma_poisson_is_the_negative_binomial():
-    likelihood = _count()
-    h, library = torch.randn(1, 3), torch.tensor([[500.0]])
-    distribution = likelihood(h, library)
-    torch.manual_seed(0)
-    noise = torch.distributions.Gamma(likelihood.theta, likelihood.theta).sample((40_000, 1))
-    draws = likelihood.predict(h, library, noise)
-    mean = likelihood.rate(h, library)[0]
-    variance = mean + mean**2 / likelihood.theta
-    torch.testing.assert_close(draws.mean((0, 1)), mean, rtol=0.03, atol=0.05)
-    torch.testing.assert_close(draws.var(0)[0], variance, rtol=0.1, atol=0.1)
-    # the density agrees with the draws: E[log p] of zeros
-    zero = (draws == 0).float().mean((0, 1))
-    expected = torch.distributions.NegativeBinomial(
-        likelihood.theta, logits=mean.log() - likelihood.theta.log()
-    ).log_prob(torch.zeros(6))
-    torch.testing.assert_close(zero, expected.exp(), atol=0.02, rtol=0)
-    assert torch.isfinite(distribution.log_prob(torch.full((1, 6), 3.0))).all()
-
-
-def test_abducted_noise_is_the_conjugate_posterior():
-    """epsilon | x ~ Gamma(theta + x, theta + rate): its mean, by draws."""
-    likelihood = _count()
-    h, library = torch.randn(1, 3), torch.tensor([[50.0]])
-    x = torch.tensor([[0.0, 3.0, 10.0, 1.0, 7.0, 2.0]])
-    rate = likelihood.rate(h, library)
-    torch.manual_seed(0)
-    draws = likelihood.abduct(h.expand(20_000, 3), library, x)
-    expected = (likelihood.theta + x) / (likelihood.theta + rate)
-    torch.testing.assert_close(draws.mean(0, keepdim=True), expected, rtol=0.03, atol=0.01)
-
-
-def test_gaussian_counterfactual_keeps_the_residual_exactly():
-    torch.manual_seed(0)
-    likelihood = GaussianLikelihood(3, 5)
-    likelihood.initialise(torch.randn(5), torch.rand(5) + 0.5)
-    h, x = torch.randn(7, 3), torch.randn(7, 5)
-    noise = likelihood.abduct(h, torch.ones(7, 1), x)
-    torch.testing.assert_close(likelihood.predict(h, torch.ones(7, 1), noise), x)
-    torch.testing.assert_close(
-        likelihood(h, torch.ones(7, 1)).log_prob(x),
-        torch.distributions.Normal(*likelihood._parameters_of(h)).log_prob(x).sum(-1),
-    )
 
 
 def test_quick_negative_binomial_is_the_negative_binomial():
@@ -106,26 +61,111 @@ def test_quick_negative_binomial_is_the_negative_binomial():
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.01, 0.7, 11.9, 12.0, 60.0, 2000.0])
-def test_poisson_quantiles_are_those_of_scipy(rate):
+def _two_distributions(n_draws=3, n_cells=8, n_genes=5):
     torch.manual_seed(0)
-    u = torch.rand(4000)
-    count = poisson_quantile(torch.full_like(u, rate), u).numpy()
-    expected = poisson.ppf(u.double().numpy(), rate)
-    assert np.abs(count - expected).max() <= (rate >= 12)
-    assert (count != expected).mean() < 0.02
+    theta, means = torch.rand(n_genes) * 3 + 0.3, torch.rand(2, n_draws, n_cells, n_genes) * 4 + 0.05
+    return [NegativeBinomial(mean, theta).to_event(1).base_dist for mean in means]
 
 
-def test_the_same_noise_serves_two_rates():
-    """The difference of two predictions is the change of the rate: its variance is that of the added counts, not of both."""
-    likelihood = _count(n_genes=40)
-    h, library, noise = torch.randn(1, 3), torch.full((1, 1), 400.0), torch.ones(1, 40)
-    means = []
-    for offset in (0.0, torch.full((40,), 0.1) * (torch.arange(40) % 2)):
-        torch.manual_seed(1)
-        draws = [likelihood.predict(h, library, noise, offset) for _ in range(300)]
-        means.append(torch.cat(draws))
-    difference = means[1] - means[0]
-    change = (means[1].mean(0) - means[0].mean(0)).abs()
-    assert (difference.var(0) < 3 * change + 0.1).all()
-    assert difference.var(0).mean() < 0.3 * (means[0].var(0) + means[1].var(0)).mean()
+def test_a_cell_asked_for_its_own_distribution_gets_its_own_counts():
+    own, other = _two_distributions()
+    x, depth = own.sample()[0], torch.rand(8) * 500 + 100
+    noise = own.abduct(x)
+    assert torch.equal(own.replay(noise), x.expand(3, 8, 5))
+    assert torch.equal(own.conditional_mean(noise), x.expand(3, 8, 5))
+    on_log1p = own.conditional_mean(noise, "log1p", depth)
+    torch.testing.assert_close(on_log1p, torch.log1p(1e4 * x / depth[:, None]).expand(3, 8, 5))
+    assert not torch.equal(other.replay(noise), x.expand(3, 8, 5))
+
+
+def test_replays_share_the_noise_and_average_to_the_conditional_mean():
+    own, other = _two_distributions()
+    x, depth = own.sample()[0], torch.rand(8, 1) * 500 + 100
+    noise = own.abduct(x)
+    first = other.replay(noise)
+    assert torch.equal(first, other.replay(noise))
+    assert noise.v.shape == (3, 8, 5)
+    replays = torch.stack([other.replay(own.abduct(x)) for _ in range(4000)])
+    assert not torch.equal(replays[0], replays[1])
+    torch.testing.assert_close(replays.mean(0), other.conditional_mean(noise), atol=0.15, rtol=0.02)
+    on_log1p = torch.log1p(1e4 * replays / depth).mean(0)
+    torch.testing.assert_close(on_log1p, other.conditional_mean(noise, "log1p", depth), atol=0.12, rtol=0.02)
+
+
+def test_expectation_and_draws_are_of_one_distribution():
+    own, _ = _two_distributions(1, 2, 5)
+    depth = torch.tensor([300.0, 900.0])
+    draws = own.sample((50_000,))
+    torch.testing.assert_close(own.expectation("counts"), own.mean)
+    torch.testing.assert_close(draws.mean(0), own.expectation(), rtol=0.04, atol=0.02)
+    on_log1p = torch.log1p(1e4 * draws / depth[:, None]).mean(0)
+    torch.testing.assert_close(on_log1p, own.expectation("log1p", depth), rtol=0, atol=0.04)
+    # not the mean and variance alone: the probabilities of scipy
+    mean, theta = own._mean[0], own._theta
+    for k in range(4):
+        expected = nbinom.pmf(k, theta, theta / (theta + mean))
+        np.testing.assert_allclose((draws[:, 0] == k).float().mean(0), expected, atol=0.01)
+
+
+def test_expanded_distributions_keep_their_noise():
+    own, _ = _two_distributions(1, 8, 5)
+    x = own.sample()[0]
+    expanded = own.expand(torch.Size((4, 8, 5)))
+    assert torch.equal(expanded.replay(own.abduct(x)), x.expand(4, 8, 5))
+    gaussian = GaussianLikelihood(3, 5)(torch.randn(8, 3), torch.ones(8, 1)).base_dist.expand((4, 8, 5))
+    assert torch.equal(gaussian.expectation()[0], gaussian.expectation()[3])
+    point = Point(torch.rand(8, 5), "log1p").to_event(1).expand((4, 8)).base_dist
+    assert point.native_scale == "log1p"
+    assert point.expectation().shape == (4, 8, 5)
+
+
+def test_gaussian_distribution_keeps_the_residual():
+    torch.manual_seed(0)
+    likelihood = GaussianLikelihood(3, 5)
+    own, other = (likelihood(torch.randn(7, 3), torch.ones(7, 1)).base_dist for _ in range(2))
+    x = torch.randn(7, 5)
+    noise = own.abduct(x)
+    torch.testing.assert_close(own.replay(noise), x)
+    torch.testing.assert_close(other.replay(noise) - other.loc, (x - own.loc) * other.scale / own.scale)
+    assert torch.equal(other.conditional_mean(noise, scale="layer"), other.replay(noise))
+    assert torch.equal(other.expectation(scale="layer", depth=None), other.loc)
+    with pytest.raises(ValueError, match="scale='log1p'"):
+        other.expectation("log1p")
+
+
+def test_point_is_converted_between_scales():
+    counts, depth = torch.tensor([[0.0, 2.0], [5.0, 10.0]]), torch.tensor([1e4, 2e4])
+    point = Point(counts, "counts")
+    on_log1p = point.expectation("log1p", depth)
+    torch.testing.assert_close(on_log1p, torch.log1p(torch.tensor([[0.0, 2.0], [2.5, 5.0]])))
+    back = Point(on_log1p, "log1p")
+    for convert in (back.expectation, lambda scale, depth: back.replay(None, scale, depth)):
+        torch.testing.assert_close(convert("counts", depth[:, None]), counts)
+    torch.testing.assert_close(back.conditional_mean(point.abduct(counts), scale="counts", depth=depth), counts)
+    assert torch.equal(Point(-counts, "log1p").expectation("counts", depth), torch.zeros(2, 2))
+    assert torch.equal(Point(counts, "layer").expectation("log1p"), counts)
+    assert torch.equal(back.expectation(), on_log1p)
+    with pytest.raises(ValueError, match="depth is None"):
+        back.expectation("counts")
+    with pytest.raises(ValueError, match="'log1p' to 'layer'"):
+        back.expectation("layer")
+    with pytest.raises(ValueError, match="native_scale='tpm'"):
+        Point(counts, "tpm")
+
+
+def test_rectified_gaussian_reads_values_below_zero_as_zero():
+    """Closed-form means are those of draws on both scales; a cell gets its own expression back, zeros included."""
+    torch.manual_seed(0)
+    loc, scale = torch.tensor([[-1.0, 0.2, 3.0]]), torch.tensor([[0.8, 0.5, 0.3]])
+    own, depth = RectifiedGaussian(loc, scale), torch.tensor([2e4])
+    draws = own.sample((400_000,))
+    assert draws.min() == 0.0
+    torch.testing.assert_close(draws.mean(0), own.expectation(), atol=5e-3, rtol=0)
+    torch.testing.assert_close((2 * draws.expm1()).mean(0), own.expectation("counts", depth), atol=5e-3, rtol=5e-3)
+    x = torch.tensor([[0.0, 0.0, 2.5]])
+    noise = own.abduct(x)
+    torch.testing.assert_close(own.replay(noise), x)
+    torch.testing.assert_close(own.conditional_mean(noise, "counts", depth), 2 * x.expm1())
+    assert RectifiedGaussian(loc - 5, scale).replay(noise)[0, 0] == 0.0
+    torch.testing.assert_close(own.log_prob(x), torch.distributions.Normal(loc, scale).log_prob(x))
+    assert own.expand((4, 3)).sample().shape == (4, 3)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from pertura.nn import ScalarNetwork
+from pertura.nn import ScalarMLP
 
 
-def sharpened(**arguments) -> ScalarNetwork:
+def sharpened(**arguments) -> ScalarMLP:
     """A network with some curvature."""
     torch.manual_seed(0)
-    network = ScalarNetwork(2, (16, 16), 2, **arguments)
+    network = ScalarMLP(2, (16, 16), 2, **arguments)
     with torch.no_grad():
         for weight in network.weights:
             weight.mul_(2.0)

@@ -127,11 +127,15 @@ def test_validation_has_no_warm_up(plan, monkeypatch):
 def test_the_mean_of_an_epoch_is_over_cells(plan, monkeypatch):
     made = plan()
     logged = []
-    monkeypatch.setattr(
-        made, "log", lambda name, value, **options: logged.append((float(value), options["batch_size"]))
-    )
+
+    def log(name, value, **options):
+        if name == "elbo_train":
+            logged.append((float(value), options["batch_size"]))
+
+    monkeypatch.setattr(made, "log", log)
     batches = [torch.tensor([[1.0], [3.0]]), torch.tensor([[8.0]])]
     losses = [float(made.training_step({KEYS.X: x}, i)) for i, x in enumerate(batches)]
+    assert made.epoch_means() == {"elbo_train": pytest.approx((2 * losses[0] + losses[1]) / 3, rel=1e-5)}
     made.on_train_epoch_end()
     assert logged == [(pytest.approx((2 * losses[0] + losses[1]) / 3, rel=1e-5), 3)]
     made.training_step({KEYS.X: batches[1]}, 0)
@@ -146,7 +150,17 @@ def test_module_sees_progress_and_the_size_of_the_data(plan, monkeypatch):
     monkeypatch.setattr(made, "log", lambda *args, **options: None)
     made.training_step({KEYS.X: torch.zeros(2, 1)}, 0)
     assert made.module.n_train == 123
-    assert made.module.progress == [0.25]
+    made.annealed = 0.8  # an earlier training was stopped there
+    made.training_step({KEYS.X: torch.zeros(2, 1)}, 1)
+    assert made.module.progress == [0.25, pytest.approx(0.85)]
+
+
+def test_how_far_warm_up_and_annealing_are_is_logged(plan, monkeypatch):
+    made = plan(epoch=1, n_epochs_kl_warmup=4)
+    logged = {}
+    monkeypatch.setattr(made, "log", lambda name, value, **_: logged.update({name: value}))
+    made.on_train_epoch_end()
+    assert logged == {"kl_weight": pytest.approx(0.25, abs=1e-5), "annealing": pytest.approx(0.25)}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -8,31 +8,25 @@ from difflib import get_close_matches
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
-from anndata import AnnData
-from scvi.data import AnnDataManager
+from numpy.typing import NDArray
+from scvi import settings
 
-from pertura.data._constants import CONTROL_ONLY
+from pertura.data._constants import UNKNOWN
+from pertura.data._perturbation import Perturbation
 from pertura.data._vocabulary import Vocabulary
-from pertura.model._base import PerturbationModel
-from pertura.model._discrepancy import Discrepancy
-from pertura.model._engine import Question
+from pertura.effects import Conditions, Discrepancy
+from pertura.model.base import Options, PerturbationModel
+from pertura.model.base._arguments import resolve_seed
+from pertura.model.base._contexts import check_combinations, control_profiles
+from pertura.model.base._query import Query
+from pertura.train._progress import Progress
 
-from ._conditions import Asked, Conditions
 from ._module import BaselineModule
-from ._pseudobulk import control_means, pseudobulk
 
 logger = logging.getLogger(__name__)
 
 # arguments of training that change no result
 _HARMLESS = {"accelerator", "devices", "enable_progress_bar"}
-
-
-def check_positive(name: str, value: Any) -> None:
-    """Raise unless an argument is a finite number above 0."""
-    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    if not number or not 0 < value < np.inf:
-        raise ValueError(f"`{name}` must be a number above 0, got {value!r}.")
 
 
 class Baseline(PerturbationModel):
@@ -45,7 +39,8 @@ class Baseline(PerturbationModel):
 
     A baseline has no latent space: its basal state is the expression of a cell without the mean effect of the cell's
     own perturbation, ``(n_cells, n_genes)``. It has no distribution of cells around their mean either, so that
-    ``posterior_predictive_sample`` is refused. Batches are not corrected for.
+    ``posterior_predictive_sample`` and ``get_marginal_ll`` are refused. Perturbed cells are compared with controls of
+    their own batches, where there are any.
 
     Parameters
     ----------
@@ -53,24 +48,21 @@ class Baseline(PerturbationModel):
         Set up by :meth:`setup_anndata`; `None` to make a baseline of a `registry` alone.
     registry
         Registry of a saved baseline.
-    **options
-        Of the estimator.
     """
 
     _draws_effects = True
-
     _module_cls: ClassVar[type[BaselineModule]] = BaselineModule
+    _options_cls = Options
     module: BaselineModule
 
-    def __init__(self, adata: AnnData | None = None, registry: dict | None = None, **options: Any) -> None:
-        super().__init__(adata, registry)
+    def _make_module(self) -> None:
         self.module = self._module_cls(
             n_genes=len(self.gene_names),
             n_contexts=len(self.contexts),
-            max_dose=np.asarray(self.vocabulary.max_dose, dtype=np.float64),
-            native_scale="log1p" if self.data_kind == "counts" else "layer",
+            max_dose=np.asarray(self.registered.vocabulary.max_dose, dtype=np.float64),
+            native_scale="log1p" if self.registered.is_counts else "layer",
             **self._module_options(),
-            **options,
+            **vars(self.options),
         )
         self._model_summary_string = (
             f"{type(self).__name__}: {self.vocabulary.n_perturbations} perturbations, {len(self.contexts)} contexts"
@@ -82,7 +74,7 @@ class Baseline(PerturbationModel):
 
     def _features(self) -> np.ndarray | None:
         """Registered features of the vocabulary's perturbations, ``(n_perturbations, n_features)``."""
-        vocabulary = self.vocabulary
+        vocabulary = self.registered.vocabulary
         return None if vocabulary.features is None else vocabulary.feature_matrix(vocabulary.names)
 
     # -- training ---------------------------------------------------------------------------------------------------
@@ -124,36 +116,32 @@ class Baseline(PerturbationModel):
         unused = sorted({*trainer_kwargs, *(["max_epochs"] if max_epochs is not None else [])} - _HARMLESS)
         if unused:
             logger.warning("%s is fitted in one pass: %s has no effect.", type(self).__name__, ", ".join(unused))
-        train_idx, val_idx = self._split(train_size, validation_size, False, self._seed(seed), datasplitter_kwargs)
-        self.adata_manager.validate()
-        bulk = pseudobulk(
-            self.adata_manager,
-            train_idx,
-            max_dose=np.asarray(self.vocabulary.max_dose, dtype=np.float64),
-            n_contexts=len(self.contexts),
-        )
-        self.module.fit(bulk)
-        self.module.n_train = len(train_idx)
-        self.module.eval()
-        self.train_indices, self.validation_indices = train_idx, val_idx
-        self.test_indices = np.setdiff1d(np.arange(self.adata.n_obs), np.concatenate([train_idx, val_idx]))
-        self.history_ = {}
-        self.is_trained_ = True
-        self._after_training(train_idx)
+        seed = resolve_seed(seed)
+        train_idx, val_idx = self._split(train_size, validation_size, False, seed, datasplitter_kwargs)
+        self._check_trainable(train_idx)
+        try:
+            with Progress(bool(trainer_kwargs.get("enable_progress_bar", True))) as self._progress:
+                self._progress.stage("Measuring effects")
+                data = self._data_module(train_idx, val_idx, settings.batch_size, seed)
+                table = self._measure(train_idx, data)
+                self.module.fit(table)
+                self.module.n_train = len(train_idx)
+                self.module.eval()
+                self.train_indices, self.validation_indices, self.test_indices = train_idx, val_idx, data.test_idx
+                self.history_ = {}
+                self.is_trained_ = True
+                self._after_training(train_idx, table)
+        finally:
+            self.__dict__.pop("_progress", None)
 
     # -- what can be asked ------------------------------------------------------------------------------------------
-
-    def _ask(self, label: str) -> Asked:
-        vocabulary = self.vocabulary
-        members = vocabulary.parse(label)
-        features = None if vocabulary.features is None else vocabulary.feature_matrix(members)
-        return self.module.conditions.ask(vocabulary.code(members), np.ones(max(1, len(members))), features)
 
     def _check_representable(self, label: str) -> None:
         self._check_if_trained(warn=False, message="The model is not trained. Call `train()` before predicting.")
         vocabulary, conditions = self.vocabulary, self.module.conditions
         members = vocabulary.parse(label)
-        asked = self._ask(label)
+        features = None if vocabulary.features is None else vocabulary.feature_matrix(members)
+        asked = conditions.ask(vocabulary.code(members), np.ones(max(1, len(members))), features)
         if not members or asked.label >= 0:
             return
         codes = dict(zip(members, vocabulary.code(members), strict=False))
@@ -177,52 +165,35 @@ class Baseline(PerturbationModel):
             "included, with `perturbation_features_key`; baseline.MeanEffect and baseline.Additive do without."
         )
 
-    def _is_known(self, name: str) -> bool:
-        return True  # what is representable is looked at member by member below
+    def _can_take_back(self, name: str) -> bool:
+        return self._representable(self.vocabulary.code([name]))
 
-    def _check_known(self, user: AnnData, manager: AnnDataManager, rows: np.ndarray) -> None:
-        super()._check_known(user, manager, rows)
-        codes, _ = self._actions(manager, rows)
-        kinds, number = np.unique(codes, axis=0, return_counts=True)
-        for members, n_cells in zip(kinds, number, strict=True):
-            asked = self.module.conditions.ask(members, np.ones(len(members)))
-            if len(asked.codes) and not self.module.representable(asked):
-                label = self.vocabulary.delimiter.join(self.vocabulary.names[c] for c in asked.codes)
-                raise ValueError(
-                    f"`adata`: {n_cells} cells carry the perturbation {label!r}, which was not among the training "
-                    "cells; their basal state can not be inferred. Ask control cells with `indices`."
-                )
+    def _representable(self, codes: NDArray[np.int64]) -> bool:
+        return self.module.representable(self.module.conditions.ask(codes, np.ones(len(codes))))
 
     # -- prediction -------------------------------------------------------------------------------------------------
 
-    def _globals(self, manager: AnnDataManager, n_samples: int, seed: int) -> dict[str, torch.Tensor]:
-        """Controls of the query stand in where training had none of a context."""
-        globals_ = super()._globals(manager, n_samples, seed)
-        known = np.flatnonzero(self.module.has_control.cpu().numpy())
-        n_contexts = len(self._context_names(manager))
-        new = np.setdiff1d(self._contexts_of(manager, np.arange(manager.adata.n_obs)), known)
-        if not len(new):
-            return globals_
-        control = globals_["control"]
-        extra = control[known].mean(0).expand(max(0, n_contexts - len(control)), -1)
-        control = torch.cat([control, extra])
-        found, mean = control_means(manager, new)
-        if not found.all():
-            names = self._context_names(manager)
-            logger.warning(
-                "No control cells in %s: taken for an average context.",
-                ", ".join(repr(names[c]) for c in new[~found]),
-            )
-        control[new[found]] = torch.as_tensor(mean[found], device=control.device)
-        return {**globals_, "control": control, "affinity": self.module.affinity(control)}
+    def _learn_from_query(self, asked: Query) -> dict[str, Any]:
+        """Control profiles of the query's contexts, where training had none of them."""
+        check_combinations(asked, self.vocabulary, self._representable)
+        means = self.module.means
+        control = control_profiles(means.control, means.has_control, asked)
+        return {} if control is None else {"control": control, "affinity": self.module.affinity(control)}
 
-    @property
-    def _discrepancy(self) -> Discrepancy:
-        return _Discrepancy(self.calibration_, self.vocabulary, self.contexts, self.module.conditions)
+    def _make_discrepancy(self) -> Discrepancy:
+        return BaselineDiscrepancy(self.calibration_, self.vocabulary, self.registered.contexts, self.module.conditions)
 
 
-class _Discrepancy(Discrepancy):
-    """Also of perturbations that were registered but not trained, and of those about which nothing is known."""
+class BaselineDiscrepancy(Discrepancy):
+    """Also of perturbations that were registered but not trained, and of those about which nothing is known.
+
+    Parameters
+    ----------
+    calibration, vocabulary, contexts
+        As of :class:`~pertura.effects.Discrepancy`.
+    conditions
+        What was measured.
+    """
 
     def __init__(
         self,
@@ -234,13 +205,15 @@ class _Discrepancy(Discrepancy):
         super().__init__(calibration, vocabulary, contexts)
         self.conditions = conditions
 
-    def parameters(self, question: Question, context: str) -> tuple[float, float]:
-        """A and k of a question."""
-        a, k = super().parameters(question, context)
-        codes = self.vocabulary.code(self.vocabulary.parse(question.label))
-        codes = codes[codes != CONTROL_ONLY]
-        if self.calibration is None or not len(codes) or self.conditions.find(codes) >= 0:
+    def parameters(self, perturbation: Perturbation, context: str) -> tuple[float, float]:
+        """A and k of a prediction."""
+        a, k = super().parameters(perturbation, context)
+        members = self.members(perturbation.label)
+        if self.calibration is None or not members:
             return a, k
-        known = all(self.conditions.has_member(int(c)) for c in codes)
+        codes = [self._code.get(m, UNKNOWN) for m in members]
+        if self.conditions.find(np.array(codes)) >= 0:
+            return a, k
+        known = all(self.conditions.has_member(c) for c in codes)
         more = self.calibration["new combination" if known else "unseen with features"]
         return max(a, more[0]), max(k, more[1])

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from anndata import AnnData
 from numpy.typing import NDArray
 
 from pertura.data._constants import UNKNOWN
-from pertura.model._arguments import check_flag
+from pertura.effects import Asked, softmax_weights
+from pertura.effects._features import cosine, label_features, member_features
+from pertura.model.base import Options, option
 
-from ._base import Baseline, check_positive
-from ._conditions import Asked
-from ._module import BaselineModule
+from ._base import Baseline
+from ._module import BaselineModule, features_buffer
 
 Weights = NDArray[np.float64]
 
@@ -24,13 +24,13 @@ class NoChangeModule(BaselineModule):
 
     def combine(self, asked: Asked, context: int, affinity: Weights) -> Weights:
         """No measured effect has weight."""
-        return self._nothing()
+        return self._no_effect()
 
 
 class MeanEffectModule(BaselineModule):
     """Averages over contexts, or over perturbations."""
 
-    def __init__(self, *, use_own_context: bool = False, **kwargs) -> None:
+    def __init__(self, *, use_own_context: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.use_own_context = use_own_context
 
@@ -63,23 +63,21 @@ class MeanEffectModule(BaselineModule):
 class WeightedMeanEffectModule(MeanEffectModule):
     """Similar contexts count for more."""
 
-    def __init__(self, *, temperature: float = 0.1, **kwargs) -> None:
+    def __init__(self, *, temperature: float = 0.1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.temperature = temperature
 
     def weigh(self, affinity: Weights) -> Weights:
         """Softmax."""
-        weights = np.exp((affinity - affinity.max()) / self.temperature)
-        return weights / weights.sum()
+        return softmax_weights(affinity, self.temperature)
 
 
 class NearestNeighbourModule(MeanEffectModule):
     """The most similar context and perturbation."""
 
-    def __init__(self, *, features: NDArray[np.float32] | None = None, **kwargs) -> None:
+    def __init__(self, *, features: NDArray[np.float32] | None = None, **kwargs: Any) -> None:
         super().__init__(use_own_context=True, **kwargs)
-        none = np.zeros((len(self.max_dose), 0), dtype=np.float32)
-        self.register_buffer("features", torch.as_tensor(none if features is None else features))
+        self.register_buffer("features", features_buffer(features, len(self.means.max_dose)))
 
     def weigh(self, affinity: Weights) -> Weights:
         """All weight on one."""
@@ -101,10 +99,10 @@ class NearestNeighbourModule(MeanEffectModule):
         if own is not None:
             vectors, described = label_features(labels, known)
             if described.any():
-                return np.where(described, _cosine(vectors, own.sum(0)), -np.inf)
+                return np.where(described, cosine(vectors, own.sum(0)), -np.inf)
         # without descriptions, combinations are alike that share members
         codes = asked.codes[asked.codes != UNKNOWN]
-        shared = _cosine(_indicator(labels, len(known)), _indicator(codes[None], len(known))[0])
+        shared = cosine(_indicator(labels, len(known)), _indicator(codes[None], len(known))[0])
         return shared if len(codes) == len(asked.codes) and shared.max() > 0 else None
 
 
@@ -119,37 +117,32 @@ class AdditiveModule(MeanEffectModule):
         return np.sum([super(AdditiveModule, self).combine(a, context, affinity) for a in single], axis=0)
 
 
-def member_features(asked: Asked, known: NDArray) -> NDArray | None:
-    """Features of the members, ``(n_members, n_features)``; `None` where one has none."""
-    if not known.shape[1]:
-        return None
-    features = known[np.maximum(asked.codes, 0)]
-    if asked.features is not None:
-        features = np.where((asked.codes == UNKNOWN)[:, None], asked.features, features)
-    elif (asked.codes == UNKNOWN).any():
-        return None
-    return features if features.any(axis=1).all() else None
-
-
-def label_features(
-    codes: NDArray[np.int64], known: NDArray, amount: NDArray | float = 1.0
-) -> tuple[NDArray, NDArray[np.bool_]]:
-    """Sums of the members' features, each times its amount, for rows of codes, and whether all members have some."""
-    present = codes >= 0
-    features = known[np.maximum(codes, 0)]
-    described = known.any(axis=1)[np.maximum(codes, 0)] & bool(known.shape[1])
-    return np.einsum("nm,nmf->nf", amount * present, features), (described | ~present).all(1)
-
-
 def _indicator(codes: NDArray[np.int64], n: int) -> NDArray:
     out = np.zeros((len(codes), n + 1))
     np.put_along_axis(out, np.where(codes >= 0, codes, n), 1.0, axis=1)
     return out[:, :n]
 
 
-def _cosine(vectors: NDArray, one: NDArray) -> NDArray:
-    norm = np.linalg.norm(vectors, axis=1) * np.linalg.norm(one)
-    return vectors @ one / np.maximum(norm, 1e-12)
+@dataclass(frozen=True)
+class MeanEffectOptions(Options):
+    """Options of :class:`MeanEffect`, which has their documentation."""
+
+    use_own_context: bool = option(False, flag=True)
+
+
+@dataclass(frozen=True)
+class WeightedMeanEffectOptions(Options):
+    """Options of :class:`WeightedMeanEffect`, which has their documentation."""
+
+    temperature: float = option(0.1, above=0)
+    use_own_context: bool = option(False, flag=True)
+
+
+@dataclass(frozen=True)
+class AdditiveOptions(Options):
+    """Options of :class:`Additive`, which has their documentation."""
+
+    use_own_context: bool = option(True, flag=True)
 
 
 class NoChange(Baseline):
@@ -162,10 +155,6 @@ class NoChange(Baseline):
     """
 
     _module_cls = NoChangeModule
-
-    def __init__(self, adata: AnnData | None = None, registry: dict | None = None) -> None:
-        super().__init__(adata, registry)
-        self.init_params_ = self._get_init_params(locals())
 
 
 class MeanEffect(Baseline):
@@ -203,13 +192,7 @@ class MeanEffect(Baseline):
     """
 
     _module_cls = MeanEffectModule
-
-    def __init__(
-        self, adata: AnnData | None = None, registry: dict | None = None, *, use_own_context: bool = False
-    ) -> None:
-        check_flag("use_own_context", use_own_context)
-        super().__init__(adata, registry, use_own_context=use_own_context)
-        self.init_params_ = self._get_init_params(locals())
+    _options_cls = MeanEffectOptions
 
 
 class WeightedMeanEffect(Baseline):
@@ -229,19 +212,7 @@ class WeightedMeanEffect(Baseline):
     """
 
     _module_cls = WeightedMeanEffectModule
-
-    def __init__(
-        self,
-        adata: AnnData | None = None,
-        registry: dict | None = None,
-        *,
-        temperature: float = 0.1,
-        use_own_context: bool = False,
-    ) -> None:
-        check_positive("temperature", temperature)
-        check_flag("use_own_context", use_own_context)
-        super().__init__(adata, registry, temperature=temperature, use_own_context=use_own_context)
-        self.init_params_ = self._get_init_params(locals())
+    _options_cls = WeightedMeanEffectOptions
 
 
 class NearestNeighbour(Baseline):
@@ -264,10 +235,6 @@ class NearestNeighbour(Baseline):
     _module_cls = NearestNeighbourModule
     _can_predict_features = True
 
-    def __init__(self, adata: AnnData | None = None, registry: dict | None = None) -> None:
-        super().__init__(adata, registry)
-        self.init_params_ = self._get_init_params(locals())
-
     def _module_options(self) -> dict[str, Any]:
         return {"features": self._features()}
 
@@ -288,10 +255,4 @@ class Additive(Baseline):
     """
 
     _module_cls = AdditiveModule
-
-    def __init__(
-        self, adata: AnnData | None = None, registry: dict | None = None, *, use_own_context: bool = True
-    ) -> None:
-        check_flag("use_own_context", use_own_context)
-        super().__init__(adata, registry, use_own_context=use_own_context)
-        self.init_params_ = self._get_init_params(locals())
+    _options_cls = AdditiveOptions

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from anndata import AnnData
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from pertura.data._vocabulary import Vocabulary, dose_units
-from pertura.model._arguments import check_whole
+from pertura.data._vocabulary import Vocabulary
+from pertura.effects import Asked, ConditionTable, choose_strength, ridge_weights
+from pertura.effects._features import label_features, linear_slope, member_features
+from pertura.model.base import Options, option
+from pertura.module._added_effects import add_buffers, set_buffer, split_controls
 
-from ._base import Baseline, check_positive
-from ._conditions import Asked
-from ._estimators import label_features, member_features
+from ._base import Baseline
 from ._module import BaselineModule
-from ._pseudobulk import Pseudobulk
-
-# of the ridge between contexts, in units of the mean variance of a component; without end is the mean over contexts
-_STRENGTHS = (1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, np.inf)
-_MAX_GROUPS = 50  # perturbations from which the strength is learned
 
 
 class LinearModule(BaselineModule):
@@ -45,8 +40,6 @@ class LinearModule(BaselineModule):
         Of :class:`BaselineModule`.
     """
 
-    _fitted = (*BaselineModule._fitted, "features", "loading", "inverse", "slope", "strength")
-
     def __init__(
         self,
         *,
@@ -59,29 +52,35 @@ class LinearModule(BaselineModule):
         super().__init__(**kwargs)
         self.n_components, self.ridge = n_components, ridge
         self.given, self.gene = features, gene
-        self.register_buffer("features", torch.zeros(len(gene), 0))
-        self.register_buffer("loading", torch.zeros(self.n_genes, 0))
-        self.register_buffer("inverse", torch.zeros(0, 0))
-        self.register_buffer("slope", torch.zeros(0, 0))
-        self.register_buffer("strength", torch.tensor(np.inf))
+        add_buffers(
+            self,
+            features=torch.zeros(len(gene), 0),
+            loading=torch.zeros(self.n_genes, 0),
+            inverse=torch.zeros(0, 0),
+            slope=torch.zeros(0, 0),
+            strength=torch.tensor(np.inf),
+        )
 
     # -- fit --------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def fit(self, bulk: Pseudobulk) -> None:
+    def fit(self, table: ConditionTable) -> None:
         """Components of genes, features of perturbations, and the regressions."""
-        super().fit(bulk)
-        n = len(bulk.context)
-        profiles = np.concatenate([bulk.mean[:n], bulk.mean[n:][bulk.has_control]])
+        super().fit(table)
+        n, mean = len(self.means.context), self.means.mean.cpu().numpy()
+        profiles = np.concatenate([mean[:n], mean[n:][self.means.has_control.cpu().numpy()]])
         n_components = min(self.n_components, *profiles.shape)
         # genes are the samples: a gene's scores say how it differs from the average gene, condition by condition
         loading = PCA(n_components, random_state=0).fit_transform(profiles.T.astype(np.float64))
         gram = loading.T @ loading + self.ridge * np.eye(n_components)
-        self._set("loading", loading)
-        self._set("inverse", np.linalg.inv(gram))
-        self._set("features", self._describe(loading))
-        self._set("slope", self._slope())
-        self._set("strength", np.asarray(self._choose_strength()))
+        set_buffer(self, "loading", loading)
+        set_buffer(self, "inverse", np.linalg.inv(gram))
+        set_buffer(self, "features", self._describe(loading))
+        p, described = self._condition_features()
+        set_buffer(self, "slope", linear_slope(p, described, self.conditions.context, self.ridge))
+        profiles, effects = (np.stack(part) for part in zip(*split_controls(self.means, table), strict=True))
+        gram = profiles @ profiles.transpose(0, 2, 1)
+        set_buffer(self, "strength", np.asarray(choose_strength(self.conditions, effects, gram, self.n_components)))
 
     def _describe(self, loading: NDArray) -> NDArray:
         if self.given is not None:
@@ -96,56 +95,17 @@ class LinearModule(BaselineModule):
         """Whether perturbations are described by the genes whose names they bear."""
         return self.given is None and bool((self.gene >= 0).any())
 
-    def _slope(self) -> NDArray:
-        """P (P^T P + ridge)^-1 of each context, ``(n_conditions, n_features)``; 0 for conditions without features."""
-        conditions = self.conditions
-        p, described = self._condition_features()
-        slope = np.zeros_like(p)
-        for context in np.unique(conditions.context[described]):
-            own = np.flatnonzero(described & (conditions.context == context))
-            x = p[own]
-            if len(own) < x.shape[1]:
-                slope[own] = np.linalg.solve(x @ x.T + self.ridge * np.eye(len(own)), x)
-            else:
-                slope[own] = np.linalg.solve(x.T @ x + self.ridge * np.eye(x.shape[1]), x.T).T
-        return slope
-
     def _condition_features(self) -> tuple[NDArray, NDArray[np.bool_]]:
         """P of every condition, and whether it has one."""
-        if "features" not in self._derived:
+        cache = self.means.cache
+        if "features" not in cache:
             conditions = self.conditions
-            unit = dose_units(self.max_dose.cpu().numpy())
-            amount = np.log1p(conditions.dose) / np.log1p(unit[conditions.codes])
-            self._derived["features"] = label_features(conditions.codes, self._known(), amount)
-        return self._derived["features"]
+            amount = np.log1p(conditions.dose) / np.log1p(self.means.unit[conditions.codes])
+            cache["features"] = label_features(conditions.codes, self._known(), amount)
+        return cache["features"]
 
     def _known(self) -> NDArray[np.float64]:
         return self.features.cpu().numpy().astype(np.float64)
-
-    def _choose_strength(self) -> float:
-        """Ridge that predicts the effects of each context best from the other contexts'."""
-        conditions = self.conditions
-        keys = np.concatenate([conditions.codes, conditions.dose], axis=1)
-        _, group, number = np.unique(keys, axis=0, return_inverse=True, return_counts=True)
-        groups = np.flatnonzero(number > 2)
-        if not len(groups):
-            return np.inf
-        chosen = groups[np.unique(np.linspace(0, len(groups) - 1, _MAX_GROUPS).round().astype(int))]
-        mean, control = self.mean[: len(conditions)], self.mean[len(conditions) :]
-        error = np.zeros(len(_STRENGTHS))
-        for rows in (np.flatnonzero(group.ravel() == g) for g in chosen):
-            contexts = conditions.context[rows]
-            effect = (mean[rows] - control[contexts]).double()
-            gram = (effect @ effect.mT).cpu().numpy()
-            for i, strength in enumerate(_STRENGTHS):
-                residual = np.eye(len(rows))
-                for k, context in enumerate(contexts):
-                    others = np.delete(np.arange(len(rows)), k)
-                    row = self._gram[context, contexts[others]]
-                    residual[k, others] = -self._transfer(contexts[others], row, strength)
-                error[i] += np.einsum("ki,ij,kj->", residual, gram, residual)
-        # of equally good ones the most cautious
-        return _STRENGTHS[len(error) - 1 - int(np.argmin(error[::-1]))]
 
     # -- estimator --------------------------------------------------------------------------------------------------
 
@@ -168,7 +128,7 @@ class LinearModule(BaselineModule):
         by_context = self._contexts(number > 0, context, affinity)
         share = described / np.maximum(number, 1)[conditions.context]
         own = member_features(asked, self._known())
-        unit = dose_units(self.max_dose.cpu().numpy())[asked.codes]
+        unit = self.means.unit[asked.codes]
         score = self.slope.cpu().numpy() @ ((np.log1p(asked.dose) / np.log1p(unit)) @ own)
         # the scores act on effects without their mean b
         total = np.bincount(conditions.context, score, minlength=self.n_contexts)[conditions.context]
@@ -189,48 +149,47 @@ class LinearModule(BaselineModule):
         self, contexts: NDArray[np.int64], affinity: NDArray[np.float64], strength: float
     ) -> NDArray[np.float64]:
         """Weights of contexts in a ridge regression on principal components of their control profiles."""
-        n = len(contexts)
-        weights = np.full(n, 1.0 / n)
-        if n < 2 or not np.isfinite(strength):
-            return weights
         gram = self._gram[np.ix_(contexts, contexts)]
-        row = affinity - affinity.mean() - gram.mean(0) + gram.mean()
-        gram = gram - gram.mean(0) - gram.mean(1, keepdims=True) + gram.mean()
-        values, vectors = np.linalg.eigh(gram)
-        kept = values > 1e-10 * values.max()
-        kept &= np.arange(n) >= n - self.n_components
-        values, vectors = values[kept], vectors[:, kept]
-        ridge = strength * values.sum() / (n - 1)
-        slope = vectors @ ((vectors.T @ row) / (values + ridge))
-        return weights + slope - slope.mean()
+        return ridge_weights(gram, affinity, strength, self.n_components)
 
-    def affinity(self, control: Tensor) -> Tensor:
-        """Inner products of control profiles with those of training, ``(n, n_contexts)``, on CPU."""
-        own = self.control.cpu().double()
-        return (control.cpu().double() - own.mean(0)) @ (own - own.mean(0)).mT
+    def affinity(self, control: Tensor) -> NDArray[np.float64]:
+        """Inner products of control profiles with those of training, ``(n, n_contexts)``."""
+        control, own = (v.cpu().numpy().astype(np.float64) for v in (control, self.means.control))
+        return (control - own.mean(0)) @ (own - own.mean(0)).T
 
     @property
     def _gram(self) -> NDArray[np.float64]:
-        if "gram" not in self._derived:
-            self._derived["gram"] = self.affinity(self.control).numpy()
-        return self._derived["gram"]
+        cache = self.means.cache
+        if "gram" not in cache:
+            cache["gram"] = self.affinity(self.means.control)
+        return cache["gram"]
 
-    def _nothing(self) -> NDArray[np.float64]:
+    def _no_effect(self) -> NDArray[np.float64]:
         return np.zeros(2 * len(self.conditions))
 
-    def _weighted(self, weights: NDArray[np.float64]) -> tuple[Tensor, Tensor]:
-        plain, projected = (self._of_means(w) for w in np.split(weights, 2, axis=1))
+    def weighted(self, weights: NDArray[np.float64]) -> tuple[Tensor, Tensor]:
+        """Effects of given weights, plain and projected, and their sampling variances, ``(n, n_genes)``."""
+        means = self.means
+        plain, projected = (means.of_means(w) for w in np.split(weights, 2, axis=1))
         if not projected.any():
-            return self._product(plain, self.mean), self._product(plain**2, self.variance)
+            return means.product(plain, means.mean), means.product(plain**2, means.variance)
         scaled = self.loading @ self.inverse  # the projection is scaled @ loading^T
-        mean = self._product(plain, self.mean) + self._product(projected, self.mean) @ self.loading @ scaled.mT
+        mean = means.product(plain, means.mean) + means.product(projected, means.mean) @ self.loading @ scaled.mT
         # errors of genes are independent: squares of the entries of (plain + projected * projection)
         own = (scaled * self.loading).sum(1)
-        variance = self._product(plain**2, self.variance)
-        variance = variance + 2 * own * self._product(plain * projected, self.variance)
-        spread = torch.einsum("qg,gk,gl->qkl", self._product(projected**2, self.variance), self.loading, self.loading)
+        variance = means.product(plain**2, means.variance)
+        variance = variance + 2 * own * means.product(plain * projected, means.variance)
+        spread = torch.einsum("qg,gk,gl->qkl", means.product(projected**2, means.variance), self.loading, self.loading)
         variance = variance + torch.einsum("gk,qkl,gl->qg", scaled, spread, scaled)
         return mean, variance
+
+
+@dataclass(frozen=True)
+class LinearOptions(Options):
+    """Options of :class:`Linear`, which has their documentation."""
+
+    n_components: int = option(10, whole=1)
+    ridge: float = option(0.1, above=0)
 
 
 class Linear(Baseline):
@@ -246,7 +205,8 @@ class Linear(Baseline):
       :class:`~pertura.baseline.MeanEffect`).
     * In another context its effect is predicted from the control profile: ridge regression, over the contexts where it
       was measured, of effects on the first principal components of the controls, with the strength of the ridge that
-      predicts the training contexts best when each is left out.
+      predicts the training contexts best when each is left out, profiles and effects having different halves of the
+      controls.
     * A perturbation that was not measured has the effect that its features give in the context, or, for a context
       without measured perturbations, this over contexts by the same regression.
 
@@ -261,30 +221,23 @@ class Linear(Baseline):
     """
 
     _module_cls = LinearModule
+    _options_cls = LinearOptions
     _can_predict_features = True
 
-    def __init__(
-        self,
-        adata: AnnData | None = None,
-        registry: dict | None = None,
-        *,
-        n_components: int = 10,
-        ridge: float = 0.1,
-    ) -> None:
-        check_whole("n_components", n_components)
-        check_positive("ridge", ridge)
-        super().__init__(adata, registry, n_components=n_components, ridge=ridge)
-        self.init_params_ = self._get_init_params(locals())
-
     def _module_options(self) -> dict[str, Any]:
-        gene = self.gene_names.get_indexer(list(self.vocabulary.names))
+        gene = self.gene_names.get_indexer(list(self.registered.vocabulary.names))
         return {"features": self._features(), "gene": gene}
 
     @property
     def vocabulary(self) -> Vocabulary:
         """The perturbations that the model knows; genes describe them where no features were registered."""
-        vocabulary = super().vocabulary
+        registered = self.registered.vocabulary
         module = self.__dict__.get("module")
         if module is None or not (self.is_trained_ and module.uses_loadings):
-            return vocabulary
-        return replace(vocabulary, features=pd.DataFrame(module.loading.cpu().numpy(), index=self.gene_names))
+            return registered
+        loading, described = self.__dict__.get("_described", (None, registered))
+        if loading is not module.loading:
+            features = pd.DataFrame(module.loading.cpu().numpy(), index=self.gene_names)
+            described = replace(registered, features=features)
+            self._described = (module.loading, described)
+        return described

@@ -28,7 +28,7 @@ class NetworkBaseline(ABC):
 
     @abstractmethod
     def fit(self, adata: AnnData | None, train: pd.DataFrame | None = None) -> Self:
-        """Learn from expression, from what is known of the genes, or from labelled pairs.
+        """Learn from expression, from what is known of the genes, or from labeled pairs.
 
         Parameters
         ----------
@@ -62,7 +62,7 @@ class Correlation(NetworkBaseline):
 
     def fit(self, adata: AnnData, train: pd.DataFrame | None = None) -> Self:
         """See :meth:`NetworkBaseline.fit`."""
-        z = _standardised(adata, self.layer)
+        z = _standardized(adata, self.layer)
         self.genes_ = adata.var_names.astype(str)
         self.weight_ = np.abs(z.T @ z) / len(z)
         return self
@@ -75,7 +75,7 @@ class Correlation(NetworkBaseline):
 class TreeEnsemble(NetworkBaseline):
     """How much each regulator's expression helps trees to predict the target's (GENIE3).
 
-    For each target a forest of regression trees on the standardised expression of all regulators but itself; the score is the
+    For each target a forest of regression trees on the standardized expression of all regulators but itself; the score is the
     reduction of the target's variance at splits on the regulator, averaged over trees.
 
     Parameters
@@ -124,7 +124,7 @@ class TreeEnsemble(NetworkBaseline):
         cls = ExtraTreesRegressor if self.method == "extra_trees" else RandomForestRegressor
         self.genes_ = adata.var_names.astype(str)
         self.regulators_ = self._names(adata)
-        z = _standardised(adata, self.layer).astype(np.float32)
+        z = _standardized(adata, self.layer).astype(np.float32)
         rows = self.genes_.get_indexer(self.regulators_)
         self.weight_ = np.zeros((len(rows), len(self.genes_)))
         settings = {"n_estimators": self.n_estimators, "min_samples_leaf": self.min_samples_leaf}
@@ -221,7 +221,7 @@ class EmbeddingLogistic(NetworkBaseline):
         Add the products of the two embeddings, dimension by dimension: without them the score is a sum of something about the
         regulator and something about the target.
     C
-        Inverse strength of the ridge penalty, on standardised dimensions.
+        Inverse strength of the ridge penalty, on standardized dimensions.
     """
 
     uses_labels = True
@@ -253,7 +253,7 @@ class EmbeddingCosine(NetworkBaseline):
     Parameters
     ----------
     embedding_key
-        Key of ``varm``, centred (:func:`pertura.priors.gene_embeddings` does so).
+        Key of ``varm``, centered (:func:`pertura.priors.gene_embeddings` does so).
     """
 
     def __init__(self, *, embedding_key: str = "gene_embedding") -> None:
@@ -272,7 +272,7 @@ class EmbeddingCosine(NetworkBaseline):
         return np.einsum("ij,ij->i", source, target)
 
 
-def _standardised(adata: AnnData, layer: str | None) -> Floats:
+def _standardized(adata: AnnData, layer: str | None) -> Floats:
     """Expression with mean 0 and variance 1 per gene; genes that do not vary are 0."""
     if layer is not None and layer not in adata.layers:
         raise ValueError(f"`layer`: `adata.layers` has no {layer!r} (layers: {list(adata.layers)}).")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import anndata as ad
 import numpy as np
 import scanpy as sc
 from anndata import AnnData
@@ -65,7 +67,7 @@ class Dataset:
 
     @classmethod
     def of(cls, data: AnnData | str | Dataset, **keys: Any) -> Dataset:
-        """Dataset of an AnnData, of the name of a loader in :mod:`pertura.datasets`, or as it is.
+        """Dataset of an AnnData, of an ``.h5ad`` file, of the name of a loader in :mod:`pertura.datasets`, or as it is.
 
         Parameters
         ----------
@@ -81,11 +83,15 @@ class Dataset:
                 raise ValueError(f"`{next(iter(given))}` is already fixed by the `Dataset`; leave it out.")
             return data
         if isinstance(data, str):
+            if data.endswith(".h5ad"):
+                if not Path(data).is_file():
+                    raise ValueError(f"`data`: there is no file {data!r}.")
+                return cls.of(ad.read_h5ad(data), **{"name": Path(data).stem, **given})
             loader = getattr(datasets, ALIASES.get(data, data), None)
             if loader is None or data not in {*ALIASES, *datasets.__all__}:
                 raise ValueError(
                     f"`data`: there is no data set {data!r}; choose one of {sorted(ALIASES)} or the name of "
-                    "a loader in pertura.datasets, or pass an AnnData."
+                    "a loader in pertura.datasets, or pass an AnnData or the path of an .h5ad file."
                 )
             data = loader()
         if not isinstance(data, AnnData):
@@ -97,7 +103,9 @@ class Dataset:
         options = {"name": str(about.get("name", "adata")), **known, **given}
         for needed in ("perturbation_key", "control"):
             if needed not in options:
-                raise ValueError(f"`{needed}` is missing: `data` does not say it, so pass it.")
+                raise ValueError(
+                    f"`{needed}` is missing: `data` does not say it, so pass it (--{needed.replace('_', '-')} on the command line)."
+                )
         return cls(adata=data, **options)
 
     @property
@@ -173,7 +181,7 @@ def make_splits(dataset: Dataset, kind: str, *, seed: int = 0, **options: Any) -
         ``"unseen_context"`` (:func:`~pertura.data.leave_context_out`), ``"unseen_perturbation"``,
         ``"unseen_combination"``, ``"unseen_dose"`` or ``"held_out_cells"``.
     seed
-        Of the random choices.
+        Seed of the random choices.
     **options
         Further arguments of the function in :mod:`pertura.data`.
     """

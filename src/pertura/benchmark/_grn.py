@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,11 +11,13 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from numpy.typing import NDArray
+from scipy.stats import bootstrap
 
 from pertura.data import candidate_pairs, make_grn_splits
 from pertura.metrics import EdgeCandidates, auprc, auprc_ratio, auroc, epr, hit_at, macro_auprc
 
 from ._resources import Resources
+from ._results import Results
 from ._runner import quiet
 from ._spec import digest
 
@@ -26,8 +28,6 @@ GRN_SPLITS = ("edge", "unseen_tf", "unseen_target", "unseen_both")
 EVERYTHING = "all"
 _TRUTHS = ("STRING", "Specific", "Non-specific")
 _METRICS = ("auprc", "auprc_ratio", "epr", "hit_at", "auroc", "macro_auprc")
-_RUN = ("dataset", "truth", "split", "seed", "model")
-_COLUMNS = (*_RUN, *_METRICS, "density", "n_edges", "seconds", "settings")
 
 
 class Scorer(Protocol):
@@ -90,9 +90,9 @@ class NetworkModel:
     splits
         Kinds of splits that it is scored on; `None`: all. A model that is fitted for each split takes its time.
     seed
-        Of the model and its training.
+        Seed of the model and its training.
     **options
-        Of the class.
+        Arguments of the class.
     """
 
     def __init__(
@@ -165,8 +165,8 @@ def grn_models() -> dict[str, Scorer]:
         "InfoSEM B": infosem(prior="embedding", n_ensemble=2),
         "InfoSEM B additive": infosem(prior="embedding", prior_mean="additive", n_ensemble=2),
         "InfoSEM none, regulator rows": infosem(prior="none", n_ensemble=2, regulators="is_regulator"),
-        "InfoSEM none, paper": infosem(prior="none", n_ensemble=2, preset="paper"),
-        "InfoSEM B, paper": infosem(prior="embedding", n_ensemble=2, preset="paper"),
+        "InfoSEM none, paper": infosem(prior="none", n_ensemble=2, preset="deepsem"),
+        "InfoSEM B, paper": infosem(prior="embedding", n_ensemble=2, preset="deepsem"),
         "InfoSEM none, one": infosem(prior="none", train=short),
         "InfoSEM B, one": infosem(prior="embedding", train=short),
         "InfoSEM B additive, one": infosem(prior="embedding", prior_mean="additive", train=short),
@@ -233,7 +233,7 @@ def run_grn(
     dataset
         Name of the data in the results.
     out
-        CSV that grows fit by fit; what is in it is not run again.
+        CSV file of :class:`~pertura.benchmark.Results`; what is in it is not run again. The column ``context`` is the known network.
 
     Returns
     -------
@@ -242,13 +242,16 @@ def run_grn(
     """
     _check(truths, models, splits)
     seeds = range(seeds) if isinstance(seeds, int) else seeds
-    results = _Results(out, dataset)
+    results = Results(out)
     marks = {name: digest(repr(model)) for name, model in models.items()}
     took: dict[str, float] = {}
     for truth, edges in truths.items():
         for kind, seed in [(k, s) for k in splits for s in ((0,) if k == EVERYTHING else seeds)]:
+            run = {"dataset": dataset, "context": truth, "split": kind, "seed": seed}
             left = [
-                n for n, m in models.items() if _applies(m, kind) and not results.has((truth, kind, seed, n), marks[n])
+                n
+                for n, m in models.items()
+                if _applies(m, kind) and not results.has({**run, "model": n}, settings=marks[n])
             ]
             if not left:
                 continue
@@ -259,10 +262,12 @@ def run_grn(
                     with Resources() as used:
                         model.fit(adata, train if model.uses_labels else None)
                     took[name] = round(used.seconds, 2)
-                row = dict(zip(_RUN, (dataset, truth, kind, seed, name), strict=True))
-                results.add({**row, **_scores(model, test), "seconds": took[name], "settings": marks[name]})
+                rows = [{"metric": k, "value": v} for k, v in _scores(model, test).items()]
+                results.add(rows, {**run, "model": name}, settings=marks[name], seconds=took[name])
             logger.info("%s, %s, seed %d: %s", truth, kind, seed, ", ".join(left))
-    return results.of(truths, models, splits, seeds)
+    found = results.select(dataset=dataset, context=truths, split=splits, model=models)
+    found = found[found["seed"].isin(list(seeds)) | (found["split"] == EVERYTHING)]
+    return _wide(found, truths, splits, models)
 
 
 def _check(truths: Mapping[str, pd.DataFrame], models: Mapping[str, Scorer], splits: Sequence[str]) -> None:
@@ -292,50 +297,19 @@ def _scores(model: Scorer, test: pd.DataFrame) -> dict[str, float]:
     return {**values, "epr": epr(c, ties="expected"), "density": c.density, "n_edges": int(c.label.sum())}
 
 
-class _Results:
-    """Rows, kept in a CSV file if there is one."""
-
-    def __init__(self, path: str | Path | None, dataset: str) -> None:
-        self.path, self.dataset = None if path is None else Path(path), dataset
-        rows: list[dict[str, Any]] = []
-        if self.path is not None and self.path.exists():
-            table = pd.read_csv(self.path, dtype={"settings": str, "dataset": str}, keep_default_na=True)
-            lacking = [c for c in _COLUMNS if c not in table]
-            if lacking:
-                raise ValueError(f"`out`: {str(self.path)!r} is no result of this benchmark, it lacks {lacking}.")
-            rows = table.fillna({"dataset": ""}).to_dict("records")
-        self.rows = {tuple(r[k] for k in _RUN): r for r in rows}
-
-    def has(self, run: tuple[Any, ...], settings: str) -> bool:
-        row = self.rows.get((self.dataset, *run))
-        if row is not None and row["settings"] != settings:
-            raise ValueError(
-                f"`out`: {str(self.path)!r} has {run[-1]!r} made with other settings. Delete the file, or name another."
-            )
-        return row is not None
-
-    def add(self, row: dict[str, Any]) -> None:
-        self.rows[tuple(row[k] for k in _RUN)] = row
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            new = not self.path.exists()
-            pd.DataFrame([row])[list(_COLUMNS)].to_csv(self.path, mode="w" if new else "a", header=new, index=False)
-
-    def of(
-        self, truths: Mapping[str, Any], models: Mapping[str, Any], splits: Sequence[str], seeds: Sequence[int]
-    ) -> pd.DataFrame:
-        table = pd.DataFrame(list(self.rows.values()), columns=list(_COLUMNS))
-        keep = (
-            (table["dataset"] == self.dataset) & table["truth"].isin(list(truths)) & table["model"].isin(list(models))
-        )
-        keep &= table["split"].isin(list(splits)) & (table["seed"].isin(list(seeds)) | (table["split"] == EVERYTHING))
-        order = {name: i for i, name in enumerate([*truths, *splits, *models])}
-        table = table[keep]
-        by = [table[c].map(order) for c in ("truth", "split", "model")]
-        return table.iloc[np.lexsort([table["seed"], *by[::-1]])].reset_index(drop=True)
+def _wide(found: pd.DataFrame, truths: Iterable[str], splits: Iterable[str], models: Iterable[str]) -> pd.DataFrame:
+    """One row per network, split, seed and model, in the order asked for."""
+    keys = ["dataset", "context", "split", "seed", "model", "seconds", "settings"]
+    table = found.pivot(index=keys, columns="metric", values="value").reset_index().rename_axis(columns=None)
+    order = {name: i for i, name in enumerate([*truths, *splits, *models])}
+    table = table.sort_values("seed", kind="stable").sort_values(
+        ["context", "split", "model"], key=lambda c: c.map(order), kind="stable"
+    )
+    first = ["dataset", "truth", "split", "seed", "model", *_METRICS, "density", "n_edges", "seconds", "settings"]
+    return table.rename(columns={"context": "truth"})[first].reset_index(drop=True)
 
 
-def summarise_grn(
+def summarize_grn(
     results: pd.DataFrame,
     *,
     reference: str = "correlation",
@@ -352,7 +326,7 @@ def summarise_grn(
     reference
         Model that the others are compared with.
     level, n_resamples, seed
-        Of the bootstrap over splits, the same splits for both models. Splits of one network overlap, so that intervals say whether
+        Level, number of samples and seed of the bootstrap over splits, the same splits for both models. Splits of one network overlap, so that intervals say whether
         a difference depends on the split, not whether it would be found with other regulators.
 
     Returns
@@ -362,7 +336,7 @@ def summarise_grn(
     """
     if not 0 < level < 1:
         raise ValueError(f"`level` must lie between 0 and 1, got {level!r}.")
-    lacking = sorted({*_RUN, *_METRICS} - set(results.columns))
+    lacking = sorted({"truth", "split", "seed", "model", *_METRICS} - set(results.columns))
     if lacking:
         raise ValueError(f"`results` lacks the columns {lacking}; pass what `run_grn` returns.")
     rows = []
@@ -381,11 +355,16 @@ def summarise_grn(
 
 
 def _gain(own: pd.Series, other: pd.Series, level: float, n: int, seed: int) -> dict[str, float]:
-    both = pd.concat([own, other], axis=1).dropna().to_numpy()
-    if not len(both):
+    both = pd.concat([own, other], axis=1).dropna().to_numpy().T
+    if not both.size:
         return {}
-    drawn = both[np.random.default_rng(seed).integers(len(both), size=(n, len(both)))].mean(1)
-    low, high = np.quantile(drawn[:, 0] / drawn[:, 1] - 1, [(1 - level) / 2, (1 + level) / 2])
-    mean = both.mean(0)
-    ends = {"gain_low": low, "gain_high": high} if len(both) > 1 else {}
-    return {"gain": mean[0] / mean[1] - 1, **ends}
+    gain = {"gain": _ratio(*both)}
+    if both.shape[1] < 2:
+        return gain
+    drawn = {"paired": True, "n_resamples": n, "method": "percentile", "random_state": np.random.default_rng(seed)}
+    low, high = bootstrap(tuple(both), _ratio, vectorized=True, confidence_level=level, **drawn).confidence_interval
+    return {**gain, "gain_low": float(low), "gain_high": float(high)}
+
+
+def _ratio(own: NDArray[np.float64], other: NDArray[np.float64], axis: int = -1) -> Any:
+    return own.mean(axis) / other.mean(axis) - 1

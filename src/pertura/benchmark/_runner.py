@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pandas as pd
 from anndata import AnnData
 from scvi.utils import track
@@ -19,6 +18,7 @@ from pertura.metrics import Metric
 
 from ._dataset import Dataset, resolve_splits
 from ._resources import Resources
+from ._results import Results
 from ._score import INTERVAL, LIKELIHOOD, TRAIN, Task, ask, benchmark_metric, make_tasks, score, score_ceiling
 from ._spec import Factory, ModelSpec, digest, resolve_models
 
@@ -35,24 +35,7 @@ DEFAULT_METRICS = (
 """What :func:`run` scores by default."""
 
 CEILING = "ceiling"
-COLUMNS = [
-    "dataset",
-    "split",
-    "held_out",
-    "perturbation",
-    "dose",
-    "context",
-    "model",
-    "seed",
-    "metric",
-    "value",
-    "n_cells",
-    "seconds",
-    "peak_mb",
-    "settings",
-]
-_RUN = ["dataset", "split", "held_out", "model", "seed"]
-_TEXT = dict.fromkeys(("dataset", "split", "held_out", "perturbation", "dose", "context", "model", "metric"), str)
+_RUN = ("dataset", "split", "held_out", "model", "seed")
 
 
 def run(
@@ -130,7 +113,7 @@ def run(
     One row per held-out condition, model, seed and metric: ``dataset, split`` (the question), ``held_out`` (name
     of the split), ``perturbation, dose, context, model, seed, metric, value, n_cells`` (held-out cells of the
     condition), ``seconds`` (training and prediction of the run) and ``peak_mb`` (largest resident memory of the
-    process during it, in MiB), ``settings`` (fingerprint of how it was made).
+    process during it, in MiB), ``settings`` (fingerprint of how it was made), ``versions`` of the packages.
 
     Raises
     ------
@@ -139,7 +122,7 @@ def run(
 
     See Also
     --------
-    summarise : means, intervals and the gap closed.
+    summarize : means, intervals and the gap closed.
     """
     dataset = Dataset.of(
         data,
@@ -159,7 +142,7 @@ def run(
         raise ValueError("`metrics` and `seeds` must not be empty.")
     if on_error not in ("raise", "skip"):
         raise ValueError(f"`on_error` must be 'raise' or 'skip', got {on_error!r}.")
-    results = _Results(out)
+    results = Results(out)
     protocol = (dataset.keys, top, level, max_controls, n_halves, *([] if max_asked is None else [max_asked]))
     plan: list[tuple[Split, str, int, str]] = []
     for split in chosen_splits:
@@ -171,7 +154,7 @@ def run(
         if n_halves:
             plan.append((split, CEILING, numbers[0], digest(protocol, held)))
     names = [m.name for m in wanted]
-    plan = [p for p in plan if not results.has((dataset.name, p[0].kind, p[0].name, p[1], p[2]), names, p[3])]
+    plan = [p for p in plan if not results.has(_run(dataset, *p[:3]), settings=p[3], metrics=names)]
     tasks: list[Task] = []
     current = None
     options = {"top": top, "level": level, "n_halves": n_halves}
@@ -188,7 +171,6 @@ def run(
                 max_asked=max_asked,
             )
             current = split
-        about = dict(zip(_RUN, (dataset.name, split.kind, split.name, name, seed), strict=True))
         try:
             with quiet():
                 table = _one(chosen.get(name), dataset, split, tasks, wanted, seed, **options)
@@ -197,8 +179,14 @@ def run(
                 raise
             logger.warning("%s was left out of split %r (seed %d): %s", name, split.name, seed, error)
             continue
-        results.add(table.assign(**about, settings=mark))
-    return results.of(dataset.name, {s.kind for s in chosen_splits}, [*chosen, CEILING], names)
+        results.add(table, _run(dataset, split, name, seed), settings=mark)
+    kinds = {s.kind for s in chosen_splits}
+    found = results.select(dataset=dataset.name, split=kinds, model=[*chosen, CEILING], metric=names)
+    return found.astype({"n_cells": int})
+
+
+def _run(dataset: Dataset, split: Split, model: str, seed: int) -> dict[str, Any]:
+    return dict(zip(_RUN, (dataset.name, split.kind, split.name, model, seed), strict=True))
 
 
 def _one(
@@ -253,50 +241,3 @@ def quiet() -> Iterator[None]:
         finally:
             for log, old in zip(loggers, before, strict=True):
                 log.setLevel(old)
-
-
-class _Results:
-    """Table of results, kept in a CSV file if there is one."""
-
-    def __init__(self, path: str | Path | None) -> None:
-        self.path = None if path is None else Path(path)
-        self.table = pd.DataFrame(columns=COLUMNS)
-        if self.path is not None and self.path.exists():
-            self.table = pd.read_csv(self.path, dtype={**_TEXT, "settings": str}, keep_default_na=True)
-            lacking = [c for c in COLUMNS if c not in self.table]
-            if lacking:
-                raise ValueError(f"`out`: {str(self.path)!r} is no benchmark result, it lacks {lacking}.")
-            self.table["dose"] = self.table["dose"].fillna("")
-
-    def has(self, run: tuple[Any, ...], metrics: Sequence[str], settings: str) -> bool:
-        """Whether a run is there with all metrics; it must have been made in the same way."""
-        own = self.table[np.logical_and.reduce([self.table[k] == v for k, v in zip(_RUN, run, strict=True)])]
-        if own.empty:
-            return False
-        if (own["settings"] != settings).any():
-            raise ValueError(
-                f"`out`: {str(self.path)!r} has {run[3]!r} on {run[2]!r} (seed {run[4]}) made with other "
-                "settings or data. Delete the file, or name another."
-            )
-        return set(metrics) <= set(own["metric"])
-
-    def add(self, table: pd.DataFrame) -> None:
-        """Add a run, in place of an older one with fewer metrics."""
-        new = table[COLUMNS]
-        run = new.iloc[0]
-        same = np.logical_and.reduce([self.table[k] == run[k] for k in _RUN]) if len(self.table) else []
-        replaced = len(self.table) and same.any()
-        old = self.table[~same] if replaced else self.table
-        self.table = pd.concat([old, new], ignore_index=True) if len(old) else new.reset_index(drop=True)
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            append = self.path.exists() and not replaced
-            (new if append else self.table).to_csv(
-                self.path, mode="a" if append else "w", header=not append, index=False
-            )
-
-    def of(self, dataset: str, kinds: set[str], models: Sequence[str], metrics: Sequence[str]) -> pd.DataFrame:
-        """Rows of this benchmark."""
-        t = self.table
-        keep = (t["dataset"] == dataset) & t["split"].isin(kinds) & t["model"].isin(models) & t["metric"].isin(metrics)
-        return t[keep].astype({"value": float, "seed": int, "n_cells": int}).reset_index(drop=True)

@@ -16,7 +16,7 @@ _GROUP = ["dataset", "split", "metric"]
 Floats = NDArray[np.float64]
 
 
-def summarise(
+def summarize(
     results: pd.DataFrame,
     *,
     baseline: str = "MeanEffect",
@@ -25,7 +25,7 @@ def summarise(
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Summarise a benchmark.
+    """Summarize a benchmark.
 
     Values are averaged over runs (seeds, repeated splits) of each held-out condition, then over conditions.
     Intervals are percentiles of a bootstrap that draws conditions, and within each condition runs, the same

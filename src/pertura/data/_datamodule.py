@@ -122,13 +122,19 @@ class PerturbationDataModule(LightningDataModule):
         self.test_idx = np.setdiff1d(np.arange(manager.adata.n_obs), np.concatenate([train_idx, val_idx]))
         self.n_train, self.n_val = len(train_idx), len(val_idx)
         self.dataset = CellDataset(manager)
-        self.batch_size = batch_size
+        self.batch_size, self.seed = batch_size, seed
         if samplers is not None:
             self._train, self._val = samplers
             return
         common = {"batch_size": batch_size, "singletons": singletons, "seed": seed}
         self._train = PairSampler(train_idx, train_coupling, shuffle=True, **common)
         self._val = PairSampler(val_idx, val_coupling, shuffle=False, **common) if len(val_idx) else None
+
+    def pair(self, train: Coupling, val: Coupling | None) -> None:
+        """Replace the partners of the same cells."""
+        self._train.coupling = train
+        if self._val is not None:
+            self._val.coupling = val
 
     def _loader(self, sampler: PairSampler) -> DataLoader:
         return DataLoader(

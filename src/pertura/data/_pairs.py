@@ -6,6 +6,7 @@ from it. Explicit pairs, random partners and optimal transport differ only in th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +15,9 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import sparse
 
-_OT_BLOCK = 512  # exact transport is cubic in the number of cells: couple random blocks of this size
+# exact transport is cubic in the number of cells: so many on either side are coupled at once, others in blocks
+_MAX_EXACT, _BLOCK = 128, 64
+_CONTROLS_PER_CELL = 2  # of many controls, as many as this per treated cell
 
 
 @dataclass(frozen=True)
@@ -109,42 +112,43 @@ def transport_coupling(
     rows: NDArray[np.int64],
     is_control: NDArray[np.bool_],
     where: Strata,
-    label: NDArray[np.object_],
+    group: NDArray[np.int64],
     embedding: NDArray[np.float32],
     rng: np.random.Generator,
 ) -> Coupling:
-    """Exact optimal transport (POT) between the controls and each perturbation of a stratum.
+    """Optimal transport (POT) between the controls and each perturbation of a stratum.
 
-    Both sides are centred first, so that cells are matched by what the perturbation did not change.
+    Both sides are centered first, so that cells are matched by what the perturbation did not change. Transport is exact where
+    cells are few. Others are first parted into blocks that are small and alike on both sides: the time is then linear in their number.
 
     Parameters
     ----------
-    rows, is_control, where, label
+    rows, is_control, where
         Cells to couple.
+    group
+        Number of the perturbation of each cell.
     embedding
         Low-dimensional expression of these cells, ``(len(rows), n_components)``.
     rng
-        Forms the blocks.
+        Chooses controls where there are many more than treated cells.
     """
     import ot
 
     plans: list[tuple[NDArray, NDArray, NDArray]] = []
-    asking = ~is_control & (where.wanted >= 0)
-    for stratum in np.unique(where.wanted[asking]):
-        control = where.members(stratum)
-        here = asking & (where.wanted == stratum)
-        base = embedding[control] - embedding[control].mean(0)
-        for name in np.unique(label[here].astype(str)):
-            treated = np.flatnonzero(here & (label == name))
-            moved = embedding[treated] - embedding[treated].mean(0)
-            n_blocks = -(-max(len(control), len(treated)) // _OT_BLOCK)
-            n_blocks = min(n_blocks, len(control), len(treated))
-            control_blocks = np.array_split(rng.permutation(len(control)), n_blocks)
-            treated_blocks = np.array_split(rng.permutation(len(treated)), n_blocks)
-            for c, t in zip(control_blocks, treated_blocks, strict=True):
-                plan = ot.emd(ot.unif(len(t)), ot.unif(len(c)), ot.dist(moved[t], base[c]))
-                i, j = np.nonzero(plan)
-                plans.append((treated[t[i]], control[c[j]], plan[i, j]))
+    asking = np.flatnonzero(~is_control & (where.wanted >= 0))
+    asking = asking[np.lexsort((group[asking], where.wanted[asking]))]
+    keys = np.stack([where.wanted[asking], group[asking]])
+    for treated in np.split(asking, np.flatnonzero((np.diff(keys) != 0).any(0)) + 1) if len(asking) else ():
+        control = where.members(where.wanted[treated[0]])
+        base = embedding[control].mean(0)
+        limit = max(_MAX_EXACT, _CONTROLS_PER_CELL * len(treated))
+        if len(control) > limit:
+            control = np.sort(rng.choice(control, limit, replace=False))
+        moved, base = embedding[treated] - embedding[treated].mean(0), embedding[control] - base
+        for t, c in _blocks(moved, base):
+            plan = ot.emd(ot.unif(len(t)), ot.unif(len(c)), ot.dist(moved[t], base[c]))
+            i, j = np.nonzero(plan)
+            plans.append((treated[t[i]], control[c[j]], plan[i, j]))
     if not plans:
         empty = np.zeros(0, dtype=np.int64)
         return Coupling(empty, empty, empty, empty)
@@ -166,10 +170,28 @@ def transport_coupling(
     )
 
 
+def _blocks(
+    treated: NDArray[np.float32], control: NDArray[np.float32]
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Parts of both sides with equal shares of their cells: each is halved at its median along the widest axis, again and again."""
+    largest = _MAX_EXACT if max(len(treated), len(control)) <= _MAX_EXACT else _BLOCK
+    parts = [(np.arange(len(treated)), np.arange(len(control)))]
+    while parts:
+        t, c = parts.pop()
+        if max(len(t), len(c)) <= largest or min(len(t), len(c)) < 2:
+            yield t, c
+            continue
+        axis = int(np.argmax(treated[t].var(0) + control[c].var(0)))
+        t, c = t[np.argsort(treated[t, axis], kind="stable")], c[np.argsort(control[c, axis], kind="stable")]
+        half = len(t) // 2
+        share = int(np.clip(round(len(c) * half / len(t)), 1, len(c) - 1))
+        parts += [(t[half:], c[share:]), (t[:half], c[:share])]
+
+
 def embed(
     x: sparse.spmatrix | NDArray, counts: bool, n_components: int = 30, *, seed: int = 0, return_basis: bool = False
 ) -> NDArray[np.float32] | tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Truncated SVD of log-normalised expression, which stays sparse: ``(n_cells, n_components)``, and the axes."""
+    """Truncated SVD of log-normalized expression, which stays sparse: ``(n_cells, n_components)``, and the axes."""
     from sklearn.decomposition import TruncatedSVD
     from sklearn.preprocessing import normalize
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -84,7 +85,7 @@ class Vocabulary:
     def code(self, members: Sequence[str], order: int | None = None) -> np.ndarray:
         """Component codes of one perturbation, padded with -1; names outside the vocabulary get -2."""
         order = max(1, len(members)) if order is None else order
-        lookup = self._lookup()
+        lookup = self.lookup
         codes = np.full(order, CONTROL_ONLY, dtype=np.int64)
         codes[: len(members)] = [lookup.get(m, UNKNOWN) for m in members]
         return codes
@@ -102,12 +103,12 @@ class Vocabulary:
         members = self.parse(label)
         if not members or (len(dose) and not any(dose)):
             return "control"
-        lookup = self._lookup()
+        lookup = self.lookup
         new = [m for m in members if m not in lookup]
         if new:
-            described = self.features is not None and all(m in self.features.index for m in new)
+            described = all(m in self._described for m in new)
             return "unseen with features" if described else "unseen"
-        if len(members) > 1 and members not in self.combinations:
+        if len(members) > 1 and members not in self._registered_combinations:
             return "new combination"
         if self.has_dose and any(
             not np.isclose(d, self.doses[lookup[m]], rtol=1e-5, atol=0.0).any()
@@ -120,10 +121,28 @@ class Vocabulary:
         """Features of the named perturbations, shape ``(len(names), n_features)``; zero where a name has none."""
         if self.features is None:
             raise ValueError("no perturbation features were registered")
-        return self.features.reindex(list(names)).fillna(0.0).to_numpy(np.float32, copy=True)
+        values, index = self._feature_values
+        at = np.array([index.get(name, -1) for name in names], dtype=np.int64)
+        return np.where(at[:, None] >= 0, values[at], np.float32(0.0))
 
-    def _lookup(self) -> dict[str, int]:
+    @cached_property
+    def _feature_values(self) -> tuple[np.ndarray, dict[str, int]]:
+        """Features as numbers, 0 for missing ones, and the row of each name."""
+        values = self.features.fillna(0.0).to_numpy(np.float32)
+        return values, {name: row for row, name in enumerate(self.features.index)}
+
+    @cached_property
+    def lookup(self) -> dict[str, int]:
+        """Code of each name."""
         return {name: code for code, name in enumerate(self.names)}
+
+    @cached_property
+    def _registered_combinations(self) -> frozenset[tuple[str, ...]]:
+        return frozenset(self.combinations)
+
+    @cached_property
+    def _described(self) -> frozenset[str]:
+        return frozenset() if self.features is None else frozenset(self.features.index)
 
     def to_registry(self) -> dict[str, Any]:
         """Plain containers, which pickle and print well."""
@@ -212,7 +231,8 @@ def build_vocabulary(
     delimiter
         Joins the members of a combination.
     doses
-        One dose per cell, numeric or text (see :func:`member_doses`), or `None`.
+        One dose per cell, or `None`: a number holds for every member, text such as ``"1+0.5"`` gives the members, as the
+        label spells them, their own.
     features
         Rows are perturbations.
     """

@@ -1,4 +1,4 @@
-"""``python -m pertura.datasets list`` and ``python -m pertura.datasets fill SOURCE [CACHE]``."""
+"""``pertura datasets list`` and ``pertura datasets fill SOURCE [CACHE]``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     -------
     Exit status: 0, or 1 if ``fill`` left a file missing or found one with other bytes.
     """
-    parser = argparse.ArgumentParser(prog="python -m pertura.datasets", description="Data files of pertura.")
+    parser = argparse.ArgumentParser(prog="pertura datasets", description="Data files of pertura.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="list the data files: key, bytes, cached or not, licence, path")
     fill = commands.add_parser("fill", help="fill the cache from a folder of these files, verified by SHA256")

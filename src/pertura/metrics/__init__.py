@@ -8,6 +8,7 @@ from ._arrays import top_weights
 from ._ceiling import Interval, bootstrap_interval, gap_closed, interpolated_duplicate, split_half_ceiling
 from ._cells import energy_distance, median_distance, mmd_rbf, variance_ratio
 from ._conditions import centroid_accuracy, discrimination_score, systematic_variation
+from ._effects import effect_calibration, measured_effect
 from ._evaluate import evaluate
 from ._network import (
     EdgeCandidates,
@@ -65,6 +66,7 @@ __all__ = [
     "direction_match",
     "discrimination_score",
     "edge_candidates",
+    "effect_calibration",
     "energy_distance",
     "epr",
     "evaluate",
@@ -78,6 +80,7 @@ __all__ = [
     "list_metrics",
     "macro_auprc",
     "mae",
+    "measured_effect",
     "median_distance",
     "mmd_rbf",
     "mse",

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import ArrayLike
+from scipy.stats import bootstrap
 
 from ._arrays import Floats, profiles, result
 from ._registry import DEFAULT_TOP, Metric, get_metric
@@ -45,7 +46,7 @@ def split_half_ceiling(
     n_splits
         Number of random halvings.
     seed
-        Of the halvings.
+        Seed of the halvings.
     top
         Number of genes meant by ``"_top"``.
     spearman_brown
@@ -187,7 +188,7 @@ def bootstrap_interval(
     n_resamples
         Number of bootstrap samples.
     seed
-        Of the resampling.
+        Seed of the resampling.
 
     Returns
     -------
@@ -206,6 +207,12 @@ def bootstrap_interval(
     x = x[~np.isnan(x)]
     if x.size < 2:
         return Interval(float(x[0]) if x.size else np.nan, np.nan, np.nan)
-    means = x[np.random.default_rng(seed).integers(x.size, size=(n_resamples, x.size))].mean(axis=1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(x.mean()), float(low), float(high))
+    found = bootstrap(
+        (x,),
+        np.mean,
+        confidence_level=level,
+        n_resamples=n_resamples,
+        method="percentile",
+        random_state=np.random.default_rng(seed),
+    )
+    return Interval(float(x.mean()), *map(float, found.confidence_interval))

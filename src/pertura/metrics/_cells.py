@@ -72,7 +72,7 @@ def energy_distance(
     max_cells
         Use a random subsample of at most this many cells of each set.
     seed
-        Of the subsample.
+        Seed of the subsample.
     working_memory
         Size of one chunk of distances, in MiB.
     """
@@ -97,7 +97,7 @@ def median_distance(cells: Cells, *, max_cells: int = 1000, seed: int = 0) -> fl
     max_cells
         Size of the random subsample used.
     seed
-        Of the subsample.
+        Seed of the subsample.
     """
     x, _ = _cells(cells, cells, max_cells, seed)
     distance = pairwise_distances(x, metric="euclidean")

@@ -318,7 +318,7 @@ def _reference(
     if isinstance(reference, pd.DataFrame):
         table = reference.iloc[:, _gene_order(reference.columns, genes, "reference")]
         table.index = table.index.astype(str)
-        values = table.reindex(keys.get_level_values("context")).to_numpy(np.float64)
+        values = table.reindex(keys.get_level_values("context")).to_numpy(np.float64, copy=True)
         absent = ~keys.get_level_values("context").isin(table.index)
         values[absent] = table.to_numpy(np.float64).mean(axis=0)
         return values

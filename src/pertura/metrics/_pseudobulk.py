@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import scanpy as sc
 import scipy.sparse as sp
 from anndata import AnnData
 from numpy.typing import NDArray
@@ -95,13 +96,16 @@ def _from_sums(groups: Any, n: Floats, total: Floats, square: Floats) -> Moments
     return Moments(groups, n, mean, np.where(n[:, None] > 1, var, np.nan))
 
 
-def moments(x: Any, codes: NDArray[np.intp], groups: pd.MultiIndex) -> Moments:
+def moments(x: Any, codes: NDArray[np.intp], groups: pd.Index) -> Moments:
     """Moments of each group of rows of a dense or sparse matrix (cells, genes)."""
-    member = sp.csr_matrix((np.ones(len(codes)), (codes, np.arange(len(codes)))), shape=(len(groups), len(codes)))
-    x = sp.csr_matrix(x, dtype=np.float64) if sp.issparse(x) else np.asarray(x, dtype=np.float64)
-    square = x.multiply(x) if sp.issparse(x) else x * x
-    sums = [np.asarray(s.todense() if sp.issparse(s) else s) for s in (member @ x, member @ square)]
-    return _from_sums(groups, np.bincount(codes, minlength=len(groups)).astype(np.float64), *sums)
+    label = pd.Categorical.from_codes(codes, [str(i) for i in range(len(groups))])
+    cells = AnnData(
+        x.astype(np.float64), obs=pd.DataFrame({"group": label}, index=pd.RangeIndex(len(codes)).astype(str))
+    )
+    n = np.bincount(codes, minlength=len(groups)).astype(np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):  # groups of one cell have no variance
+        found = sc.get.aggregate(cells, "group", ["mean", "var"])
+    return Moments(groups, n, found.layers["mean"], np.where(n[:, None] > 1, found.layers["var"], np.nan))
 
 
 def welch(a: Moments, b: Moments) -> tuple[Floats, Floats]:

@@ -7,7 +7,8 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "_base": ["PerturbationModel"],
+        "base": ["PerturbationModel"],
+        "_cpa": ["CPA"],
         "_cradlevae": ["CRADLEVAE"],
         "_drugaae": ["DrugAAE"],
         "_gpovae": ["GPOVAE"],

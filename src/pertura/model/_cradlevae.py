@@ -2,53 +2,99 @@
 
 from __future__ import annotations
 
-import logging
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
 import torch
-from anndata import AnnData
-from numpy.typing import NDArray
-from scvi.data.fields import BaseAnnDataField, NumericalObsField
 
-from pertura.data._constants import KEYS
 from pertura.data._datamodule import PerturbationDataModule
-from pertura.data._validation import check_obs_key
-from pertura.module._base import Cells
+from pertura.effects import ConditionTable
 from pertura.module._cradlevae import CRADLEVAE as Module
 
-from ._arguments import check_flag, check_key, check_number, check_whole
-from ._query import QueryMixin
-from ._samsvae import _PAPER, SAMSVAE
-from ._writeback import reserve
-
-logger = logging.getLogger(__name__)
+from .base._artifact import PAPER, ArtifactModel, ArtifactOptions
+from .base._gene_effects import fit_gene_effects, refine_gene_effects
+from .base._options import option
+from .base._predict import device_of, seeded
 
 
-class CRADLEVAE(SAMSVAE):
-    """SAMS-VAE with a latent for technical artefacts and counterfactual reasoning :cite:p:`Baek2024`.
+@dataclass(frozen=True)
+class CRADLEVAEOptions(ArtifactOptions):
+    """Options of :class:`CRADLEVAE`, which has their documentation."""
 
-    Cells that failed quality control stay in the training data: what they have in common goes into an artefact embedding, and
-    effects are those between cells that passed.
+    effect: Literal["sparse", "dense"] = option("sparse", one_of=("sparse", "dense"))
+    effects: Literal["measured", "latent"] = option("measured", one_of=("measured", "latent"))
+    interactions: bool = option(False, flag=True)
+    rotate_shifts: bool = option(True, flag=True)
+
+
+class CRADLEVAE(ArtifactModel):
+    r"""SAMS-VAE with a latent for technical artifacts and counterfactual reasoning :cite:p:`Baek2024`.
+
+    Cells that failed quality control stay in the training data: what they have in common goes into an artifact embedding.
+    Effects are those between cells that passed.
 
     Parameters
     ----------
-    adata, registry
-        As in :class:`SAMSVAE`. Which cells failed is registered with ``qc_key``; without it all cells passed.
+    adata
+        Set up by :meth:`setup_anndata`; `None` to make a model of a `registry` alone. Which cells failed is registered
+        with ``qc_key``; without it all cells passed.
+    registry
+        Registry of a saved model.
+    n_latent
+        Dimension of the basal state, of the shifts and of the artifact.
+    n_layers, n_encoder_layers, n_hidden
+        Layers of decoder and encoder, and their width. Without layers of the decoder log-expression is linear in the
+        latent state.
+    effect_guide
+        ``"mean_field"``, or ``"correlated"``: the posterior of a shift depends on its mask through a neural network.
+    mask_prior
+        Prior probability that a perturbation shifts a dimension.
+    prior_sd_E
+        Prior sd of shifts; `None` learns one for each dimension.
     counterfactual_weight
-        Weight per cell of the counterfactual loss: the basal state of a cell, had its label been the other, is that of the mean
-        profile of training cells of the same perturbation with the other label.
+        Weight per cell of the counterfactual loss: the basal state of a cell, had its label been the other, is that of the
+        mean profile of training cells of the same perturbation with the other label.
     class_balance
-        Weigh the expression of cells that passed by the fraction of failed ones in the minibatch, and vice versa.
+        Weigh the expression of cells that passed by the share of failed ones in the minibatch, and vice versa.
     match_quality
-        Give the encoder failed cells with each gene's mean and spread brought to those of passed training cells. Without (the paper)
-        the basal states of simulated failed and passed cells are easily told apart, with it hardly (``docs/trust.md``).
+        Give the encoder failed cells with each gene's mean and spread brought to those of passed training cells. Without
+        (the paper) basal states tell failed from passed cells.
+    likelihood
+        ``"nb"`` for counts, ``"normal"`` for others; `None` takes what fits the registered layer.
+    link_sharpness
+        See :class:`pertura.nn.CountLikelihood`.
+    normalize_input
+        Whether the encoder sees counts per 10,000 rather than raw counts.
+    n_particles
+        Draws per cell and step of training.
+    effect_lr_factor, artifact_lr_factor
+        Learning rate of shifts and masks, and of the artifact, in units of that of the neural networks.
+    lr, lr_schedule
+        Learning rate, and whether it falls to zero along a cosine or stays.
+    kl_warmup
+        Share of the epochs in which the weight of divergences rises to 1; 0: none.
+    n_steps
+        Steps of training where ``train`` is given no number of epochs.
+    batch_size
+        Cells per minibatch where ``train`` is given none; `None`: a twentieth of the cells, between 128 and 512.
+    effect
+        ``"sparse"``: masked shifts; ``"dense"``: shifts without a mask.
+    effects
+        What a perturbation does to expression: ``"measured"``, its measured effect, which the shift then explains, or
+        ``"latent"``, its shift, as in the paper; see :class:`SAMSVAE`. Effects are measured between cells that passed.
+    interactions
+        Let pairs of perturbations in one cell shift it beyond the sum of their own shifts.
+    rotate_shifts
+        Turn the coordinates of the shifts once in training, to where shifts are in few dimensions. Only
+        ``effect="sparse"`` with a mean-field guide and without `interactions` is turned.
     preset
-        ``"paper"``: that of :class:`SAMSVAE` with `class_balance`. Where the published code is not well defined (whose cells are
-        counterfactual, a divergence that is none, a loss that grows with the minibatch), the intended definitions are used.
-    **options
-        Arguments of :class:`SAMSVAE`; `effect` is ``"sparse"`` or ``"dense"``.
+        ``"paper"``: settings and training schedule of the paper's combination screens. Its weight of the counterfactual
+        loss, 0.1, counts the 512 cells of a minibatch, because the loss is their sum. The paper also stops early:
+        ``train(early_stopping=True, early_stopping_patience=50)``. Where its code is not well defined (whose cells are
+        counterfactual, a term that is not a valid divergence), the intended definitions are used. Options given beside
+        the preset win.
 
     Examples
     --------
@@ -62,209 +108,63 @@ class CRADLEVAE(SAMSVAE):
     """
 
     _module_cls = Module
-    _paper: ClassVar[dict[str, Any]] = {
-        **_PAPER,
-        "n_layers": 2,
-        "class_balance": True,
-        "counterfactual_weight": 0.1,
-        "match_quality": False,
+    _options_cls = CRADLEVAEOptions
+    _presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "paper": {**PAPER, "n_latent": 200, "mask_prior": 0.01, "rotate_shifts": False}
     }
-    _query_columns = (*QueryMixin._query_columns, "qc_key")
 
-    def __init__(
-        self,
-        adata: AnnData | None = None,
-        registry: dict | None = None,
-        *,
-        counterfactual_weight: float | None = None,
-        class_balance: bool | None = None,
-        match_quality: bool | None = None,
-        preset: Literal["paper"] | None = None,
-        **options: Any,
-    ) -> None:
-        super(SAMSVAE, self).__init__(adata, registry)
-        own: dict[str, Any] = {
-            "counterfactual_weight": counterfactual_weight,
-            "class_balance": class_balance,
-            "match_quality": match_quality,
-        }
-        self._build({**own, **options}, preset)
-        self._artefact_removed = False
-        self.init_params_ = self._get_init_params(locals())
+    def _make_module(self) -> None:
+        options, vocabulary = self.options, self.vocabulary
+        features = vocabulary.features
+        self.module = Module(
+            len(self.gene_names),
+            vocabulary.n_perturbations,
+            len(self.registered.batches),
+            effects=options.effects,
+            masked=options.effect == "sparse",
+            interactions=options.interactions,
+            rotate_shifts=options.rotate_shifts,
+            n_features=0 if features is None else features.shape[1],
+            **self._module_options(),
+        )
+        if features is not None:
+            self.module.shifts.features.copy_(torch.as_tensor(vocabulary.feature_matrix(vocabulary.names)))
+        self._model_summary_string = (
+            f"CRADLEVAE: {vocabulary.n_perturbations} perturbations, latent {options.n_latent}, "
+            f"{options.effect} effects, {self._likelihood(options.likelihood)} likelihood"
+        )
 
-    @classmethod
-    def _check_options(cls, given: dict[str, Any]) -> None:
-        super()._check_options(given)
-        if "counterfactual_weight" in given:
-            check_number("counterfactual_weight", given["counterfactual_weight"], least=0)
-        for name in {"class_balance", "match_quality"} & given.keys():
-            check_flag(name, given[name])
-        if given.get("effect", "sparse") not in ("sparse", "dense"):
-            raise ValueError(f"`effect` of {cls.__name__} must be 'sparse' or 'dense', got {given['effect']!r}.")
+    @property
+    def _can_predict_features(self) -> bool:
+        return self.vocabulary.features is not None
 
-    @classmethod
-    def setup_anndata(
-        cls,
-        adata: AnnData,
-        *,
-        perturbation_key: str,
-        control: str,
-        layer: str | None = None,
-        context_key: str | None = None,
-        dose_key: str | None = None,
-        batch_key: str | None = None,
-        size_factor_key: str | None = None,
-        qc_key: str | None = None,
-        perturbation_features_key: str | None = None,
-        delimiter: str = "+",
-        **kwargs: Any,
-    ) -> None:
-        """Register an AnnData with the model.
+    def _initialize(self, data: PerturbationDataModule, table: ConditionTable) -> None:
+        super()._initialize(data, table)
+        if self.module.gene_effects is not None:
+            fit_gene_effects(self, table)
 
-        Parameters
-        ----------
-        adata, perturbation_key, control, layer, context_key, dose_key, batch_key, size_factor_key
-            As in :meth:`PerturbationModel.setup_anndata`.
-        qc_key
-            Column of ``obs``, true for cells that **failed** quality control (see :func:`pertura.pp.qc_flags`).
-        perturbation_features_key, delimiter, **kwargs
-            As in :meth:`PerturbationModel.setup_anndata`.
-        """
-        args = cls._get_setup_method_args(**locals())
-        if qc_key is not None and isinstance(adata, AnnData):
-            check_qc(adata, qc_key)
-        cls._setup(adata, args)
-
-    @classmethod
-    def _fields(cls, args: dict[str, Any], features: pd.DataFrame | None = None) -> list[BaseAnnDataField]:
-        fields = super()._fields(args, features)
-        if args.get("qc_key") is not None:
-            fields.append(NumericalObsField(KEYS.QC, args["qc_key"]))
-        return fields
-
-    # -- training ---------------------------------------------------------------------------------------------------
+    def _complete(self, table: ConditionTable) -> None:
+        if self.module.gene_effects is not None:
+            refine_gene_effects(self, table)
 
     @torch.no_grad()
-    def _initialise(self, data: PerturbationDataModule) -> None:
-        """As of SAMSVAE, and what passed and failed training cells of each perturbation look like."""
-        super()._initialise(data)
-        module = self.module
-        if self._argument("qc_key") is None:
-            return
-        number, total = torch.zeros_like(module.profile_cells), torch.zeros_like(module.profile, dtype=torch.float64)
-        square = torch.zeros_like(total)
-        for tensors in data.iterate(data.train_idx):
-            tensors.pop("n_pairs")
-            cells = Cells.from_tensors({k: v.to(number.device) for k, v in tensors.items()})
-            group, failed = module.group(cells.action), cells.qc[:, 0].long()
-            at = torch.where(group >= 0)[0]
-            where = (group[at], failed[at])
-            u = (module.normalised(cells.x[at]) * module.input_scale + module.input_mean).double()
-            total.index_put_(where, u, accumulate=True)
-            square.index_put_(where, u**2, accumulate=True)
-            number.index_put_(where, torch.ones(len(at), device=number.device), accumulate=True)
-        module.profile.copy_(total / number.clamp(min=1.0)[..., None])
-        module.profile_cells.copy_(number)
-        if not number[:, 1].any() or not number[:, 0].any():
-            logger.warning("All training cells have the same quality label: there is no artefact to learn.")
-        self._initialise_quality(square - total**2 / number.clamp(min=1.0)[..., None])
+    def get_shifts(self) -> pd.DataFrame:
+        """Posterior of the latent shift of each perturbation.
 
-    def _initialise_quality(self, within: torch.Tensor) -> None:
-        """Mean and spread of passed and failed cells within perturbations; `within`: sums of squares about the means."""
-        module, number = self.module, self.module.profile_cells
-        weight = number.prod(1) / number.sum(1).clamp(min=1.0)
-        if not weight.any():
-            return
-        centre = torch.einsum("g,gqi->qi", weight / weight.sum(), module.profile)
-        module.quality_centre.copy_((centre - module.input_mean) / module.input_scale)
-        freedom = (number - 1.0).clamp(min=0.0).sum(0)
-        if freedom.min() < 10:
-            return
-        # a gene that hardly varies in failed cells must not be blown up
-        sd = (within.sum(0) / freedom[:, None]).clamp(min=0.0).sqrt() + 0.05 * module.input_scale
-        module.quality_ratio.copy_((sd[0] / sd[1]).clamp(max=1.0))
-
-    def _effect_rows(self, train_idx: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Effects are measured between cells that passed, where there are any of a perturbation and of controls."""
-        key = self._argument("qc_key")
-        if key is None:
-            return train_idx
-        passed = train_idx[~self.adata.obs[key].to_numpy(bool)[train_idx]]
-        return passed if self._is_control(self.adata_manager, passed).any() else train_idx
-
-    # -- prediction -------------------------------------------------------------------------------------------------
-
-    def _globals(self, manager: Any, n_samples: int, seed: int) -> dict[str, torch.Tensor]:
-        globals_ = super()._globals(manager, n_samples, seed)
-        if getattr(self, "_artefact_removed", False):
-            globals_["artefact_removed"] = torch.ones(())
-        return globals_
-
-    def predict_perturbation(
-        self, perturbation: Any = None, *, artefact: Literal["own", "removed"] = "own", **kwargs: Any
-    ) -> AnnData | None:
-        """As :meth:`PerturbationModel.predict_perturbation`.
-
-        Parameters
-        ----------
-        perturbation, **kwargs
-            As there.
-        artefact
-            ``"own"``: each cell keeps its own technical quality; ``"removed"``: as had it passed.
+        Returns
+        -------
+        DataFrame ``perturbation, dimension, shift`` (mean of E o M), ``proba`` (that the mask is on; 1 without mask).
         """
-        if artefact not in ("own", "removed"):
-            raise ValueError(f"`artefact` must be 'own' or 'removed', got {artefact!r}.")
-        self._artefact_removed = artefact == "removed"
-        try:
-            return super().predict_perturbation(perturbation, **kwargs)
-        finally:
-            self._artefact_removed = False
-
-    def denoise(
-        self,
-        adata: AnnData | None = None,
-        *,
-        key_added: str = "denoised",
-        n_samples: int = 25,
-        scale: Literal["log1p", "counts", "layer"] | None = None,
-        overwrite: bool = False,
-        seed: int | None = None,
-    ) -> None:
-        """Expression of each cell under its own perturbation, had it passed quality control, into ``layers[key_added]``.
-
-        Parameters
-        ----------
-        adata
-            Cells; by default the model's own.
-        key_added
-            Layer to write.
-        n_samples, scale, overwrite, seed
-            As in :meth:`predict_perturbation`.
-        """
-        check_key(key_added)
-        check_whole("n_samples", n_samples)
-        manager, user = self._query(adata)
-        rows = np.arange(user.n_obs)
-        self._check_known(user, manager, rows)
-        reserve(user, {"layers": [key_added]}, overwrite)
-        self._artefact_removed = True
-        try:
-            engine = self._engine(manager, n_samples=n_samples, scale=self._resolve_scale(scale), seed=self._seed(seed))
-            means = [block.ask(None)[0].mean(0).cpu().numpy() for block in engine.blocks(rows)]
-        finally:
-            self._artefact_removed = False
-        order = self.gene_names.get_indexer(user.var_names.astype(str))
-        values = np.full(user.shape, np.nan, dtype=np.float32)
-        values[:, order >= 0] = np.concatenate(means)[:, order[order >= 0]]
-        user.layers[key_added] = values
-
-
-def check_qc(adata: AnnData, qc_key: str) -> None:
-    if qc_key not in adata.obs:
-        check_obs_key(adata, "qc_key", qc_key)
-    values = pd.unique(adata.obs[qc_key])
-    if not set(values) <= {0, 1}:
-        raise ValueError(
-            f"`qc_key`: `adata.obs[{qc_key!r}]` must be true for cells that failed quality control and false for others, "
-            f"found {list(values)[:3]}."
+        self._check_if_trained(warn=False, message="The model is not trained. Call `train()` first.")
+        shifts = self.module.shifts
+        with seeded(0, device_of(self.module)):  # a correlated posterior is averaged over draws
+            mean = shifts.mean().cpu().numpy()
+        n, k = mean.shape
+        return pd.DataFrame(
+            {
+                "perturbation": np.repeat(self.vocabulary.names, k),
+                "dimension": np.tile(np.arange(k), n),
+                "shift": mean.ravel(),
+                "proba": shifts.proba().cpu().numpy().ravel(),
+            }
         )

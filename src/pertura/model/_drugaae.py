@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
@@ -12,35 +13,88 @@ from anndata import AnnData
 from numpy.typing import NDArray
 from scipy import sparse
 
-from pertura.baseline._pseudobulk import Pseudobulk, pseudobulk
 from pertura.data._datamodule import PerturbationDataModule
-from pertura.data._pairs import embed
+from pertura.data._perturbation import Perturbation
+from pertura.effects import ConditionTable
 from pertura.module._drugaae import DrugAAE as Module
-from pertura.nn._ridge import correlations
 from pertura.train._adversarial import AdversarialPlan
 
-from ._arguments import check_flag, check_number, check_whole, check_widths
-from ._base import PerturbationModel
-from ._description import DescriptionMixin, fit_effects, order_features, split_columns
-from ._engine import Question
-
-_PAPER = {"residual": False, "counterfactual_weight": 0.0}
-_SHARES = (0.0, 0.25, 0.5, 1.0)
-_MAX_HIDDEN, _MIN_HIDDEN = 40, 5
+from ._drugaae_effects import blocks_of, choose_vector_share, fit_effects, gene_loadings, order_features, split_columns
+from ._drugaae_targets import by_interactions, by_neighbors, by_signature
+from .base import Options, PerturbationModel, SetupKey, option
+from .base._arguments import check_whole, resolve_perturbations
+from .base._predict import Settings
 
 
-class DrugAAE(DescriptionMixin, PerturbationModel):
-    r"""Drugs that were never put on these cells, from their texts and signatures, and their targets :cite:p:`ParkSongJang`.
+@dataclass(frozen=True)
+class DrugAAEOptions(Options):
+    """Options of :class:`DrugAAE`, which has their documentation."""
 
-    An adversarial autoencoder takes the perturbation out of a cell's latent state; drugs come back as a vector made of what is
-    known of them (a text, signatures of differential expression, or both) and of no number of their own, so that a row in the
-    table of descriptions is all a new drug needs. Genes are embedded jointly from control expression and a network of
-    protein-protein interactions, which encoder, decoder and signatures read. Doses follow a Hill curve whose shape depends on
-    the drug, combinations add up.
+    n_latent: int = option(24, whole=1)
+    n_gene_embedding: int = option(32, whole=1)
+    n_effect_components: int = option(200, whole=1)
+    encoder_hidden: Sequence[int] = option((128,), widths=True)
+    decoder_hidden: Sequence[int] = option((), widths=True)
+    discriminator_hidden: Sequence[int] = option((64, 64), widths=True)
+    interaction_rank: int = option(4, whole=1)
+    likelihood: Literal["nb", "normal"] | None = option(None, one_of=("nb", "normal"))
+    link_sharpness: float = option(3.0, above=0)
+    residual: bool = option(True, flag=True)
+    free_encoder: bool = option(True, flag=True)
+    adversary_weight: float = option(5.0, least=0)
+    contrast_weight: float = option(0.1, least=0)
+    counterfactual_weight: float = option(1.0, least=0)
+    modality_dropout: float = option(0.3, least=0, below=0.5)
+    dropout_rate: float = option(0.0, least=0, below=1)
+    lr: float = option(3e-3, above=0)
+    lr_schedule: Literal["cosine", "constant"] = option("cosine", one_of=("cosine", "constant"))
+    kl_warmup: float = option(0.2, least=0)
+    n_steps: int = option(1000, whole=1)
 
-    By default the network stands on an effect in closed form, which the paper does not have: of a trained drug its measured
-    effect, of another what a ridge regression on its description says. How far the descriptions (and the network) are
-    believed is decided by training drugs that were left out; where they tell nothing, the mean effect remains.
+
+PAPER = {"residual": False, "counterfactual_weight": 0.0}
+_MODULE_OPTIONS = (
+    "n_gene_embedding",
+    "encoder_hidden",
+    "decoder_hidden",
+    "discriminator_hidden",
+    "interaction_rank",
+    "link_sharpness",
+    "free_encoder",
+    "adversary_weight",
+    "contrast_weight",
+    "counterfactual_weight",
+    "modality_dropout",
+    "dropout_rate",
+)
+
+
+def check_interactions(adata: AnnData, args: dict[str, Any]) -> None:
+    """Raise unless ``varp`` has weights of interactions that are not negative under ``ppi_key``."""
+    key = args["ppi_key"]
+    if not isinstance(key, str) or key not in adata.varp:
+        known = ", ".join(map(repr, adata.varp)) or "none"
+        raise ValueError(
+            f"`ppi_key`: {key!r} is not a key of `adata.varp` (keys: {known}). "
+            "`pertura.priors.ppi_network(adata)` adds one."
+        )
+    weights = adata.varp[key]
+    values = weights.data if sparse.issparse(weights) else np.asarray(weights)
+    if not np.isfinite(values).all() or (values < 0).any():
+        raise ValueError(f"`ppi_key`: `varp[{key!r}]` must hold weights that are finite and not negative.")
+
+
+class DrugAAE(PerturbationModel):
+    r"""Predict drugs that were never given to these cells, from texts and signatures, and rank their targets :cite:p:`ParkSongJang`.
+
+    An adversarial autoencoder takes the perturbation out of a cell's latent state. Each drug's vector is computed only from
+    its description: a text, signatures of differential expression, or both. So a row in the table of descriptions is all that
+    a new drug needs. Genes are embedded jointly from expression and protein-protein interactions; encoder, decoder and
+    signatures read the embedding. Doses follow a Hill curve whose shape depends on the drug. Combinations add up.
+
+    By default the vectors only explain what an effect in closed form leaves, which the paper does not have. For a trained drug
+    it is the measured effect; for another it is what a ridge regression on its description predicts. How far descriptions and
+    vectors are believed is decided by training drugs that were left out; where they say nothing, the mean effect remains.
 
     Parameters
     ----------
@@ -55,21 +109,37 @@ class DrugAAE(DescriptionMixin, PerturbationModel):
     n_effect_components
         Most components in which effects in closed form are kept.
     encoder_hidden, decoder_hidden, discriminator_hidden
-        Widths of the layers.
+        Widths of the hidden layers.
     interaction_rank
         Rank of the interaction of drugs and contexts.
     likelihood
-        ``"nb"`` for counts, ``"normal"`` for others; by default what was registered.
+        ``"nb"`` for counts, ``"normal"`` for others; `None` takes what fits the registered layer.
+    link_sharpness
+        See :class:`pertura.nn.CountLikelihood`.
     residual
-        Whether the effect in closed form is there. `False`: the network alone, as in the paper.
-    adversary_weight, contrast_weight, counterfactual_weight, modality_dropout, dropout_rate, free_encoder, link_sharpness
-        See :class:`pertura.module.DrugAAE`.
+        Whether there is an effect in closed form, of which vectors explain the rest. `False`: vectors alone, as in the paper.
+    free_encoder
+        Whether the encoder's first layer has weights beside those tied to the gene embedding.
+    adversary_weight
+        Weight of the loss of a basal state from which the discriminator recognizes the perturbation.
+    contrast_weight
+        Weight of the agreement of a drug's text and signature.
+    counterfactual_weight
+        Weight of the error of effects that are predicted from control cells in training.
+    modality_dropout
+        Probability with which the signature, or the text, of a drug that has both is taken away in a step.
+    dropout_rate
+        Of encoder and discriminator.
+    lr, lr_schedule
+        Learning rate, and whether it falls to zero along a cosine or stays. The discriminator has its own: see
+        :class:`pertura.train.AdversarialPlan`.
+    kl_warmup
+        Share of the epochs in which the weight of divergences rises to 1; 0: none.
+    n_steps
+        Steps of training where ``train`` is given no number of epochs.
     preset
-        ``"paper"``: no closed form and no training on predicted effects. Arguments given beside it win.
-        Where defaults differ: on TG-GATEs, effects of held-out compounds described by two signatures, the default reaches a
-        correlation of .70, ridge .60, the paper's setting .42 (with texts .40, .40 and .25; mean effect .40). On simulated
-        drugs of known classes the default reaches .82 in 12 epochs, the paper's setting .13, and .74 after 100; .83 without its
-        adversary. See ``trust.md``.
+        ``"paper"``: no effects in closed form, and no training on predicted effects. Of the paper only the abstract was
+        available, which gives no sizes and no schedule: those stay. Options given beside it win.
 
     Notes
     -----
@@ -89,278 +159,241 @@ class DrugAAE(DescriptionMixin, PerturbationModel):
     """
 
     _module_cls = Module
+    _options_cls = DrugAAEOptions
+    _presets: ClassVar[dict[str, dict[str, Any]]] = {"paper": PAPER}
     _training_plan_cls = AdversarialPlan
     _can_predict_features = True
+    _setup_keys = (
+        SetupKey(
+            "ppi_key",
+            "Key of ``varp`` with protein-protein interactions, sparse; see :func:`pertura.priors.ppi_network`.",
+            check_interactions,
+        ),
+    )
 
-    def __init__(
-        self,
-        adata: AnnData | None = None,
-        registry: dict | None = None,
-        *,
-        n_latent: int = 24,
-        n_gene_embedding: int = 32,
-        n_effect_components: int = 200,
-        encoder_hidden: Sequence[int] = (128,),
-        decoder_hidden: Sequence[int] = (),
-        discriminator_hidden: Sequence[int] = (64, 64),
-        interaction_rank: int = 4,
-        likelihood: Literal["nb", "normal"] | None = None,
-        link_sharpness: float = 3.0,
-        residual: bool | None = None,
-        free_encoder: bool = True,
-        adversary_weight: float = 5.0,
-        contrast_weight: float = 0.1,
-        counterfactual_weight: float | None = None,
-        modality_dropout: float = 0.3,
-        dropout_rate: float = 0.0,
-        preset: Literal["paper"] | None = None,
-    ) -> None:
-        if preset not in (None, "paper"):
-            raise ValueError(f"`preset` must be 'paper' or None, got {preset!r}.")
-        chosen = {"residual": residual, "counterfactual_weight": counterfactual_weight}
-        options: dict[str, Any] = {"residual": True, "counterfactual_weight": 1.0}
-        options |= (_PAPER if preset == "paper" else {}) | {k: v for k, v in chosen.items() if v is not None}
-        names = (
-            "n_gene_embedding",
-            "encoder_hidden",
-            "decoder_hidden",
-            "discriminator_hidden",
-            "interaction_rank",
-            "link_sharpness",
-            "free_encoder",
-            "adversary_weight",
-            "contrast_weight",
-            "modality_dropout",
-            "dropout_rate",
-        )
-        given = locals()
-        options |= {name: given[name] for name in names}
-        _check_options(options | {"n_latent": n_latent, "n_effect_components": n_effect_components})
-        super().__init__(adata, registry)
-        self.description_ = None  # what of the descriptions training drugs bore out
-        likelihood = ("nb" if self.data_kind == "counts" else "normal") if likelihood is None else likelihood
-        if likelihood not in ("nb", "normal"):
-            raise ValueError(f"`likelihood` must be 'nb' or 'normal', got {likelihood!r}.")
-        if likelihood == "nb" and self.data_kind != "counts":
-            raise ValueError(
-                "`likelihood='nb'` needs counts, but the registered layer holds negative or fractional values. "
-                "Register the counts (`layer=`), or use 'normal'."
-            )
-        vocabulary, n_genes = self.vocabulary, len(self.gene_names)
+    module: Module
+    options: DrugAAEOptions
+
+    def _make_module(self) -> None:
+        options, vocabulary, n_genes = self.options, self.vocabulary, len(self.gene_names)
+        self.description_: dict[str, Any] | None = None  # what of the descriptions left-out drugs support
         text, signatures = split_columns(vocabulary.features, self.gene_names)
-        self.residual = options.pop("residual")
-        network = self._network(adata)
-        self.module = self._module_cls(
-            n_genes=n_genes,
-            n_perturbations=vocabulary.n_perturbations,
-            n_contexts=len(self.contexts),
-            n_batch=self.summary_stats["n_batch"],
+        likelihood = self._likelihood(options.likelihood)
+        ppi_key = self.registered.argument("ppi_key")
+        self.module = Module(
+            n_genes,
+            vocabulary.n_perturbations,
+            len(self.contexts),
+            len(self.registered.batches),
             n_text=len(text),
-            signatures=[genes for _, genes in signatures.items()],
-            n_state=n_latent,
-            n_effect_components=min(n_genes, n_effect_components) if self.residual else 0,
+            signatures=list(signatures.values()),
+            n_state=options.n_latent,
+            n_effect_components=min(n_genes, options.n_effect_components) if options.residual else 0,
             likelihood=likelihood,
-            network=self._argument("ppi_key") is not None,
-            **options,
+            has_ppi=ppi_key is not None,
+            **{name: getattr(options, name) for name in _MODULE_OPTIONS},
         )
-        if network is not None:
-            self.module.genes.set_network(network)
+        # a saved model has its own interactions
+        if ppi_key is not None and self.adata is not None and ppi_key in self.adata.varp:
+            at = self.adata.var_names.astype(str).get_indexer(self.gene_names)
+            self.module.genes.set_network(sparse.csr_matrix(self.adata.varp[ppi_key])[at][:, at])
         if vocabulary.features is not None:
             self.module.features.copy_(torch.as_tensor(vocabulary.feature_matrix(vocabulary.names)))
         self._model_summary_string = (
             f"DrugAAE: {vocabulary.n_perturbations} perturbations, {len(self.contexts)} contexts, {len(text)} text features, "
-            f"{len(signatures)} signatures, {'a' if self._argument('ppi_key') else 'no'} network, {likelihood} likelihood"
+            f"{len(signatures)} signatures, {'with' if ppi_key else 'without'} protein interactions, {likelihood} likelihood"
         )
-        self.init_params_ = self._get_init_params(locals())
-
-    @classmethod
-    def setup_anndata(
-        cls,
-        adata: AnnData,
-        *,
-        perturbation_key: str,
-        control: str,
-        layer: str | None = None,
-        context_key: str | None = None,
-        dose_key: str | None = None,
-        batch_key: str | None = None,
-        size_factor_key: str | None = None,
-        ppi_key: str | None = None,
-        perturbation_features_key: str | None = None,
-        delimiter: str = "+",
-        **kwargs: Any,
-    ) -> None:
-        """Register an AnnData with the model.
-
-        Parameters
-        ----------
-        adata, perturbation_key, control, layer, context_key, dose_key, batch_key, size_factor_key
-            As in :meth:`PerturbationModel.setup_anndata`.
-        ppi_key
-            Key of ``varp`` with protein-protein interactions, sparse; see :func:`pertura.priors.ppi_network`.
-        perturbation_features_key, delimiter, **kwargs
-            As in :meth:`PerturbationModel.setup_anndata`; for the names of columns see :class:`DrugAAE`.
-        """
-        args = cls._get_setup_method_args(**locals())
-        # a saved model has its network: data to load it with need none
-        if ppi_key is not None and isinstance(adata, AnnData) and "source_registry" not in kwargs:
-            check_network(adata, ppi_key)
-        cls._setup(adata, args)
 
     @classmethod
     def _fields(cls, args: dict[str, Any], features: pd.DataFrame | None = None) -> list:
         return super()._fields(args, order_features(features))
 
-    def _network(self, adata: AnnData | None) -> sparse.spmatrix | None:
-        key = self._argument("ppi_key")
-        if key is None or adata is None or key not in self.adata.varp:
-            return None
-        at = self.adata.var_names.astype(str).get_indexer(self.gene_names)
-        return sparse.csr_matrix(self.adata.varp[key])[at][:, at]
-
     # -- training ---------------------------------------------------------------------------------------------------
 
-    def _initialise(self, data: PerturbationDataModule) -> None:
-        rows = data.train_idx
-        max_dose = np.asarray(self.vocabulary.max_dose, dtype=np.float64)
-        bulk = pseudobulk(self.adata_manager, rows, max_dose=max_dose, n_contexts=len(self.contexts))
-        if not self.is_trained_:
-            self._standardise(rows)
-        self._share_of_classes(rows)
-        self._store_effects(bulk, max_dose)
-
     @torch.no_grad()
-    def _standardise(self, rows: NDArray[np.int64]) -> None:
-        """Mean and spread of the training cells, loadings of the controls."""
-        module, layer = self.module, self._argument("layer")
-        total = square = raw = raw_square = 0.0
-        for cells in self._cells(self.adata_manager, rows, 1024):
-            x, z = cells.x.cpu().double(), module.normalised(cells.x).cpu().double()
-            raw, raw_square = raw + x.sum(0), raw_square + (x**2).sum(0)
-            total, square = total + z.sum(0), square + (z**2).sum(0)
-        n = len(rows)
-        mean, variance = total / n, (square / n - (total / n) ** 2).clamp(min=0)
-        module.input_mean.copy_(mean)
-        # a gene that hardly varies must not enter blown up
-        module.input_scale.copy_(variance.sqrt().clamp(min=0.2 * float(variance.mean().sqrt()) + 1e-6))
-        module.effect_sd.copy_(module.input_scale)
-        spread = (raw_square / n - (raw / n) ** 2).clamp(min=0).sqrt()
-        module.likelihood.initialise((raw / n).float(), spread.float())
-        control = rows[self._is_control(self.adata_manager, rows)]
-        some = np.sort(np.random.default_rng(0).permutation(control)[:20_000])
-        if len(some) < 3:
-            return
-        at = self.adata.var_names.astype(str).get_indexer(self.gene_names)
-        values = (self.adata.X if layer is None else self.adata.layers[layer])[some][:, at]
-        _, basis = embed(values, self.data_kind == "counts", module.genes.loadings.shape[1], return_basis=True)
-        module.genes.loadings.zero_()
-        module.genes.loadings[:, : len(basis)] = torch.as_tensor(basis).T * basis.shape[1] ** 0.5
-
-    def _share_of_classes(self, rows: NDArray[np.int64]) -> None:
-        codes, dose = self._actions(self.adata_manager, rows)
-        present = (codes >= 0) & (dose > 0)
-        n = np.bincount(codes[present], minlength=self.vocabulary.n_perturbations)
-        share = np.append(n, (~present.any(1)).sum()) / len(rows)
-        self.module.class_share.copy_(torch.as_tensor(share))
-
-    @torch.no_grad()
-    def _store_effects(self, bulk: Pseudobulk, max_dose: NDArray[np.float64]) -> None:
-        """What training cells say of effects, and descriptions of them."""
+    def _initialize(self, data: PerturbationDataModule, table: ConditionTable) -> None:
         module = self.module
-        fitted = fit_effects(
-            bulk,
-            max_dose,
-            len(self.contexts),
-            module.features.cpu().numpy(),
-            n_text=module.n_text,
-            signatures=[g.numpy() for g in module.signature_genes],
-            n_components=module.n_effect,
-        )
-        for name in ("observed", "own_signature", "signature_scale", "basis", "effects", "left_out", "common"):
-            getattr(module, name).copy_(torch.as_tensor(fitted[name]))
-        module.from_features.copy_(torch.as_tensor(fitted["from_features"]))
-        module.from_nothing.copy_(torch.as_tensor(fitted["from_nothing"]))
         if not self.is_trained_:
-            module.dose_head.bias.copy_(torch.as_tensor(fitted["dose"]))
-        self.description_ = fitted["summary"]
-        module.network_share.fill_(1.0)
-        module.hidden_from.fill_(False)
-        observed = np.flatnonzero(fitted["observed"])
-        n_hidden = min(len(observed) // 5, _MAX_HIDDEN)
-        if module.n_effect and module.features.shape[1] and n_hidden >= _MIN_HIDDEN:
-            hidden = np.random.default_rng(0).permutation(observed)[:n_hidden]
-            module.hidden_from[torch.as_tensor(hidden)] = True
+            self._standardize(data, table)
+            loadings = gene_loadings(table, module.genes.loadings.shape[1])
+            module.genes.loadings.zero_()
+            module.genes.loadings[:, : loadings.shape[1]] = torch.as_tensor(loadings)
+        n_cells, codes = table.n.sum(1), table.codes
+        present = codes >= 0
+        treated = np.bincount(
+            codes[present],
+            np.broadcast_to(n_cells[:, None], codes.shape)[present],
+            minlength=self.vocabulary.n_perturbations,
+        )
+        share = np.append(treated, n_cells[table.is_control].sum()) / n_cells.sum()
+        module.class_share.copy_(torch.as_tensor(share))
+        self.description_ = fit_effects(module, table, self.vocabulary.max_dose, first=not self.is_trained_)
+
+    def _complete(self, table: ConditionTable) -> None:
+        self.module.vector_share.fill_(choose_vector_share(self))
 
     def _plan_defaults(self) -> dict[str, Any]:
         return {
-            "lr": 3e-3,
+            "lr": self.options.lr,
             "weight_decay": 1e-4,
-            "n_epochs_kl_warmup": 0.2,
-            "lr_schedule": "cosine",
-            "gradient_clip_val": 100.0,
+            "n_epochs_kl_warmup": self.options.kl_warmup or None,
+            "lr_schedule": self.options.lr_schedule,
         }
 
+    def _trainer_defaults(self) -> dict[str, Any]:
+        return {"gradient_clip_val": 100.0}
+
     def _default_max_epochs(self, n_batches: int) -> int:
-        return int(np.clip(round(1000 / n_batches), 10, 400))
+        return int(np.clip(round(self.options.n_steps / n_batches), 10, 400))
 
-    def _after_training(self, train_idx: NDArray[np.int64]) -> None:
-        self.module.eval()
-        if self.module.n_effect:
-            self.module.network_share[0] = self._network_share(train_idx)
-        super()._after_training(train_idx)
+    # -- what is known of drugs and genes ---------------------------------------------------------------------------
 
-    def _network_share(self, rows: NDArray[np.int64]) -> float:
-        """How much of the network's vector helps with drugs that it has not seen: those hidden from it decide."""
-        module = self.module
-        hidden = np.flatnonzero(module.hidden_from.cpu().numpy())
-        if not len(hidden):
-            return 0.0
-        control = rows[self._is_control(self.adata_manager, rows)]
-        control = np.sort(np.random.default_rng(0).permutation(control)[:200])
-        unit = self.vocabulary.max_dose
-        questions = [Question(self.vocabulary.names[i], (float(unit[i]),)) for i in hidden]
-        codes = torch.as_tensor(hidden)
-        measured = ((module.effects[codes]).mean(1) @ module.basis.mT).cpu().numpy()
-        observed, module.honest = module.observed.clone(), True
-        try:
-            module.observed[codes] = False
-            scores = []
-            for share in _SHARES:
-                module.network_share[0] = share
-                predicted = self._mean_effects(control, questions, self._resolve_scale(None), 0)
-                scores.append(correlations(predicted, measured))
-        finally:
-            module.observed.copy_(observed)
-            module.honest = False
-        gain = np.stack(scores) - scores[0]
-        best = int(gain.mean(1).argmax())
-        clear = gain[best].mean() > gain[best].std(ddof=1) / np.sqrt(len(hidden))
-        return _SHARES[best] if clear else 0.0
+    @torch.no_grad()
+    def get_drug_embedding(self) -> pd.DataFrame:
+        """Vectors v of trained perturbations and of all others that are described.
 
+        Returns
+        -------
+        DataFrame indexed by perturbation, ``(n_perturbations, n_latent)``; column ``trained`` last.
+        """
+        self._check_if_trained(warn=False, message="The model is not trained. Call `train()` first.")
+        names, features, own = self._described()
+        v = self.module.vector(features, own, self.module.genes())
+        table = pd.DataFrame(v.cpu().numpy(), index=pd.Index(names, name="perturbation"))
+        table.columns = [f"v{i + 1}" for i in range(table.shape[1])]
+        trained = self._trained()
+        return table.assign(trained=[n in trained for n in names])
 
-def check_network(adata: AnnData, key: Any) -> None:
-    """Raise unless ``varp`` has a network of non-negative weights under a key."""
-    if not isinstance(key, str) or key not in adata.varp:
-        known = ", ".join(map(repr, adata.varp)) or "none"
-        raise ValueError(
-            f"`ppi_key`: {key!r} is not a key of `adata.varp` (keys: {known}). "
-            "`pertura.priors.ppi_network(adata)` adds one."
-        )
-    network = adata.varp[key]
-    values = network.data if sparse.issparse(network) else np.asarray(network)
-    if not np.isfinite(values).all() or (values < 0).any():
-        raise ValueError(f"`ppi_key`: `varp[{key!r}]` must hold weights that are finite and not negative.")
+    @torch.no_grad()
+    def get_gene_embedding(self) -> pd.DataFrame:
+        """Embedding E of genes, ``(n_genes, n_gene_embedding)``, indexed by gene."""
+        return pd.DataFrame(self.module.genes().cpu().numpy(), index=pd.Index(self.gene_names, name="gene"))
 
+    def get_reliability(self, perturbation: str, *, n_neighbors: int = 3) -> pd.DataFrame:
+        """Trained perturbations whose descriptions are nearest to that of a perturbation.
 
-def _check_options(options: dict[str, Any]) -> None:
-    for name in ("n_latent", "n_gene_embedding", "n_effect_components", "interaction_rank"):
-        check_whole(name, options[name])
-    for name in ("encoder_hidden", "decoder_hidden", "discriminator_hidden"):
-        check_widths(name, options[name])
-    for name in ("residual", "free_encoder"):
-        check_flag(name, options[name])
-    check_number("link_sharpness", options["link_sharpness"], above=0)
-    for name in ("adversary_weight", "contrast_weight", "counterfactual_weight"):
-        check_number(name, options[name], least=0)
-    check_number("modality_dropout", options["modality_dropout"], least=0, below=0.5)
-    check_number("dropout_rate", options["dropout_rate"], least=0, below=1)
+        Parameters
+        ----------
+        perturbation
+            A single perturbation, trained or described.
+        n_neighbors
+            How many to name.
+
+        Returns
+        -------
+        DataFrame with ``neighbor`` and ``similarity`` (cosine of the features, each kind scaled as a whole; of the measured
+        effects where there are no features), and in ``attrs``: ``reliability``, the highest similarity (at least 0) times the
+        share of descriptions that trained perturbations, left out one at a time, supported (1 where effects were measured), and
+        ``gain``, by how much descriptions then improved the correlation over the mean effect.
+
+        Raises
+        ------
+        ValueError
+            For a combination, and for a perturbation without description.
+        """
+        check_whole("n_neighbors", n_neighbors)
+        self._check_if_trained(warn=False, message="The model is not trained. Call `train()` first.")
+        self._check_representable(perturbation)
+        names, unit = self._unit_descriptions()
+        if perturbation not in names:
+            raise ValueError(f"`perturbation`: {perturbation!r} is not a single perturbation. Ask for its members.")
+        at, trained = names.index(perturbation), self._trained()
+        similarity = unit @ unit[at]
+        others = np.array([i for i, name in enumerate(names) if name in trained and i != at], dtype=np.int64)
+        order = others[np.argsort(-similarity[others], kind="stable")][:n_neighbors]
+        table = pd.DataFrame({"neighbor": [names[i] for i in order], "similarity": similarity[order]})
+        believed = self.description_ or {"share": 0.0, "gain": 0.0}
+        top = float(max(similarity[order].max(initial=0.0), 0.0))
+        reliability = 1.0 if perturbation in trained else top * believed["share"]
+        table.attrs = {"reliability": reliability, "gain": believed["gain"]}
+        return table
+
+    def get_drug_target_scores(
+        self,
+        perturbation: str | list[str] | None = None,
+        *,
+        method: Literal["network", "signature", "neighbors"] = "network",
+        dose: float | None = None,
+        damping: float = 0.5,
+        n_steps: int = 3,
+        known_targets: pd.DataFrame | None = None,
+    ) -> pd.DataFrame:
+        """Genes ranked as targets of drugs.
+
+        Scores, not probabilities: compare them with how many drugs a gene is a target of, and how many interactions it has.
+
+        Parameters
+        ----------
+        perturbation
+            Names; `None`: all trained ones.
+        method
+            ``"network"``: predicted absolute effect on a gene and its neighbors in the network of proteins, in units of what all
+            drugs do there; ``"signature"``: similarity of the drug's vector to that of a signature in which the gene alone is
+            changed; ``"neighbors"``, which needs `known_targets`: how often the gene is a target of other drugs, those with
+            similar descriptions counting more (popularity, where descriptions say nothing).
+        dose
+            In the registered unit.
+        damping, n_steps
+            Of the walk over the network: chance to go on, and number of steps.
+        known_targets
+            Targets of some drugs, drugs x genes, 1 or 0 (or `bool`). A drug's own row never enters its score.
+
+        Returns
+        -------
+        DataFrame, perturbations x genes; the higher, the more likely a target.
+
+        Raises
+        ------
+        ValueError
+            For an unknown method, and where `known_targets` is missing, not needed or has none of the drugs.
+        """
+        if method not in ("network", "signature", "neighbors"):
+            raise ValueError(f"`method` must be 'network', 'signature' or 'neighbors', got {method!r}.")
+        if (known_targets is None) == (method == "neighbors"):
+            raise ValueError("`known_targets` belongs to `method='neighbors'`, which needs it. Give both or neither.")
+        self._check_if_trained(warn=False, message="The model is not trained. Call `train()` first.")
+        asked = resolve_perturbations(self, self._discrepancy.trained if perturbation is None else perturbation, dose)
+        labels = [p.label for p in asked]
+        if method == "network":
+            score = by_interactions(self, asked, damping, n_steps)
+        elif method == "signature":
+            score = by_signature(self, labels)
+        else:
+            score = by_neighbors(*self._unit_descriptions(), labels, known_targets, self.gene_names)
+        return pd.DataFrame(score, index=pd.Index(labels, name="perturbation"), columns=self.gene_names)
+
+    def _trained(self) -> set[str]:
+        measured = self.module.closed_form.measured.tolist()
+        return {name for name, was in zip(self.vocabulary.names, measured, strict=True) if was}
+
+    def _described(self) -> tuple[list[str], torch.Tensor, torch.Tensor]:
+        """Names, features and signatures from the training cells of registered and of described perturbations."""
+        module, vocabulary = self.module, self.vocabulary
+        names, features = list(vocabulary.names), module.features
+        if vocabulary.features is not None:
+            names += [str(n) for n in vocabulary.features.index if n not in vocabulary.lookup]
+            features = torch.as_tensor(vocabulary.feature_matrix(names)).to(features.device)
+        own = features.new_zeros(len(names), module.n_genes)
+        own[: vocabulary.n_perturbations] = module.own_signature
+        return names, features, own
+
+    def _unit_descriptions(self) -> tuple[list[str], NDArray[np.float64]]:
+        """Names, and descriptions of length 1, each kind scaled as a whole; measured effects where there are no features."""
+        names, features, own = self._described()
+        values = (features if features.shape[1] else own).cpu().numpy().astype(np.float64)
+        if features.shape[1]:
+            parts = (values[:, block] for block in blocks_of(self.module))
+            values = np.concatenate([p / (np.sqrt((p**2).sum(1).mean()) + 1e-12) for p in parts], axis=1)
+        return names, values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
+
+    def _provenance(
+        self, perturbations: Sequence[Perturbation], ci: float | None, settings: Settings
+    ) -> dict[str, Any]:
+        """What was asked, with the reliability of each single perturbation (NaN for combinations)."""
+        found = super()._provenance(perturbations, ci, settings)
+        single = [len(self.vocabulary.parse(p.label)) == 1 for p in perturbations]
+        found["reliability"] = [
+            self.get_reliability(p.label).attrs["reliability"] if one else float("nan")
+            for p, one in zip(perturbations, single, strict=True)
+        ]
+        return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -14,61 +14,128 @@ from scipy import sparse
 
 from pertura.data._datamodule import PerturbationDataModule
 from pertura.data._vocabulary import Vocabulary
+from pertura.effects import ConditionTable, fit_rows, fit_shifts, matched_differences, measure_covariation, own_shifts
 from pertura.module._gpovae import GPOVAE as Module
-from pertura.module._gpovae import OBJECTIVES
+from pertura.module._gpovae import N_QUANTILES, HopsGPOVAE
 
-from ._arguments import check_number, check_whole
-from ._cradlevae import CRADLEVAE, check_qc
-from ._network import Network, NetworkMixin
-from ._samsvae import SAMSVAE
-from ._shifts import covariation, matched_differences, own_shifts, shift_table, start_network
-
-# arguments of the module, and whether each may be 0
-_NUMBERS = {
-    "alignment_weight": True,
-    "covariation_weight": True,
-    "shift_floor": False,
-    "shift_criterion": True,
-    "sparsity_weight": True,
-}
-_OWN = ("objective", "n_hops", *_NUMBERS)
+from .base._artifact import PAPER, QC_KEY, ArtifactModel, ArtifactOptions, passed_rows
+from .base._gene_effects import dose_response, fit_gene_effects, refine_gene_effects
+from .base._grn import GeneNetwork, GRNModel
+from .base._model import SetupKey
+from .base._options import option
+from .base._predict import device_of, seeded
 
 
-class GPOVAE(NetworkMixin, CRADLEVAE):
-    r"""CRADLE-VAE whose effects are aligned with a gene regulatory network, which it gives back :cite:p:`Baek2025`.
+@dataclass(frozen=True)
+class GPOVAEOptions(ArtifactOptions):
+    """Options of :class:`GPOVAE`, which has their documentation."""
 
-    A perturbation is that of the gene whose name it bears. What is done to that gene spreads through the network: the shift of
-    all genes is :math:`s_r e_r (I - A)^{-1}`, with weights A of edges that each are there or not. The network starts as the sparse
-    Bayesian regression of measured shifts on measured shifts, in which edges are told from paths, and is then trained with the
-    rest. Effects of measured perturbations are shrunk towards the measured ones as in :class:`SAMSVAE`; genes of the network that
-    were never perturbed are knocked out in silico.
+    link_sharpness: float = option(1.0, above=0)
+    effect_lr_factor: float = option(0.3, above=0)
+    objective: Literal["resolvent", "hops"] = option("resolvent", one_of=("resolvent", "hops"))
+    effects: Literal["measured", "latent"] | None = option(None, one_of=("measured", "latent"))
+    regulators: Sequence[str] | None = option(None)
+    alignment_weight: float = option(1.0, least=0)
+    covariation_weight: float = option(50.0, least=0)
+    shift_floor: float = option(0.05, above=0)
+    n_hops: int = option(5, whole=0)
+    shift_criterion: float = option(0.5, least=0)
+    sparsity_weight: float = option(5.0, least=0)
+
+
+def _check_network(adata: AnnData, args: dict[str, Any]) -> None:
+    """Raise unless ``varp`` has a network."""
+    key = args["network_key"]
+    if not isinstance(key, str) or key not in adata.varp:
+        known = ", ".join(map(repr, adata.varp)) or "none"
+        raise ValueError(f"`network_key`: {key!r} is not a key of `adata.varp` (keys: {known}).")
+    network = adata.varp[key]
+    values = network.data if sparse.issparse(network) else np.asarray(network)
+    if not np.isfinite(values).all():
+        raise ValueError(f"`network_key`: `varp[{key!r}]` must hold finite weights.")
+
+
+NETWORK_KEY = SetupKey(
+    "network_key",
+    """Key of ``varp`` with a prior network, ``[source, target]``, sparse: how much is known for each edge, in units of
+            the largest absolute weight; signs are not used. Its sources become regulators. How much it is worth shows in
+            the data: where listed pairs are edges no more often than others, it has no say.""",
+    _check_network,
+)
+
+
+class GPOVAE(ArtifactModel, GRNModel):
+    r"""CRADLE-VAE whose effects are aligned with a gene regulatory network that it learns :cite:p:`Baek2025`.
+
+    Perturbations must be named after their target genes. What is done to a gene spreads through the network: the shift of all
+    genes is :math:`s_r e_r (I - A)^{-1}`, with weights A of edges that each are there or not. The network starts as the
+    sparse Bayesian regression of measured shifts on measured shifts, in which edges are told from paths, and is then trained
+    with the rest. Measured perturbations have their measured effects, as in :class:`SAMSVAE`; genes of the network that were
+    never perturbed are knocked out in silico. Features of perturbations are not used; leave ``perturbation_features_key`` out,
+    since with it only registered perturbations can be predicted.
 
     Parameters
     ----------
-    adata, registry
-        As in :class:`CRADLEVAE`. A prior network is registered with ``network_key``.
+    adata
+        Set up by :meth:`setup_anndata`; `None` to make a model of a `registry` alone. A prior network is registered with
+        ``network_key``, cells that failed quality control with ``qc_key``.
+    registry
+        Registry of a saved model.
+    n_latent
+        Dimension of the basal state and of the artifact.
+    n_layers, n_encoder_layers, n_hidden
+        Layers of decoder and encoder, and their width. Without layers of the decoder log-expression is linear in the
+        latent state.
+    effect_guide
+        ``"mean_field"``, or ``"correlated"``: the posterior of weights depends on the mask through a neural network.
+    mask_prior
+        Prior probability of an edge; ``"resolvent"`` starts from it and learns it.
+    prior_sd_E
+        Prior sd of weights; `None` learns one for each target.
+    counterfactual_weight, class_balance, match_quality
+        Of the artifact; as in :class:`CRADLEVAE`.
+    likelihood
+        ``"nb"`` for counts, ``"normal"`` for others; `None` takes what fits the registered layer.
+    link_sharpness
+        See :class:`pertura.nn.CountLikelihood`; with 1 shifts are of log-rates.
+    normalize_input
+        Whether the encoder sees counts per 10,000 rather than raw counts.
+    n_particles
+        Draws per cell and step of training.
+    effect_lr_factor, artifact_lr_factor
+        Learning rate of the network, and of the artifact, in units of that of the neural networks.
+    lr, lr_schedule
+        Learning rate, and whether it falls to zero along a cosine or stays.
+    kl_warmup
+        Share of the epochs in which the weight of divergences rises to 1; 0: none.
+    n_steps
+        Steps of training where ``train`` is given no number of epochs.
+    batch_size
+        Cells per minibatch where ``train`` is given none; `None`: a twentieth of the cells, between 128 and 512.
     objective
-        ``"resolvent"``: signed shifts of all genes, weighted by their precision, through paths of any length; ``"hops"``: the
-        paper's, logits of edges among the genes that perturbations are of (and `regulators`), fitted to absolute differences from
-        matched controls over paths of up to `n_hops` further steps. Its network has probabilities and no signs.
+        ``"resolvent"``: signed shifts of all genes, weighted by their precision, through paths of any length. ``"hops"``:
+        the paper's, logits of edges among the genes that perturbations are of (and `regulators`), fitted to absolute
+        differences from matched controls over paths of up to `n_hops` further steps. Its network has probabilities and no
+        signs.
+    effects
+        What measured perturbations do to expression: ``"measured"``, their measured effect, or ``"latent"``, what the
+        network says. `None`: ``"measured"``, for ``"hops"`` ``"latent"``, which is all it has.
     regulators
-        Genes that may regulate others though no perturbation is of them, to knock them out in silico; by default the sources of
-        the prior network. In ``"hops"`` the paper takes the gene that responds most to each perturbation.
+        Genes that may regulate others though no perturbation is of them, to knock them out in silico; `None`: the sources
+        of the prior network. In ``"hops"`` the paper takes the gene that responds most to each perturbation.
     alignment_weight
         Weight of the table of shifts, 1 for its log density; in ``"hops"`` that of the loss per cell.
     covariation_weight
-        As how many cells the covariation of genes within conditions counts. It is what is known about genes that were never
-        perturbed.
+        As how many cells the covariation of genes within conditions counts. It is what is known about genes that were
+        never perturbed.
     shift_floor
         How far measured shifts are from the network's beyond their standard errors (sd, log scale).
     n_hops, shift_criterion, sparsity_weight
-        Of ``"hops"``: additional steps of paths, the difference above which a shift is an edge, and the weight of the mean
+        Of ``"hops"``: further steps of paths, the difference above which a shift is an edge, and the weight of the mean
         probability of edges.
     preset
-        ``"paper"``: ``objective="hops"``, that of :class:`CRADLEVAE`, latent 100, :math:`\alpha = 0.3`.
-    **options
-        Arguments of :class:`CRADLEVAE` and :class:`SAMSVAE`; by default `link_sharpness` is 1, so that shifts are of
-        log-rates, and `effect_lr_factor` 0.3.
+        ``"paper"``: ``objective="hops"`` with settings and training schedule of the paper, which also stops early:
+        ``train(early_stopping=True, early_stopping_patience=30)``. Options given beside it win.
 
     Examples
     --------
@@ -79,121 +146,65 @@ class GPOVAE(NetworkMixin, CRADLEVAE):
     >>> model.get_perturbation_effect("IRF7", indices=np.flatnonzero(adata.obs["perturbation"] == "control"))
     """
 
-    _describes_unseen = False  # the network does
     _module_cls = Module
-    _paper: ClassVar[dict[str, Any]] = {
-        **CRADLEVAE._paper,
-        "n_latent": 100,
-        "mask_prior": 0.3,
-        "objective": "hops",
-        "alignment_weight": 100.0,
-        "sparsity_weight": 5.0,
+    _options_cls = GPOVAEOptions
+    _presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "paper": {
+            **PAPER,
+            "n_latent": 100,
+            "mask_prior": 0.3,
+            "objective": "hops",
+            "alignment_weight": 100.0,
+            "n_hops": 5,
+            "sparsity_weight": 5.0,
+        }
     }
+    _setup_keys = (QC_KEY, NETWORK_KEY)
+    _table_options: ClassVar[dict[str, Any]] = {"linear": True}
+    _known: Vocabulary | None = None
 
-    def __init__(
-        self,
-        adata: AnnData | None = None,
-        registry: dict | None = None,
-        *,
-        objective: Literal["resolvent", "hops"] | None = None,
-        regulators: Sequence[str] | None = None,
-        alignment_weight: float | None = None,
-        covariation_weight: float | None = None,
-        shift_floor: float | None = None,
-        n_hops: int | None = None,
-        shift_criterion: float | None = None,
-        sparsity_weight: float | None = None,
-        preset: Literal["paper"] | None = None,
-        **options: Any,
-    ) -> None:
-        super(SAMSVAE, self).__init__(adata, registry)
-        given = {name: value for name, value in locals().items() if name in _OWN}
+    def _make_module(self) -> None:
+        options, names = self.options, self.registered.vocabulary.names
+        extra = self._extra_regulators()
         # a model that is loaded without data finds the names here
-        regulators = self._extra_regulators(regulators)
-        self._extra = tuple(regulators)
-        self._build({**given, **options}, preset)
-        self._artefact_removed = False
-        self.init_params_ = self._get_init_params(locals())
+        self._found_options = {"regulators": extra}
+        self._rows = pd.Index([*names, *extra])
+        genes = self.gene_names.get_indexer(self._rows)
+        sizes = (len(self.gene_names), len(names), len(self.registered.batches))
+        shared = {**self._module_options(), "row_genes": genes.tolist(), "alignment_weight": options.alignment_weight}
+        if options.objective == "hops":
+            if options.effects == "measured":
+                raise ValueError("`effects='measured'` is not possible with `objective='hops'`: use 'latent'.")
+            own = {name: getattr(options, name) for name in ("n_hops", "shift_criterion", "sparsity_weight")}
+            self.module = HopsGPOVAE(*sizes, **shared, **own)
+        else:
+            self.module = Module(
+                *sizes, effects=options.effects or "measured", shift_floor=options.shift_floor, **shared
+            )
+            if self.registered.vocabulary.features is None:
+                # genes of the network are described by their row of it
+                described = pd.DataFrame({"row": np.flatnonzero(genes >= 0) + 1.0}, index=self._rows[genes >= 0])
+                self._known = replace(self.registered.vocabulary, features=described)
+        self._model_summary_string = (
+            f"GPOVAE: {len(names)} perturbations, network of {len(genes)} regulators, latent {options.n_latent}, "
+            f"objective {options.objective}, {self._likelihood(options.likelihood)} likelihood"
+        )
 
-    @classmethod
-    def _check_options(cls, given: dict[str, Any]) -> None:
-        super()._check_options(given)
-        if given.get("objective", "hops") not in OBJECTIVES:
-            raise ValueError(f"`objective` must be 'resolvent' or 'hops', got {given['objective']!r}.")
-        if given.get("effect", "sparse") != "sparse":
-            raise ValueError(f"`effect` of {cls.__name__} must be 'sparse', got {given['effect']!r}.")
-        for name in _NUMBERS.keys() & given.keys():
-            check_number(name, given[name], **{"least" if _NUMBERS[name] else "above": 0})
-        if "n_hops" in given:
-            check_whole("n_hops", given["n_hops"], least=0)
-
-    def _extra_regulators(self, regulators: Any) -> list[str]:
+    def _extra_regulators(self) -> list[str]:
         """Genes that are rows of the network though no perturbation is of them."""
-        if regulators is None:
-            regulators = self._sources()
-        if isinstance(regulators, str) or not all(isinstance(name, str) for name in regulators):
-            raise ValueError(f"`regulators` must be a list of names of genes, got {regulators!r}.")
-        missing = [name for name in regulators if name not in self.gene_names]
+        asked = self._sources() if self.options.regulators is None else self.options.regulators
+        if isinstance(asked, str) or not all(isinstance(name, str) for name in asked):
+            raise ValueError(f"`regulators` must be a list of names of genes, got {asked!r}.")
+        missing = [name for name in asked if name not in self.gene_names]
         if missing:
             raise ValueError(
-                f"`regulators`: {len(missing)} of {len(regulators)} names are no genes of `adata`, e.g. {missing[:5]}."
+                f"`regulators`: {len(missing)} of {len(asked)} names are no genes of `adata`, e.g. {missing[:5]}."
             )
-        return sorted(set(regulators) - set(self.vocabulary.names))
-
-    def _module_options(self, options: dict[str, Any]) -> dict[str, Any]:
-        genes = self.gene_names.get_indexer([*self.vocabulary.names, *self._extra])
-        options = {"objective": "resolvent", **options}
-        self.covariation_weight = options.pop("covariation_weight", 50.0)
-        if options["objective"] == "resolvent":
-            # shifts are of log-rates; the network starts near where it ends
-            options = {"link_sharpness": 1.0, "effect_lr_factor": 0.3, **options}
-        return {**options, "row_genes": genes.tolist()}
-
-    # -- registration -----------------------------------------------------------------------------------------------
-
-    @classmethod
-    def setup_anndata(
-        cls,
-        adata: AnnData,
-        *,
-        perturbation_key: str,
-        control: str,
-        layer: str | None = None,
-        context_key: str | None = None,
-        dose_key: str | None = None,
-        batch_key: str | None = None,
-        size_factor_key: str | None = None,
-        qc_key: str | None = None,
-        network_key: str | None = None,
-        perturbation_features_key: str | None = None,
-        delimiter: str = "+",
-        **kwargs: Any,
-    ) -> None:
-        """Register an AnnData with the model.
-
-        Parameters
-        ----------
-        adata, perturbation_key, control, layer, context_key, dose_key, batch_key, size_factor_key, qc_key
-            As in :meth:`CRADLEVAE.setup_anndata`.
-        network_key
-            Key of ``varp`` with a prior network, ``[source, target]``, sparse: how much is known for each edge, in units of
-            the largest absolute weight (signs play no part). Its sources become regulators. How much it is worth shows in
-            the data: where listed pairs are edges no more often than others, it has no say.
-        perturbation_features_key, delimiter, **kwargs
-            As in :meth:`PerturbationModel.setup_anndata`. Features of perturbations are not used: unseen perturbations are
-            those of genes in the network.
-        """
-        args = cls._get_setup_method_args(**locals())
-        # a saved model has its network: data to load it with need none
-        if network_key is not None and isinstance(adata, AnnData) and "source_registry" not in kwargs:
-            _check_network(adata, network_key)
-        if qc_key is not None and isinstance(adata, AnnData):
-            check_qc(adata, qc_key)
-        cls._setup(adata, args)
+        return sorted(set(asked) - set(self.registered.vocabulary.names))
 
     def _prior_network(self) -> sparse.csr_matrix | None:
         """How much is known for each edge, between 0 and 1, ``(n_genes, n_genes)``."""
-        key = self._argument("network_key")
+        key = self.registered.argument("network_key")
         if key is None or self.adata is None or key not in self.adata.varp:
             return None
         at = self.adata.var_names.astype(str).get_indexer(self.gene_names)
@@ -208,85 +219,98 @@ class GPOVAE(NetworkMixin, CRADLEVAE):
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """The perturbations that the model knows; genes of the network are described by their row of it."""
-        vocabulary = super().vocabulary
-        module = self.__dict__.get("module")
-        if module is None or not self.is_trained_ or not self._knows_genes(vocabulary):
-            return vocabulary
-        names = np.array([*vocabulary.names, *self._extra], dtype=object)
-        rows = np.flatnonzero(module.row_genes.cpu().numpy() >= 0)
-        return replace(vocabulary, features=pd.DataFrame({"row": rows + 1.0}, index=names[rows]))
-
-    def _knows_genes(self, vocabulary: Vocabulary) -> bool:
-        return self.module.objective == "resolvent" and vocabulary.features is None
-
-    @property
-    def _registered_features(self) -> None:
-        return None
+        """The perturbations that the model knows."""
+        return self.registered.vocabulary if self._known is None else self._known
 
     @property
     def _can_predict_features(self) -> bool:
-        return self._knows_genes(super().vocabulary)
+        return self._known is not None
+
+    def _check_representable(self, label: str) -> None:
+        for name in self.vocabulary.parse(label):
+            if self._known is not None and name in self.gene_names and name not in self._rows:
+                raise ValueError(
+                    f"`perturbation`: {name!r} was not seen in training and is no regulator of the network. Name it in "
+                    "`regulators` when you make the model, to knock it out in silico."
+                )
+        super()._check_representable(label)
 
     # -- training ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _initialise(self, data: PerturbationDataModule) -> None:
-        """As of CRADLEVAE, and the table of measured shifts; a new model starts from the network that it gives."""
-        super()._initialise(data)
-        module, rows = self.module, self._effect_rows(data.train_idx)
-        listed = self._listed()
-        if module.objective == "hops":
-            difference, share = matched_differences(self, rows)
+    def _initialize(self, data: PerturbationDataModule, table: ConditionTable) -> None:
+        super()._initialize(data, table)
+        module, rows = self.module, passed_rows(data.dataset, data.train_idx)
+        listed, genes, n = self._listed(), module.row_genes.cpu().numpy(), self.vocabulary.n_perturbations
+        if isinstance(module, HopsGPOVAE):
+            self._progress.stage("Matching cells to controls")
+            difference, share = matched_differences(data.dataset, rows, genes, n, N_QUANTILES)
             module.difference.copy_(torch.as_tensor(difference))
             module.share.copy_(torch.as_tensor(share))
             if not self.is_trained_ and listed is not None:
-                module.mask_logits.add_(2.0 * listed)
+                module.shifts.mask_logits.add_(2.0 * listed)
             return
-        table, variance = shift_table(self, rows)
-        measured = np.isfinite(variance)
-        module.shift_table.copy_(torch.as_tensor(table))
-        module.shift_precision.copy_(torch.as_tensor(measured / (variance + module.shift_floor**2)))
-        if self.covariation_weight:
-            cross, own = covariation(self, rows)
+        if module.gene_effects is not None:
+            fit_gene_effects(self, table)
+        shift, variance = fit_shifts(table, n, dose_response(self))
+        module.shift_table.copy_(torch.as_tensor(shift))
+        precision = np.isfinite(variance) / (variance + self.options.shift_floor**2)
+        module.shift_precision.copy_(torch.as_tensor(precision))
+        if self.options.covariation_weight:
+            cross, own = measure_covariation(data.dataset, rows, genes)
             module.covariation.copy_(torch.as_tensor(cross))
-            module.covariation_precision.copy_(torch.as_tensor(self.covariation_weight / np.maximum(own, 1e-3)))
+            weight = self.options.covariation_weight / np.maximum(own, 1e-3)
+            module.covariation_precision.copy_(torch.as_tensor(weight))
         if not self.is_trained_:
-            genes = module.row_genes.cpu().numpy()
-            module.effect_strength.copy_(torch.as_tensor(own_shifts(table, variance, genes)))
-            start_network(module, listed, rate=module.mask_prior)
+            module.effect_strength.copy_(torch.as_tensor(own_shifts(shift, variance, genes)))
+            self._progress.stage("Fitting the network")
+            self._start_network(listed)
+
+    def _start_network(self, listed: torch.Tensor | None) -> None:
+        """Set q(M) and q(E) to the posterior given the measured shifts."""
+        module, shifts = self.module, self.module.shifts
+        found = fit_rows(
+            module.shift_table,
+            module.shift_precision,
+            module.row_genes,
+            module.effect_strength,
+            covariation=module.covariation,
+            covariation_precision=module.covariation_precision,
+            listed=listed,
+            rate=self.options.mask_prior,
+        )
+        shifts.mask_logits.copy_(found.logits)
+        shifts.prior_logits.copy_(found.prior_logits)
+        if not shifts.correlated:
+            shifts.loc.copy_(found.mean)
+            shifts.log_sd.copy_(found.sd.clamp(min=1e-3).log())
+        shifts.log_prior_sd.fill_(float(np.log(found.slab)))
 
     def _listed(self) -> torch.Tensor | None:
-        """Prior network between rows and latent coordinates."""
+        """Prior network between rows and targets."""
         network = self._prior_network()
         if network is None:
             return None
-        module = self.module
-        rows, columns = module.row_genes.cpu().numpy(), module.column_genes.cpu().numpy()
+        rows = self.module.row_genes.cpu().numpy()
+        columns = rows if isinstance(self.module, HopsGPOVAE) else np.arange(len(self.gene_names))
         listed = network[np.maximum(rows, 0)][:, np.maximum(columns, 0)].toarray()
         listed *= (rows >= 0)[:, None] & (columns >= 0)
-        return torch.as_tensor(listed).to(module.mask_logits)
+        return torch.as_tensor(listed).to(self.module.shifts.mask_logits)
+
+    def _complete(self, table: ConditionTable) -> None:
+        if isinstance(self.module, Module) and self.module.gene_effects is not None:
+            refine_gene_effects(self, table)
 
     # -- what it learned --------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _network(self) -> Network:
+    def _gene_network(self) -> GeneNetwork:
         """Weights of all rows; of the paper's objective, probabilities in place of weights."""
         module = self.module
-        names = pd.Index([*self.vocabulary.names, *self._extra])
-        proba = (module.mask_logits.sigmoid() * module.possible).cpu().numpy()
-        if module.objective == "hops":
-            gene = (module.column_genes >= 0).cpu().numpy()
-            return Network(names, names[gene], proba[:, gene], proba[:, gene])
-        return Network(names, self.gene_names, module.mean_network().cpu().numpy(), proba)
-
-
-def _check_network(adata: AnnData, key: Any) -> None:
-    """Raise unless ``varp`` has a network under a key."""
-    if not isinstance(key, str) or key not in adata.varp:
-        known = ", ".join(map(repr, adata.varp)) or "none"
-        raise ValueError(f"`network_key`: {key!r} is not a key of `adata.varp` (keys: {known}).")
-    network = adata.varp[key]
-    values = network.data if sparse.issparse(network) else np.asarray(network)
-    if not np.isfinite(values).all():
-        raise ValueError(f"`network_key`: `varp[{key!r}]` must hold finite weights.")
+        proba = (module.shifts.proba() * module.possible).cpu().numpy()
+        if isinstance(module, HopsGPOVAE):
+            gene = (module.row_genes >= 0).cpu().numpy()
+            return GeneNetwork(self._rows, self._rows[gene], proba[:, gene], proba[:, gene])
+        with seeded(0, device_of(module)):  # a correlated posterior is averaged over draws
+            weight = module.mean_network().cpu().numpy()
+        return GeneNetwork(self._rows, self.gene_names, weight, proba)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
@@ -12,59 +12,99 @@ import torch
 from anndata import AnnData
 from numpy.typing import NDArray
 
-from pertura.data._constants import KEYS
 from pertura.data._datamodule import PerturbationDataModule
-from pertura.data._vocabulary import Vocabulary
+from pertura.data._perturbation import Perturbation
+from pertura.effects import ConditionTable
 from pertura.module._infosem import InfoSEM as Module
 from pertura.train._alternating import AlternatingPlan
 
-from ._arguments import check_flag, check_number, check_whole, check_widths
-from ._base import PerturbationModel
-from ._engine import Question, seeded
-from ._network import Network, NetworkMixin
-from ._network_priors import described_genes, embedding_table, known_table, label_matrix, regulator_names
+from ._network_priors import embedding_table, gene_descriptions, known_table, label_matrix, regulator_names
+from .base import GeneNetwork, GRNModel, Options, option
+from .base._arguments import check_whole, resolve_seed
+from .base._predict import device_of, seeded
 
-_DEFAULT: dict[str, Any] = {
-    "prior_mean": "pairwise",
-    "posterior": "map",
-    "likelihood": "mse",
-    "hidden": (64, 64),
-    "beta": 1.0,
-    "augmentation": 0.1,
-    "sparsity_delay": 0.05,
-    "z_prior": "standard",
-    "prior_shrinkage": 0.5,
-    "edge_logit_sd": 1.0,
-    "max_radius": 0.95,
-}
-_PAPER = {
+# alpha per gene where none is given: DeepSEM's 100 for the 821 genes of mouse dendritic cells
+_ALPHA_PER_GENE = 100 / 821
+_N_STEPS, _MAX_RESIDUAL_CELLS = 540, 2000
+_MODULE_OPTIONS = (
+    "n_ensemble",
+    "posterior",
+    "likelihood",
+    "hidden",
+    "beta",
+    "augmentation",
+    "sparsity_delay",
+    "z_prior",
+    "prior_shrinkage",
+    "edge_logit_sd",
+    "max_radius",
+)
+
+
+@dataclass(frozen=True)
+class InfoSEMOptions(Options):
+    """Options of :class:`InfoSEM`, which has their documentation."""
+
+    prior: Literal["none", "embedding", "embedding+edges"] = option(
+        "none", one_of=("none", "embedding", "embedding+edges")
+    )
+    embedding_key: str | pd.DataFrame = option("gene_embedding")
+    edges_key: str | pd.DataFrame = option("known_edges")
+    regulators: str | Sequence[str] | None = option(None)
+    n_ensemble: int = option(1, whole=1)
+    prior_mean: Literal["pairwise", "additive"] = option("pairwise", one_of=("pairwise", "additive"))
+    n_components: int = option(32, whole=1)
+    posterior: Literal["map", "variational"] = option("map", one_of=("map", "variational"))
+    likelihood: Literal["mse", "normal"] = option("mse", one_of=("mse", "normal"))
+    hidden: Sequence[int] = option((64, 64), widths=True)
+    alpha: float | None = option(None, above=0)
+    beta: float = option(1.0, above=0)
+    augmentation: float = option(0.1, least=0, below=1)
+    sparsity_delay: float = option(0.05, least=0, below=1)
+    z_prior: Literal["standard", "learned"] = option("standard", one_of=("standard", "learned"))
+    prior_shrinkage: float = option(0.5, least=0)
+    edge_logit_sd: float = option(1.0, above=0)
+    max_radius: float = option(0.95, least=0)
+    controls_only: bool = option(False, flag=True)
+    lr: float = option(5e-4, above=0)
+    grn_lr_factor: float = option(1.0, above=0)
+    optimizer: Literal["adam", "rmsprop"] = option("adam", one_of=("adam", "rmsprop"))
+    alternate: bool = option(False, flag=True)
+    n_epochs: int | None = option(None, whole=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("embedding_key", "edges_key"):
+            if not isinstance(getattr(self, name), (str, pd.DataFrame)):
+                raise ValueError(f"`{name}` must be a key or a DataFrame, got {type(getattr(self, name)).__name__}.")
+
+
+# DeepSEM's schedule: encoder and decoder at 1e-4; A at 2e-5 for 821 genes, in units of 33 lr / (G - 1)
+_DEEPSEM = {
     "prior_mean": "additive",
     "hidden": (128, 128),
     "alpha": 100.0,
+    "beta": 1.0,
     "augmentation": 0.0,
     "sparsity_delay": 0.0,
     "z_prior": "learned",
     "prior_shrinkage": 0.0,
     "max_radius": 0.0,
+    "lr": 1e-4,
+    "grn_lr_factor": 5.0,
+    "optimizer": "rmsprop",
+    "alternate": True,
+    "n_epochs": 90,
 }
-_CHOICES = {
-    "prior": ("none", "embedding", "embedding+edges"),
-    "prior_mean": ("pairwise", "additive"),
-    "posterior": ("map", "variational"),
-    "likelihood": ("mse", "normal"),
-    "z_prior": ("standard", "learned"),
-    "preset": (None, "paper"),
-}
-# of alpha without one of the user's own, per gene: DeepSEM's 100 for the 821 genes of mDC
-_SPARSITY = 100 / 821
 
 
-class InfoSEM(NetworkMixin, PerturbationModel):
+class InfoSEM(GRNModel):
     r"""Gene regulatory networks from expression with informative priors :cite:p:`Cui2025`, and DeepSEM without them.
 
     A structural-equation model: the state of each gene is a sum of the states of its regulators and of noise of its own, and
     expression a function of the state. :meth:`get_grn` gives the weights, :meth:`evaluate_grn` compares them with known edges.
-    ``predict_perturbation("STAT1")`` knocks a gene of the data out: each cell keeps the noise of its other genes.
+    ``predict_perturbation("STAT1")`` knocks a gene of the data out: each cell keeps the noise of its other genes, and
+    expression follows along the paths from the gene. The latent state of a cell is that of its genes.
 
     Parameters
     ----------
@@ -80,11 +120,12 @@ class InfoSEM(NetworkMixin, PerturbationModel):
         taken for average.
     edges_key
         Known edges: key of ``varp`` (``[source, target]``: 1 for known edges, -1 for pairs that are known to be none), or a
-        DataFrame ``source, target`` (and ``weight``). Pairs that are not listed are unknown. Keep edges out that you test with.
+        DataFrame ``source, target`` (and ``weight``). Pairs that are not listed are unknown. Leave out the edges that you
+        test with.
     regulators
         Genes whose rows are learned: boolean column of ``var``, or names. `None`: every gene; ``get_grn(regulators=)`` then keeps
-        those of regulators. Their rows alone are much faster where genes are many, and less accurate: what genes share by other
-        causes has then no other place to go.
+        those of regulators. Their rows alone are much faster where genes are many, and less accurate: shared variation
+        (e.g. batch) is then absorbed into these edges.
     n_ensemble
         Models trained side by side; weights are their mean :math:`|A|`, with the sign of their mean.
     prior_mean
@@ -95,28 +136,50 @@ class InfoSEM(NetworkMixin, PerturbationModel):
     posterior
         ``"map"`` or ``"variational"``: the latter also gives the probability that an edge has the sign it has.
     likelihood
-        ``"mse"``, or ``"normal"`` with a variance that depends on the state.
+        ``"mse"``: the same noise for all genes while training; ``"normal"``: a variance that depends on the state.
     hidden
-        Widths of the two networks, which all genes share.
+        Widths of encoder and decoder, which all genes share.
     alpha
-        Weight of mean :math:`|A|`; the prior sd of A is G / (N alpha). By default 0.12 for each gene.
+        Weight of mean :math:`|A|`; the prior sd of A is G / (N alpha). `None`: 0.12 for each gene.
     beta
         Weight of the divergence of z.
-    augmentation, sparsity_delay, z_prior, prior_shrinkage, edge_logit_sd, max_radius
-        See :class:`pertura.module.InfoSEM`; a `max_radius` of 0 is no limit.
+    augmentation
+        Share of entries that are set to zero in a training step.
+    sparsity_delay
+        Share of the training before the prior of A counts.
+    z_prior
+        ``"standard"``, or ``"learned"`` mean and variance of each gene's noise.
+    prior_shrinkage
+        Weight of the absolute prior mean in units of that of the deviation of A from it.
+    edge_logit_sd
+        Sd of the prior of the logits of known edges.
+    max_radius
+        Spectral radius beyond which A is scaled down; 0: no limit.
     controls_only
-        Train on control cells alone. Otherwise a cell whose gene was knocked out teaches all other genes.
+        Train on control cells alone. Otherwise a cell whose gene was knocked out informs all other genes.
+    lr
+        Learning rate of encoder and decoder.
+    grn_lr_factor
+        Multiplies the learning rates of A and of its prior.
+    optimizer
+        ``"adam"`` or ``"rmsprop"``.
+    alternate
+        Train encoder and decoder for one epoch and A for two, in turn.
+    n_epochs
+        Passes over the data where ``train`` is given no number; `None`: as many as make 540 steps, between 10 and 400.
     preset
-        ``"paper"``: DeepSEM's setting and its schedule, one epoch of networks and two of A in turn with RMSprop, learned prior of
-        z, no augmentation, no delay; with embeddings the additive prior mean without shrinkage. Arguments given beside it win.
+        ``"paper"``: the InfoSEM paper's standard normal z, state-dependent variance and additive prior mean, without shrinkage,
+        augmentation or delay, trained with DeepSEM's schedule; ``"deepsem"``: DeepSEM's own setting, which has a learned
+        prior of z and the squared error. Options given beside it win.
 
     Notes
     -----
-    Where the default differs from the papers: a standard normal z, entries set to zero at random, sparsity after a delay and one optimiser
-    (DAZZLE's), networks half as wide; the prior mean has a pairwise term and is shrunk. On BEELINE's dendritic cells, among genes without
-    known edges, AUPRC without prior is 1.69, 1.13 and 1.76 times chance (STRING, ChIP-seq of the cell type, of any; DeepSEM's setting: 1.59,
-    1.16, 1.88); with Gene Ontology 3.07, 1.22 and 2.65, with the additive prior mean 1.71, 1.12 and 1.76. The embeddings alone, without a cell,
-    do better where the known edges are themselves text-mined: see "Should I trust this?" in the documentation.
+    Where the default differs from the papers: entries set to zero at random, sparsity after a delay and one optimizer
+    (DAZZLE's), encoder and decoder half as wide; the prior mean has a pairwise term and is shrunk.
+
+    Counts are modelled as log1p of counts per 10,000 with normal noise, of which predictions read values below 0 as 0. Replicates
+    (:meth:`posterior_predictive_sample`) are on that scale, and :meth:`get_marginal_ll` is the normal density of it: compare it
+    with other models of log1p expression, not with models of counts.
 
     Examples
     --------
@@ -129,6 +192,11 @@ class InfoSEM(NetworkMixin, PerturbationModel):
     """
 
     _module_cls = Module
+    _options_cls = InfoSEMOptions
+    _presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "paper": {**_DEEPSEM, "z_prior": "standard", "likelihood": "normal"},
+        "deepsem": _DEEPSEM,
+    }
     _training_plan_cls = AlternatingPlan
     _can_predict_features = True
     _only_genes = True
@@ -136,70 +204,45 @@ class InfoSEM(NetworkMixin, PerturbationModel):
     _perturbation_optional = True
     module: Module
 
-    def __init__(
-        self,
-        adata: AnnData | None = None,
-        registry: dict | None = None,
-        *,
-        prior: Literal["none", "embedding", "embedding+edges"] = "none",
-        embedding_key: str | pd.DataFrame = "gene_embedding",
-        edges_key: str | pd.DataFrame = "known_edges",
-        regulators: str | Sequence[str] | None = None,
-        n_ensemble: int = 1,
-        prior_mean: Literal["pairwise", "additive"] | None = None,
-        n_components: int = 32,
-        posterior: Literal["map", "variational"] | None = None,
-        likelihood: Literal["mse", "normal"] | None = None,
-        hidden: Sequence[int] | None = None,
-        alpha: float | None = None,
-        beta: float | None = None,
-        augmentation: float | None = None,
-        sparsity_delay: float | None = None,
-        z_prior: Literal["standard", "learned"] | None = None,
-        prior_shrinkage: float | None = None,
-        edge_logit_sd: float | None = None,
-        max_radius: float | None = None,
-        controls_only: bool = False,
-        preset: Literal["paper"] | None = None,
-    ) -> None:
-        given = {name: value for name, value in locals().items() if name in _DEFAULT and value is not None}
-        given |= {} if alpha is None else {"alpha": alpha}
-        _check_options(
-            {**given, "prior": prior, "preset": preset, "n_ensemble": n_ensemble, "n_components": n_components}
-        )
-        check_flag("controls_only", controls_only)
-        for name, value in (("embedding_key", embedding_key), ("edges_key", edges_key)):
-            if not isinstance(value, (str, pd.DataFrame)):
-                raise ValueError(f"`{name}` must be a key or a DataFrame, got {type(value).__name__}.")
-        super().__init__(adata, registry)
-        genes = self.gene_names
-        # names and tables are saved with the model, which can then be loaded with data that lack them
-        regulators = regulator_names(self.adata, regulators, genes)
-        embedding_key = embedding_table(self.adata, embedding_key, genes) if prior != "none" else "gene_embedding"
-        edges_key = known_table(self.adata, edges_key, genes) if prior == "embedding+edges" else "known_edges"
-        options = {**_DEFAULT, "alpha": _SPARSITY * len(genes), **(_PAPER if preset == "paper" else {}), **given}
-        pairwise = options.pop("prior_mean") == "pairwise"
-        rows = genes.get_indexer(regulators)
-        if prior != "none":
-            embedding, similarity = described_genes(embedding_key, genes, n_components)
-            options |= {"embedding": embedding, "similarity": similarity[rows] if pairwise else None}
-        if prior == "embedding+edges":
-            options["known"] = label_matrix(edges_key, regulators, genes)
-        options["max_radius"] = options["max_radius"] or None
-        self.preset, self.controls_only = preset, controls_only
-        self.module = self._module_cls(
-            n_genes=len(genes),
-            n_batch=self.summary_stats["n_batch"],
+    def _look_up(self) -> dict[str, Any]:
+        options, genes, found = self.options, self.gene_names, {}
+        if options.regulators is not None:
+            found["regulators"] = regulator_names(self.adata, options.regulators, genes)
+        if options.prior != "none":
+            found["embedding_key"] = embedding_table(self.adata, options.embedding_key, genes)
+        if options.prior == "embedding+edges":
+            found["edges_key"] = known_table(self.adata, options.edges_key, genes)
+        return found
+
+    def _make_module(self) -> None:
+        options, genes = self.options, self.gene_names
+        # every gene can be knocked out, and is described by its position, counted from 1
+        position = pd.DataFrame({"gene": np.arange(1, len(genes) + 1, dtype=np.float32)}, index=genes)
+        vocabulary = replace(self.registered.vocabulary, features=position)
+        self.registered = replace(self.registered, vocabulary=vocabulary)
+        regulators = list(genes) if options.regulators is None else options.regulators
+        rows, informed = genes.get_indexer(regulators), {}
+        if options.prior != "none":
+            embedding, similarity = gene_descriptions(options.embedding_key, options.n_components)
+            informed = {"embedding": embedding}
+            if options.prior_mean == "pairwise":
+                informed["similarity"] = similarity[rows]
+        if options.prior == "embedding+edges":
+            informed["known"] = label_matrix(options.edges_key, regulators, genes)
+        self.module = Module(
+            len(genes),
+            len(self.registered.batches),
             regulators=rows,
-            knocked_out=genes.get_indexer(list(self.vocabulary.names)),
-            n_ensemble=n_ensemble,
-            native_scale="log1p" if self.data_kind == "counts" else "layer",
-            **options,
+            knocked_out=genes.get_indexer(list(vocabulary.names)),
+            alpha=options.alpha or _ALPHA_PER_GENE * len(genes),
+            native_scale="log1p" if self.registered.is_counts else "layer",
+            **informed,
+            **{name: getattr(options, name) for name in _MODULE_OPTIONS},
         )
         self._model_summary_string = (
-            f"InfoSEM: {len(regulators)} regulators, {len(genes)} genes, prior {prior}, {n_ensemble} in the ensemble"
+            f"{type(self).__name__}: {len(regulators)} regulators, {len(genes)} genes, prior {options.prior}, "
+            f"{options.n_ensemble} in the ensemble"
         )
-        self.init_params_ = self._get_init_params(locals())
 
     @classmethod
     def setup_anndata(
@@ -225,44 +268,39 @@ class InfoSEM(NetworkMixin, PerturbationModel):
             Cells x genes. Counts are modelled as log1p of counts per 10,000, other values as they are.
         perturbation_key
             Column of ``obs`` that names the genes that were knocked out, if any were; `None`: none was. Cells with other
-            perturbations train the network like unperturbed ones.
+            perturbations are trained on like unperturbed ones.
         control
             Label of unperturbed cells.
-        layer, context_key, dose_key, size_factor_key, delimiter
-            As in :meth:`PerturbationModel.setup_anndata`. A dose is the share of its expression that a gene loses.
+        layer, context_key, size_factor_key, delimiter
+            As in :meth:`PerturbationModel.setup_anndata`.
+        dose_key
+            Column of ``obs`` with doses: at the highest one a gene is knocked out, below it loses that share of its state.
         batch_key
-            Column of ``obs`` with the batch, whose mean expression is taken away.
+            Column of ``obs`` with the batch, whose mean expression is subtracted.
         perturbation_features_key
             Not used: a perturbation is the knock-out of a gene.
         **kwargs
             As in :meth:`PerturbationModel.setup_anndata`.
         """
-        args = cls._get_setup_method_args(**locals())
         if perturbation_features_key is not None:
             raise ValueError(
                 "`perturbation_features_key`: InfoSEM knocks out genes of the data, and needs no descriptions of them. "
                 "Leave it out; PertVAE or baseline.Linear predict other perturbations."
             )
-        cls._setup(adata, args)
+        cls._setup(adata, cls._get_setup_method_args(**locals()))
 
     # -- what can be asked ------------------------------------------------------------------------------------------
 
-    @property
-    def vocabulary(self) -> Vocabulary:
-        """The perturbations that the model knows; every gene can be knocked out, described by its position from 1."""
-        position = np.arange(1, len(self.gene_names) + 1, dtype=np.float32)
-        return replace(super().vocabulary, features=pd.DataFrame({"gene": position}, index=self.gene_names))
-
     def _check_representable(self, label: str) -> None:
         new = [m for m in self.vocabulary.parse(label) if m not in self.gene_names]
-        if new and self._discrepancy.step(Question(label)) not in ("unseen", "unseen with features"):
+        if new and self._discrepancy.step(Perturbation(label)) != "unseen":
             raise ValueError(
                 f"`perturbation`: {', '.join(map(repr, new))} is not a gene of the model, and InfoSEM knocks out genes. "
                 "PertVAE or SAMSVAE predict other perturbations."
             )
         super()._check_representable(label)
 
-    def _is_known(self, name: str) -> bool:
+    def _can_take_back(self, name: str) -> bool:
         return name in self.gene_names
 
     # -- training ---------------------------------------------------------------------------------------------------
@@ -270,68 +308,54 @@ class InfoSEM(NetworkMixin, PerturbationModel):
     def _data_module(
         self, train_idx: NDArray[np.int64], val_idx: NDArray[np.int64], batch_size: int, seed: int
     ) -> PerturbationDataModule:
-        if self.controls_only:
-            train_idx, val_idx = (rows[self._is_control(self.adata_manager, rows)] for rows in (train_idx, val_idx))
+        if self.options.controls_only:
+            train_idx, val_idx = (rows[self._registered_cells(rows).is_control] for rows in (train_idx, val_idx))
             if not len(train_idx):
                 raise ValueError("`controls_only`: there is no control cell among the training cells.")
         return super()._data_module(train_idx, val_idx, batch_size, seed)
 
-    @torch.no_grad()
-    def _initialise(self, data: PerturbationDataModule) -> None:
-        """Means of batches and spreads of genes, from the training cells."""
+    def _initialize(self, data: PerturbationDataModule, table: ConditionTable) -> None:
+        """Means of batches and spreads of genes, from the cells that train."""
         if self.is_trained_:
             return
-        module = self.module
-        n_batch, n_genes = module.input_mean.shape
-        total, square = torch.zeros(n_batch, n_genes).double(), torch.zeros(n_batch, n_genes).double()
-        number = torch.zeros(n_batch).double()
-        for tensors in data.iterate(data.train_idx):
-            x = module.normalised(tensors[KEYS.X]).double()
-            batch = tensors[KEYS.BATCH].long().flatten()
-            total.index_add_(0, batch, x)
-            square.index_add_(0, batch, x**2)
-            number.index_add_(0, batch, torch.ones(len(x)).double())
-        overall = total.sum(0) / number.sum()
-        mean = torch.where(number[:, None] > 0, total / number.clamp(min=1)[:, None], overall)
-        variance = (square.sum(0) - (number[:, None] * mean**2).sum(0)) / number.sum()
-        sd = variance.clamp(min=0).sqrt()
-        module.input_mean.copy_(mean)
-        # a gene that does not vary must not enter blown up
-        module.input_scale.copy_(sd.clamp(min=1e-3 * float(sd.max()) + 1e-6))
+        moments, n, mean = table.normalized, table.batch_n, table.batch_mean.astype(np.float64)
+        if self.options.controls_only:
+            moments, n = table.control_moments, np.zeros(len(n))
+            total = np.zeros(mean.shape)
+            np.add.at(n, table.control_batch, table.control_n.sum(1))
+            np.add.at(total, table.control_batch, (table.control_n[..., None] * table.control_mean).sum(1))
+            mean = np.where(n[:, None] > 0, total / np.maximum(n, 1)[:, None], moments.mean)
+        between = (n / n.sum()) @ (mean - moments.mean) ** 2
+        sd = np.sqrt(np.maximum(moments.variance - between, 0.0))
+        self.module.standardize(torch.as_tensor(mean), torch.as_tensor(sd))
+
+    def _complete(self, table: ConditionTable) -> None:
+        rows = self.train_indices
+        if self.options.controls_only:
+            rows = rows[self._registered_cells(rows).is_control]
+        rows = np.sort(np.random.default_rng(0).permutation(rows)[:_MAX_RESIDUAL_CELLS])
+        self.module.fit_residuals(self._registered_cells(rows).cells(256, device_of(self.module)))
 
     def _plan_defaults(self) -> dict[str, Any]:
-        if self.preset == "paper":
-            # networks at 1e-4; A, whose rates are in units of 5e-4, at DeepSEM's 2e-5 for 821 genes
-            schedule = {"n_epochs_networks": 1, "n_epochs_grn": 2}
-            return {"optimizer": "rmsprop", "lr": 1e-4, "grn_lr_factor": 5.0, **schedule}
-        return {"lr": 5e-4}
+        options = self.options
+        plan = {"lr": options.lr, "grn_lr_factor": options.grn_lr_factor, "optimizer": options.optimizer}
+        return {**plan, "n_epochs_networks": 1, "n_epochs_grn": 2} if options.alternate else plan
 
     def _default_batch_size(self, n_cells: int) -> int:
         return 64
 
     def _default_max_epochs(self, n_batches: int) -> int:
-        return int(np.clip(round(540 / n_batches), 10, 400))
-
-    def _after_training(self, train_idx: NDArray[np.int64]) -> None:
-        self.module.eval()
-        own = train_idx[self._is_control(self.adata_manager, train_idx)] if self.controls_only else train_idx
-        own = np.sort(np.random.default_rng(0).permutation(own)[:2000])
-        total = sum(self.module.squared_residuals(cells) for cells in self._cells(self.adata_manager, own, 256))
-        self.module.residual_sd.copy_((total / len(own)).sqrt().clamp(min=0.01))
-        super()._after_training(train_idx)
+        return self.options.n_epochs or int(np.clip(round(_N_STEPS / n_batches), 10, 400))
 
     # -- what it learned --------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _network(self) -> Network:
+    def _gene_network(self) -> GeneNetwork:
         module = self.module
-        weight = module.network()
-        proba = module.edge_proba()
+        weight, proba, prior = module.network(), module.edge_proba(), module.prior_mean()
         if proba is None and module.network_log_sd is not None:
-            ratio = module.network_weight.abs() / module.network_log_sd.exp()
-            proba = 0.5 * (1 + torch.erf(ratio / 2**0.5))
-        prior = module.prior_mean()
-        return Network(
+            proba = torch.special.ndtr(module.network_weight.abs() / module.network_log_sd.exp())
+        return GeneNetwork(
             regulators=self.gene_names[module.regulators.cpu().numpy()],
             genes=self.gene_names,
             weight=(weight.abs().mean(0) * weight.mean(0).sign()).cpu().numpy(),
@@ -341,7 +365,7 @@ class InfoSEM(NetworkMixin, PerturbationModel):
 
     @torch.no_grad()
     def get_prior_summary(self) -> pd.DataFrame:
-        """How much of the network is what the embeddings say.
+        """How much of the network is explained by the embeddings.
 
         Returns
         -------
@@ -359,58 +383,38 @@ class InfoSEM(NetworkMixin, PerturbationModel):
         if not module.additive:
             raise ValueError("`prior='none'`: there is no prior mean. Make the model with `prior='embedding'`.")
         keep = module.no_loops.bool()
-        weight = (module.network_weight / module.unit)[:, keep]
-        mean = (module.prior_mean() / module.unit)[:, keep]
+        weight, mean, additive = (
+            (values / module.unit)[:, keep]
+            for values in (module.network_weight, module.prior_mean(), module.prior_mean() - module.pairwise_mean())
+        )
         table = {
             "explained": 1 - (weight - mean).var(1) / weight.var(1),
             "sd_A": weight.std(1),
-            "sd_additive": (mean - self._pairwise()[:, keep]).std(1),
+            "sd_additive": additive.std(1),
         }
-        if hasattr(module, "prior_kernel"):
+        if module.prior_kernel is not None:
             table["similarity"] = module.prior_kernel
-        return pd.DataFrame({k: v.cpu().numpy() for k, v in table.items()}).rename_axis("member")
-
-    def _pairwise(self) -> torch.Tensor:
-        module = self.module
-        if not hasattr(module, "prior_kernel"):
-            return torch.zeros(module.n_ensemble, *module.no_loops.shape, device=module.no_loops.device)
-        return module.prior_kernel[:, None, None] * module.similarity
+        return pd.DataFrame({name: v.cpu().numpy() for name, v in table.items()}).rename_axis("member")
 
     @torch.no_grad()
     def simulate(self, n_cells: int = 1000, *, seed: int | None = None) -> AnnData:
-        """Cells that the model makes up, from noise through the network to expression.
+        """Simulate unperturbed cells: noise, the network's states, and expression with its measurement noise.
 
         Parameters
         ----------
         n_cells
             Number of cells.
         seed
-            Of the draws; by default ``scvi.settings.seed``, else 0.
+            Seed of the draws; by default ``scvi.settings.seed``, else 0.
 
         Returns
         -------
         AnnData with expression on the modelled scale: log1p of counts per 10,000 for counts, else that of the layer.
         """
         check_whole("n_cells", n_cells)
-        seed = self._seed(seed)
+        seed = resolve_seed(seed)
         self._check_if_trained(warn=False, message="The model is not trained. Call `train()` first.")
         self.module.eval()
-        with seeded(seed, self.module.input_mean.device):
+        with seeded(seed, device_of(self.module)):
             x = self.module.generate(n_cells).cpu().numpy()
         return AnnData(X=x, var=pd.DataFrame(index=self.gene_names))
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    for name, allowed in _CHOICES.items():
-        if name in options and options[name] not in allowed:
-            raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {options[name]!r}.")
-    for name in ("n_ensemble", "n_components"):
-        check_whole(name, options[name])
-    if "hidden" in options:
-        check_widths("hidden", options["hidden"])
-    for name in {"alpha", "beta", "prior_shrinkage", "max_radius"} & options.keys():
-        check_number(name, options[name], least=0)
-    for name in {"alpha", "edge_logit_sd"} & options.keys():
-        check_number(name, options[name], above=0)
-    for name in {"augmentation", "sparsity_delay"} & options.keys():
-        check_number(name, options[name], least=0, below=1)

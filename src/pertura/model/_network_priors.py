@@ -1,4 +1,4 @@
-"""What a network model is told of its genes: regulators, embeddings, known edges, each by name or by a key of the data."""
+"""Prior knowledge on genes for models of networks: regulators, embeddings, known edges, by name or by a key of the data."""
 
 from __future__ import annotations
 
@@ -75,19 +75,17 @@ def embedding_table(adata: AnnData | None, given: Any, genes: pd.Index) -> pd.Da
     return table
 
 
-def described_genes(
-    table: pd.DataFrame, genes: pd.Index, n_components: int
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Whitened components of gene embeddings, and similarities of the genes.
+def gene_descriptions(table: pd.DataFrame, n_components: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Whitened components of gene embeddings, as :func:`embedding_table` gives them, and similarities of the genes.
 
-    Embeddings are centred first: raw ones of language models point all in one direction.
+    Embeddings are centered first: raw ones of language models all point in one direction.
 
     Returns
     -------
     ``(n_genes, n_components)`` with unit variance, and cosines, at least 0, ``(n_genes, n_genes)``; 0 for genes without an
     embedding.
     """
-    values = table.reindex(genes).to_numpy(np.float64)
+    values = table.to_numpy(np.float64)
     has_one = np.isfinite(values).all(1) & (np.nan_to_num(values) != 0).any(1)
     values = np.where(has_one[:, None], np.nan_to_num(values), 0.0)
     values = np.where(has_one[:, None], values - values[has_one].mean(0), 0.0)

@@ -1,68 +1,60 @@
-r"""CRADLE-VAE: SAMS-VAE with a latent for technical artefacts and counterfactual reasoning (Baek et al. 2024).
+r"""CRADLE-VAE: SAMS-VAE with a latent for technical artifacts and counterfactual reasoning (Baek et al. 2024).
 
 With :math:`c_i` 1 for cells that failed quality control,
 
 .. math::
 
-    A \sim N(0, I), \quad h_i = [z^b_i;\; z^p_i;\; c_i A], \quad x_i \sim p_\theta(x \mid \mathrm{dec}(h_i)),
+    E_{tj} &\sim N(0, \sigma_j^2), \quad M_{tj} \sim \mathrm{Bernoulli}(\alpha), \quad A \sim N(0, I) \\
+    z^b_i &\sim N(0, I), \quad z^p_i = \sum_t s_t(d_{it})\,(E_t \circ M_t) \\
+    x_i &\sim p_\theta(x \mid \mathrm{dec}([z^b_i;\; z^p_i;\; c_i A]))
 
-and the basal state of a cell, had its label been the other, is that of cells of the same perturbation which have the other label:
+and a counterfactual loss, see :mod:`pertura.module._artifact`.
 
-.. math::
-
-    L_{cf} = \beta\, \frac{1}{n} \sum_i
-        \mathrm{KL}\big(q(z^b \mid x'_i, d_i, 1 - c_i) \,\|\, q(z^b \mid x_i, d_i, 1 - c_i)\big),
-
-:math:`x'_i` the mean profile of those cells in the training data. The published code takes other cells for them, drops the variance of
-the second normal from the KL and sums over the batch; none of this is repeated.
-
-An encoder that is given the expression of failed cells passes on what they have in common, whatever the counterfactual loss says.
-By default it is therefore given failed cells with each gene's mean and spread within perturbations brought to those of passed cells.
+With ``effects="measured"`` perturbations act on genes as in :mod:`pertura.module._samsvae`, and :math:`z^p` explains these
+effects.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import pyro
 import pyro.distributions as dist
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.distributions import kl_divergence
+from torch import Tensor
 
+from pertura.data._constants import UNKNOWN
+
+from ._artifact import Artifact, failed, infer_basal
 from ._base import Action, Basal, Cells
-from ._samsvae import SAMSVAE, beside
+from ._gene_effects import GeneEffects, explain_effects
+from ._latent import Decoder, LatentModule, NormalEncoder, beside
+from ._shifts import RotateOnce, SparseShifts, share_of_data
 
 
-@dataclass
-class ArtefactBasal(Basal):
-    """Basal states of cells of known quality.
-
-    Attributes
-    ----------
-    qc
-        1 for cells that failed quality control, ``(n_cells, 1)``.
-    """
-
-    qc: Tensor | None = None
-
-
-class CRADLEVAE(SAMSVAE):
-    r"""Generative model and guide of CRADLE-VAE.
+class CRADLEVAE(LatentModule):
+    """Generative model and guide of CRADLE-VAE.
 
     Parameters
     ----------
-    n_genes, n_perturbations, n_batch, **options
-        As in :class:`SAMSVAE`; `effect` is ``"sparse"`` or ``"dense"``.
-    counterfactual_weight
-        :math:`\beta`.
-    class_balance
-        Weigh the expression of cells that passed by the fraction of failed cells in the minibatch, and vice versa, as the paper does.
-    match_quality
-        Give the encoder failed cells with the mean and spread of passed ones, and not the artefact; the paper's sees the cell as it is.
+    n_genes, n_perturbations, n_batch
+        Sizes of the data.
+    n_latent
+        Dimension of the basal state, of the shifts and of the artifact.
+    n_layers, n_encoder_layers, n_hidden
+        Layers of decoder and encoder, and their width.
+    likelihood, link_sharpness, normalize_input, rotate_shifts, effects, combinations
+        As in :class:`SAMSVAE`; only the coordinates of the shifts are rotated, the basal state has its own.
+    effect_lr_factor, artifact_lr_factor
+        Learning rate of shifts and artifact in units of that of the neural networks.
+    counterfactual_weight, class_balance, match_quality
+        Of the artifact; see :class:`~pertura.module._artifact.Artifact`.
+    **shift_options
+        Of the shifts; see :class:`SparseShifts`.
     """
+
+    no_weight_decay = {"shifts.", "artifact.", "likelihood.log_theta"}
 
     def __init__(
         self,
@@ -70,126 +62,104 @@ class CRADLEVAE(SAMSVAE):
         n_perturbations: int,
         n_batch: int = 1,
         *,
+        n_latent: int = 30,
+        n_layers: int = 0,
+        n_encoder_layers: int = 1,
+        n_hidden: int = 128,
+        likelihood: Literal["nb", "normal"] = "nb",
+        link_sharpness: float = 3.0,
+        normalize_input: bool = True,
+        rotate_shifts: bool = True,
+        effect_lr_factor: float = 5.0,
+        artifact_lr_factor: float = 5.0,
+        effects: Literal["measured", "latent"] = "latent",
+        combinations: Sequence[Sequence[int]] = (),
         counterfactual_weight: float = 1.0,
         class_balance: bool = False,
         match_quality: bool = True,
-        **options: Any,
+        **shift_options: Any,
     ) -> None:
-        super().__init__(n_genes, n_perturbations, n_batch, **options)
-        self.counterfactual_weight, self.class_balance = counterfactual_weight, class_balance
-        self.match_quality = match_quality
-        self.effect_artefact_loc = nn.Parameter(torch.zeros(self.n_latent))
-        self.effect_artefact_log_sd = nn.Parameter(torch.full((self.n_latent,), -1.0))
-        # normalised mean profiles of passed and failed training cells: of controls, of each perturbation, of combinations
-        n_groups = 1 + len(self.residual)
-        self.register_buffer("profile", torch.zeros(n_groups, 2, n_genes))
-        self.register_buffer("profile_cells", torch.zeros(n_groups, 2))
-        # of failed cells less passed ones within groups, and the ratio of passed cells' spread to theirs; units of the encoder's input
-        self.register_buffer("quality_centre", torch.zeros(2, n_genes))
-        self.register_buffer("quality_ratio", torch.ones(n_genes))
+        super().__init__(n_genes, n_batch, normalize_input)
+        self.n_latent = n_latent
+        self.lr_factors = {"shifts.": effect_lr_factor, "artifact.": artifact_lr_factor}
+        self.shifts = SparseShifts(n_perturbations, n_latent, n_hidden=n_hidden, **shift_options)
+        self.artifact = Artifact(
+            n_perturbations,
+            n_genes,
+            n_latent,
+            combinations,
+            counterfactual_weight=counterfactual_weight,
+            class_balance=class_balance,
+            match_quality=match_quality,
+        )
+        self.gene_effects: GeneEffects | None = None
+        if effects == "measured":
+            n_features = self.shifts.features.shape[1]
+            self.gene_effects = GeneEffects(n_perturbations, n_genes, n_features, combinations)
+        n_seen = [n_latent * (self.gene_effects is None), self.artifact.n_seen]
+        self.encoder = NormalEncoder([n_genes, self.n_covariates, *n_seen], n_latent, n_hidden, n_encoder_layers)
+        self.decoder = Decoder([3 * n_latent, self.n_covariates], n_hidden, n_layers)
+        self.make_likelihood(likelihood, self.decoder.n_out, link_sharpness)
+        self.rotation = RotateOnce(self.shifts, rotate_shifts)
 
-    def _moves_width(self) -> int:
-        return self.n_shift + self.n_latent
+    # -- generative model and guide ---------------------------------------------------------------------------------
 
-    def _state_width(self) -> int:
-        return self.n_latent + self._moves_width()
-
-    def _shift_columns(self) -> slice:
-        return slice(self.n_latent, self.n_latent + self.n_shift)
-
-    def _rotate_basal(self, r: Tensor) -> None:
-        pass  # has coordinates of its own
-
-    def state(self, z: Tensor, shift: Tensor) -> Tensor:
-        """[basal; perturbation; artefact]."""
-        return beside(z, shift)
-
-    def moves(self, globals_: dict[str, Tensor], cells: Cells | Basal, action: Action) -> Tensor:
-        """[perturbation; artefact]."""
-        return self._moved(globals_, action, self._failed(cells))
-
-    def _moved(self, globals_: dict[str, Tensor], action: Action, failed: Tensor) -> Tensor:
-        return beside(self.shift(globals_.get("table"), action), failed * globals_["artefact"])
-
-    def _failed(self, cells: Cells | Basal) -> Tensor:
-        return cells.context[:, None] * 0.0 if cells.qc is None else cells.qc
-
-    def likelihood_weight(self, cells: Cells) -> Tensor | float:
-        """1, or the paper's balance of classes."""
-        if not self.class_balance or cells.qc is None:
-            return 1.0
-        share = cells.qc.mean()
-        return torch.where(cells.qc[:, 0] > 0, 1.0 - share, share) if 0 < share < 1 else 1.0
-
-    def _global_prior(self, n_cells: int, kl_weight: float) -> dict[str, Tensor]:
-        with self._weight(n_cells, kl_weight):
-            prior = dist.Normal(torch.zeros_like(self.effect_artefact_loc), 1.0)
-            artefact = self._one(pyro.sample("artefact", prior.to_event(1)))
-        return {**super()._global_prior(n_cells, kl_weight), "artefact": artefact}
-
-    def _global_guide(self, n_cells: int, kl_weight: float) -> dict[str, Tensor]:
-        with self._weight(n_cells, kl_weight):
-            posterior = dist.Normal(self.effect_artefact_loc, self.effect_artefact_log_sd.exp() + 1e-4)
-            artefact = self._one(pyro.sample("artefact", posterior.to_event(1)))
-        return {**super()._global_guide(n_cells, kl_weight), "artefact": artefact}
-
-    @staticmethod
-    def _one(artefact: Tensor) -> Tensor:
-        """One row for all cells, ``(..., 1, n_latent)``."""
-        return artefact if artefact.dim() > 1 else artefact[None]
+    def model(self, cells: Cells, kl_weight: float = 1.0) -> None:
+        """Joint density of a minibatch, its share of the global terms included."""
+        with share_of_data(self, len(cells), kl_weight):
+            artifact, table = self.artifact.prior(), self.shifts.prior()
+        shift, offset = self.shifts(table, cells.action), 0.0
+        if self.gene_effects is not None:
+            noise = self.gene_effects.sample_noise()
+            offset = self.gene_effects(cells.action.one, self.strength(cells.action.one), noise)
+            if self.training:
+                with share_of_data(self, len(cells), 1.0):
+                    explain_effects(self, table)
+        with pyro.plate("cells", len(cells)):
+            with pyro.poutine.scale(scale=kl_weight):
+                z = pyro.sample("z", dist.Normal(cells.x.new_zeros(self.n_latent), 1.0).to_event(1))
+            at_fault = failed(cells) * artifact
+            pyro.deterministic("state", beside(z, shift, at_fault), event_dim=1)
+            pyro.deterministic("basal", beside(z, torch.zeros_like(shift), at_fault), event_dim=1)
+            moved = shift if self.gene_effects is None else torch.zeros_like(z)
+            h = self.decoder(beside(z, moved, at_fault), self.one_hot_batch(cells.batch))
+            with pyro.poutine.scale(scale=self.artifact.class_weight(cells)):
+                pyro.sample("x", self.likelihood(h, cells.library, offset), obs=cells.x)
 
     def guide(self, cells: Cells, kl_weight: float = 1.0) -> None:
-        """That of SAMS-VAE, and the counterfactual loss."""
-        globals_ = self._global_guide(len(cells), kl_weight)
-        moved = self.moves(globals_, cells, cells.action)
-        with pyro.plate("cells", len(cells)), pyro.poutine.scale(scale=kl_weight):
-            pyro.sample("z", self.basal(cells, moved).to_event(1))
-        if self.counterfactual_weight > 0 and cells.qc is not None:
-            loss = self.counterfactual_weight * self.counterfactual(cells, globals_)
-            pyro.factor("counterfactual", loss, has_rsample=True)
+        """q(A) q(M) q(E | M) q(z | x, shift, artifact), and in training the counterfactual loss."""
+        with share_of_data(self, len(cells), kl_weight):
+            artifact, table = self.artifact.guide(), self.shifts.guide()
+        shift, effect = self.shifts(table, cells.action) if self.gene_effects is None else None, 0.0
+        if self.gene_effects is not None:
+            self.gene_effects.sample_noise()
+            effect = self.gene_effects.delta(cells.action, self.strength(cells.action)) / self.input_scale
+        infer_basal(self, cells, artifact, shift, effect, kl_weight)
 
-    def basal_given(self, u: Tensor, cells: Cells, shift: Tensor, failed: Tensor | None = None) -> dist.Normal:
-        """q(z | x, perturbation, quality); `failed` says whose expression `u` is, by default the cells' own."""
-        if not self.match_quality:
-            return super().basal_given(u, cells, shift)
-        failed = self._failed(cells) if failed is None else failed
-        passed_centre, failed_centre = self.quality_centre
-        u = torch.where(failed > 0, (u - failed_centre) * self.quality_ratio + passed_centre, u)
-        own, artefact = shift.split([self.n_shift, self.n_latent], dim=-1)
-        return super().basal_given(u, cells, beside(own, torch.zeros_like(artefact)))
+    def strength(self, action: Action) -> Tensor:
+        """Dose response of each member; of those outside the vocabulary, their dose."""
+        return self.shifts.strength(action) + action.dose * (action.codes == UNKNOWN)
 
-    def counterfactual(self, cells: Cells, globals_: dict[str, Tensor]) -> Tensor:
-        """Divergence of basal states from those of cells of the other quality, summed over cells; mean over draws."""
-        other = (1.0 - cells.qc).long()[:, 0]
-        group = self.group(cells.action)
-        known = (group >= 0) & (self.profile_cells[group.clamp(min=0), other] > 0)
-        moved = self._moved(globals_, cells.action, 1.0 - cells.qc)
-        u = (self.profile[group.clamp(min=0), other] - self.input_mean) / self.input_scale
-        factual = self.basal_given(self.normalised(cells.x), cells, moved)
-        divergence = kl_divergence(self.basal_given(u, cells, moved, 1.0 - cells.qc), factual).sum(-1) * known
-        return divergence.sum(-1).mean()
+    def on_genes(self, shift: Tensor) -> Tensor:
+        """What a latent shift adds to the activation of each gene, ``(..., n_genes)``."""
+        zero = torch.zeros_like(shift)
+        one_hot = self.one_hot_batch(torch.zeros(1, dtype=torch.long, device=shift.device))
+        moved, start = (self.decoder(beside(zero, s, zero), one_hot) for s in (shift, zero[..., :1, :]))
+        return self.likelihood.linear(moved) - self.likelihood.linear(start)
 
-    def group(self, action: Action) -> Tensor:
-        """Row of a cell's perturbation in :attr:`profile`, -1 where it has none, ``(n_cells,)``."""
-        codes = torch.where(action.present, action.codes, -1)
-        single = codes[:, 0] + 1
-        if codes.shape[1] == 1:
-            return torch.where(codes[:, 0] >= -1, single, -1)
-        several = (codes >= 0).sum(1) > 1
-        padded = F.pad(codes, (0, max(0, self.combinations.shape[1] - codes.shape[1])), value=-1)
-        if not len(self.combinations) or padded.shape[1] > self.combinations.shape[1]:
-            return torch.where(several, -1, single)
-        same = (padded[:, None] == self.combinations).all(-1)
-        row = torch.where(same.any(1), 1 + self.n_perturbations + same.float().argmax(1), -1)
-        return torch.where(several, row, single)
+    def activation(self, basal: Basal) -> Tensor:
+        """Activations of genes without any perturbation or artifact, ``(n_draws, n_cells, n_genes)``."""
+        z = basal.state[..., : self.n_latent]
+        h = self.decoder(beside(z, torch.zeros_like(z), torch.zeros_like(z)), self.one_hot_batch(basal.cells.batch))
+        return self.likelihood.linear(h)
 
-    def draw_globals(self, n_samples: int) -> dict[str, Tensor]:
-        """E o M and A."""
-        shape = (n_samples, 1, self.n_latent)
-        sd = self.effect_artefact_log_sd.exp() + 1e-4
-        artefact = self.effect_artefact_loc + sd * torch.randn(shape, device=sd.device)
-        return {**super().draw_globals(n_samples), "artefact": artefact}
-
-    def _basal_of(self, cells: Cells, z: Tensor, noise: Tensor, globals_: dict[str, Tensor]) -> Basal:
-        failed = self._failed(cells) * (0.0 if "artefact_removed" in globals_ else 1.0)
-        return ArtefactBasal(z, noise, cells.context, cells.batch, cells.library, failed)
+    def on_step(self, progress: float) -> None:
+        """Rotate the shifts once, a third of the first training being done."""
+        r = self.rotation.due(progress)
+        if r is None:
+            return
+        self.shifts.rotate(r)
+        k = self.n_latent
+        self.rotation.turn(self.decoder.input_layer(self.likelihood), slice(k, 2 * k), r)
+        if self.gene_effects is None:
+            self.rotation.turn(self.encoder.hidden.first[2], slice(0, k), r)

@@ -1,67 +1,163 @@
 r"""GPO-VAE: perturbation effects aligned with a gene regulatory network (Baek et al. 2025).
 
-CRADLE-VAE whose latent shift has one coordinate per gene, so that E and M are the weights and edges of a network of genes and each
-perturbation is that of a gene. Two objectives align effects with the network.
+CRADLE-VAE with shifts E o M of one coordinate per gene, so that they are weights and edges of a network of genes; each
+perturbation is that of a gene. Two objectives align effects with the network, each has a module.
 
-``"resolvent"``: what is done to gene r spreads through the network :math:`A = E \circ M` (rows: regulators),
+:class:`GPOVAE`: what is done to gene r spreads through the network :math:`A = E \circ M` (rows: regulators). The table y of
+measured shifts of all genes, with standard errors :math:`\sigma`, is data:
 
 .. math::
 
-    z^p_r = s_r\, e_r (I - A)^{-1}, \qquad
-    x_i \sim p_\theta\big(x \mid \mathrm{dec}([z^b_i;\; c_i a]) + z^p_i\big), \qquad
-    L = \lambda \sum_{tg} \frac{(y_{tg} - z^p_{tg})^2}{2 (\sigma_{tg}^2 + \tau^2)},
+    \zeta_r = s_r\, e_r (I - A)^{-1}, \qquad y_{tg} \sim N(\zeta_{tg},\; \sigma_{tg}^2 + \tau^2), \qquad
+    x_i \sim p_\theta\big(x \mid \mathrm{dec}([z^b_i;\; c_i a]) + c(\Delta_i)\big),
 
-with the table y of measured shifts of all genes and their standard errors :math:`\sigma`, computed once from the training cells. The
-loss is the log density of that table and does not depend on the minibatch.
+with measured effects :math:`\Delta_t` as in :mod:`pertura.module._samsvae`; perturbations that were not measured act by
+:math:`\zeta`. With ``effects="latent"`` all do.
 
-``"hops"`` is the paper's: the logits W of the edges, accumulated over paths, are fitted to what cells differ from matched controls,
+:class:`HopsGPOVAE` has the paper's: the logits W of the edges, accumulated over paths, are fitted to what cells differ from
+matched controls,
 
 .. math::
 
     S = W + \sum_{h=1}^{K} W^{h+1} / T^h, \qquad
-    L = \lambda\, \mathrm{mean}_{i,j} \big| (d_i S)_j - (|y_i - y_{\mathrm{partner}(i)}|_j - c) \big| + \lambda_s\, \mathrm{mean}\, \sigma(W).
+    L = \lambda\, \mathrm{mean}_{i,j} \big| (d_i S)_j - (|y_i - y_{\mathrm{partner}(i)}|_j - c) \big| + \lambda_s\, \mathrm{mean}\, \sigma(W),
 
-The decoder then sees :math:`[z^b; z^p; c a]`, as in CRADLE-VAE.
+and the decoder sees :math:`[z^b; z^p; c a]`, as in CRADLE-VAE.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import pyro
+import pyro.distributions as dist
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pertura.data._constants import UNKNOWN
 
-from ._base import Action
-from ._cradlevae import CRADLEVAE
+from ._artifact import Artifact, failed, infer_basal
+from ._base import Action, Basal, Cells, Globals
+from ._draws import run
+from ._gene_effects import GeneEffects, RowNoise
+from ._latent import Decoder, LatentModule, NormalEncoder, beside
+from ._shifts import SparseShifts, share_of_data
 
-OBJECTIVES = ("resolvent", "hops")
-_RADIUS, _POWER_STEPS = 0.95, 20
 N_QUANTILES = 9
+_RADIUS, _POWER_STEPS = 0.95, 20
 _MAX_DRAWN = 2**28
 
 
-class GPOVAE(CRADLEVAE):
-    r"""Generative model and guide of GPO-VAE.
+class GeneIndexed(LatentModule):
+    """What the modules of both objectives consist of.
 
     Parameters
     ----------
-    n_genes, n_perturbations, n_batch, **options
-        As in :class:`CRADLEVAE`; `effect` is ``"sparse"``.
+    n_genes, n_perturbations, n_batch
+        Sizes of the data.
     row_genes
-        The gene of each row of the network, -1 where a perturbation is of none: the perturbations first, then genes that no
-        perturbation is of.
-    objective
-        See the head of this file.
+        The gene of each row of the network, -1 where a perturbation is of none: the perturbations first, then genes that
+        no perturbation is of.
+    n_columns
+        Number of targets of the network.
+    n_decoded
+        Width of what the decoder sees.
+    n_seen
+        Width of the shift that the encoder sees.
     alignment_weight
-        :math:`\lambda`.
+        Of the loss that aligns effects with the network.
+    n_latent, n_layers, n_encoder_layers, n_hidden, likelihood, link_sharpness, normalize_input, effect_lr_factor, artifact_lr_factor
+        As in :class:`CRADLEVAE`.
+    combinations, counterfactual_weight, class_balance, match_quality
+        Of the artifact; see :class:`~pertura.module._artifact.Artifact`.
+    **shift_options
+        Of the shifts; see :class:`SparseShifts`.
+    """
+
+    no_weight_decay = {"shifts.", "artifact.", "likelihood.log_theta"}
+    possible: Tensor
+
+    def __init__(
+        self,
+        n_genes: int,
+        n_perturbations: int,
+        n_batch: int,
+        *,
+        row_genes: Sequence[int],
+        n_columns: int,
+        n_decoded: int,
+        n_seen: int,
+        alignment_weight: float,
+        n_latent: int = 30,
+        n_layers: int = 0,
+        n_encoder_layers: int = 1,
+        n_hidden: int = 128,
+        likelihood: Literal["nb", "normal"] = "nb",
+        link_sharpness: float = 1.0,
+        normalize_input: bool = True,
+        effect_lr_factor: float = 0.3,
+        artifact_lr_factor: float = 5.0,
+        combinations: Sequence[Sequence[int]] = (),
+        counterfactual_weight: float = 1.0,
+        class_balance: bool = False,
+        match_quality: bool = True,
+        **shift_options: Any,
+    ) -> None:
+        super().__init__(n_genes, n_batch, normalize_input)
+        self.n_perturbations, self.n_latent, self.alignment_weight = n_perturbations, n_latent, alignment_weight
+        self.lr_factors = {
+            **dict.fromkeys(("shifts.", "effect_strength"), effect_lr_factor),
+            "artifact.": artifact_lr_factor,
+        }
+        self.register_buffer("row_genes", torch.as_tensor(list(row_genes), dtype=torch.long))
+        self.shifts = SparseShifts(len(self.row_genes), n_columns, n_hidden=n_hidden, **shift_options)
+        self.artifact = Artifact(
+            n_perturbations,
+            n_genes,
+            n_latent,
+            combinations,
+            counterfactual_weight=counterfactual_weight,
+            class_balance=class_balance,
+            match_quality=match_quality,
+        )
+        n_in = [n_genes, self.n_covariates, n_seen, self.artifact.n_seen]
+        self.encoder = NormalEncoder(n_in, n_latent, n_hidden, n_encoder_layers)
+        self.decoder = Decoder([n_decoded, self.n_covariates], n_hidden, n_layers)
+        self.make_likelihood(likelihood, self.decoder.n_out, link_sharpness)
+
+    def strength(self, action: Action) -> Tensor:
+        """Dose response of each member, 0 for those outside the vocabulary."""
+        return self.shifts.strength(action)
+
+
+class GPOVAE(GeneIndexed):
+    r"""Generative model and guide of GPO-VAE with shifts that spread through the network.
+
+    Parameters
+    ----------
+    n_genes, n_perturbations, n_batch, row_genes, **options
+        As in :class:`GeneIndexed`; `n_columns`, `n_decoded` and `n_seen` follow.
+    effects
+        What measured perturbations do: ``"measured"``, their measured effect; ``"latent"``, what the network says.
+    alignment_weight
+        Weight of the log density of the table of shifts.
     shift_floor
         :math:`\tau`: how far measured shifts are from the network's, beyond their standard errors.
-    n_hops, shift_criterion, sparsity_weight
-        K, c and :math:`\lambda_s` of ``"hops"``.
+
+    Attributes
+    ----------
+    possible
+        Which pairs may be edges, ``(n_rows, n_genes)``: no gene regulates itself.
+    effect_strength
+        :math:`s`, ``(n_rows,)``.
+    shift_table, shift_precision
+        y, and one over its squared errors, 0 where it was not measured; ``(n_perturbations, n_genes)``.
+    covariation, covariation_precision
+        Covariances of rows and genes between cells of one condition, ``(n_rows, n_genes)``, and their weight in units of
+        the variances of the genes, ``(n_genes,)``.
     """
 
     def __init__(
@@ -71,71 +167,142 @@ class GPOVAE(CRADLEVAE):
         n_batch: int = 1,
         *,
         row_genes: Sequence[int],
-        objective: Literal["resolvent", "hops"] = "resolvent",
+        effects: Literal["measured", "latent"] = "measured",
         alignment_weight: float = 1.0,
         shift_floor: float = 0.05,
-        n_hops: int = 5,
-        shift_criterion: float = 0.5,
-        sparsity_weight: float = 5.0,
+        n_latent: int = 30,
+        combinations: Sequence[Sequence[int]] = (),
         **options: Any,
     ) -> None:
-        self._sizes = (len(row_genes), n_genes)
-        self.objective = objective
-        super().__init__(n_genes, n_perturbations, n_batch, **options)
-        self.alignment_weight, self.shift_floor = alignment_weight, shift_floor
-        self.n_hops, self.shift_criterion, self.sparsity_weight = n_hops, shift_criterion, sparsity_weight
-        self.register_buffer("row_genes", torch.as_tensor(list(row_genes), dtype=torch.long))
-        self.register_buffer("prior_logits", torch.logit(torch.full_like(self.mask_logits, self.mask_prior)))
-        self.register_buffer("possible", self._possible())
-        if objective == "resolvent":
-            self.likelihood = ShiftedLikelihood(self.likelihood, n_genes)
-            self.effect_strength = nn.Parameter(-torch.ones(self.n_rows))
-            # measured shifts and one over their squared errors; 0: not measured
-            self.register_buffer("shift_table", torch.zeros(n_perturbations, n_genes))
-            self.register_buffer("shift_precision", torch.zeros(n_perturbations, n_genes))
-            # covariances of rows and genes between cells of one condition, over the variances of the genes
-            self.register_buffer("covariation", torch.zeros(self.n_rows, n_genes))
-            self.register_buffer("covariation_precision", torch.zeros(n_genes))
+        super().__init__(
+            n_genes,
+            n_perturbations,
+            n_batch,
+            row_genes=row_genes,
+            n_columns=n_genes,
+            n_decoded=2 * n_latent,
+            n_seen=n_genes * (effects == "latent"),
+            alignment_weight=alignment_weight,
+            n_latent=n_latent,
+            combinations=combinations,
+            **options,
+        )
+        self.shift_floor = shift_floor
+        n_rows, rows = len(self.row_genes), self.row_genes[:, None]
+        self.register_buffer("possible", (rows < 0) | (rows != torch.arange(n_genes)))
+        self.effect_strength = nn.Parameter(-torch.ones(n_rows))
+        self.register_buffer("shift_table", torch.zeros(n_perturbations, n_genes))
+        self.register_buffer("shift_precision", torch.zeros(n_perturbations, n_genes))
+        self.register_buffer("covariation", torch.zeros(n_rows, n_genes))
+        self.register_buffer("covariation_precision", torch.zeros(n_genes))
+        self.gene_effects: GeneEffects | None = None
+        if effects == "measured":
+            self.gene_effects = GeneEffects(n_perturbations, n_genes, 0, combinations, explained=False)
+
+    # -- generative model and guide ---------------------------------------------------------------------------------
+
+    def model(self, cells: Cells, kl_weight: float = 1.0) -> None:
+        """Joint density of a minibatch, its share of the global terms included."""
+        with share_of_data(self, len(cells), kl_weight):
+            artifact, table = self.artifact.prior(), self.shifts.prior()
+        total = self.sample_total(table)
+        noise = None if self.gene_effects is None else self.gene_effects.sample_noise()
+        if self.training:
+            with share_of_data(self, len(cells), 1.0):  # the tables are data: their weight is not annealed
+                pyro.factor("covariation", -self.unexplained(table).mean())
+                pyro.factor("alignment", -self.alignment(total).mean())
+        offset = self.offset(cells.action.one, total, noise)
+        with pyro.plate("cells", len(cells)):
+            with pyro.poutine.scale(scale=kl_weight):
+                z = pyro.sample("z", dist.Normal(cells.x.new_zeros(self.n_latent), 1.0).to_event(1))
+            at_fault = failed(cells) * artifact
+            pyro.deterministic("state", beside(z, offset, at_fault), event_dim=1)
+            pyro.deterministic("basal", beside(z, torch.zeros_like(offset), at_fault), event_dim=1)
+            h = self.decoder(beside(z, at_fault), self.one_hot_batch(cells.batch))
+            with pyro.poutine.scale(scale=self.artifact.class_weight(cells)):
+                pyro.sample("x", self.likelihood(h, cells.library, offset), obs=cells.x)
+
+    def guide(self, cells: Cells, kl_weight: float = 1.0) -> None:
+        """q(A) q(M) q(E | M) q(z | x, ...), and in training the counterfactual loss."""
+        with share_of_data(self, len(cells), kl_weight):
+            artifact, table = self.artifact.guide(), self.shifts.guide()
+        total, shift, effect = self.sample_total(table), None, 0.0
+        if self.gene_effects is None:
+            shift = self.offset(cells.action, total, None)
         else:
-            # quantiles of the absolute differences from matched controls, and the share of cells of each perturbation
-            self.register_buffer("difference", torch.zeros(n_perturbations, N_QUANTILES, self.n_rows))
-            self.register_buffer("share", torch.zeros(n_perturbations))
+            self.gene_effects.sample_noise()
+            effect = self.gene_effects.delta(cells.action, self.strength(cells.action)) / self.input_scale
+        infer_basal(self, cells, artifact, shift, effect, kl_weight)
 
-    def _table_height(self) -> int:
-        return self._sizes[0]
+    def sample_total(self, table: Tensor) -> Tensor:
+        """Site of what follows from the network, so that it is computed once for all cells."""
+        return pyro.sample("total", Computed(lambda: self.total(table)))
 
-    def _shift_width(self) -> int:
-        return self._sizes[self.objective == "resolvent"]
+    def draw_globals(self, n_draws: int, cells: Cells) -> Globals:
+        """As of all modules; of networks too large for draws the posterior mean, with a warning."""
+        one = self.possible.new_zeros(1, 1, self.n_genes, dtype=torch.float)
+        if n_draws * self.possible.numel() <= _MAX_DRAWN:
+            globals_ = super().draw_globals(n_draws, cells)
+        else:
+            warnings.warn(
+                f"{n_draws} draws of a network of {' x '.join(map(str, self.possible.shape))} genes are too large. Its posterior "
+                "mean is used: intervals of perturbations that were not measured lack the uncertainty of the "
+                "network. Ask for fewer `n_samples`.",
+                stacklevel=2,
+            )
+            with torch.no_grad():
+                fixed = {"mask": one, "effect": one, "total": self.total(self.mean_network())[None]}
+            globals_ = {**fixed, "artifact": run(self.guide, cells, n_draws, fixed).nodes["artifact"]["value"]}
+        # what follows reads the total alone
+        return {**globals_, "mask": one, "effect": one}
 
-    def _state_width(self) -> int:
-        # shifts of genes need no decoder
-        return 2 * self.n_latent if self.objective == "resolvent" else super()._state_width()
+    # -- effects ----------------------------------------------------------------------------------------------------
 
-    def _can_rotate(self) -> bool:
-        return False  # coordinates are genes
+    def offset(self, action: Action, total: Tensor, noise: RowNoise | None) -> Tensor:
+        """What is added to the activation of each gene, ``(..., n_cells, n_genes)``."""
+        spread = self.by_network(action)
+        if self.gene_effects is None:
+            return self.shifts(total, spread)
+        strength = self.strength(action)
+        if spread is None:
+            return self.gene_effects(action, strength, noise)
+        return self.gene_effects(action, strength * (spread.codes < 0), noise) + self.shifts(total, spread)
 
-    @property
-    def column_genes(self) -> Tensor:
-        """The gene of each latent coordinate of a perturbation, ``(n_shift,)``."""
-        if self.objective == "hops":
-            return self.row_genes
-        return torch.arange(self.n_genes, device=self.row_genes.device)
+    def by_network(self, action: Action) -> Action | None:
+        """Members whose effect is the network's, by row: all, or those that were not measured; `None`: no member.
 
-    def _possible(self) -> Tensor:
-        """Which pairs may be edges: no gene regulates itself."""
-        rows = self.row_genes[:, None]
-        if self.objective == "hops":
-            return ~torch.eye(self.n_rows, dtype=torch.bool, device=rows.device)
-        return (rows < 0) | (rows != self.column_genes)
+        A gene that no perturbation is of is named by its row (``features``, from 1).
+        """
+        codes = action.codes
+        if action.features is not None:
+            row = action.features[..., 0].round().long() - 1
+            codes = torch.where((codes == UNKNOWN) & (row >= 0), row, codes)
+        kept = codes >= 0
+        if self.gene_effects is not None:
+            site, n = self.gene_effects.measured, self.n_perturbations
+            kept = kept & ~((action.codes >= 0) & site.measured[action.codes.clamp(min=0)])
+            if not kept.any():
+                return None
+            # of a measured combination the members need not be known
+            own = site.weights(action.codes, self.strength(action))[0][:, n:]
+            kept = kept & ~((own > 0) & site.measured[n:]).any(1, keepdim=True)
+        return Action(torch.where(kept, codes, -1), action.dose * kept)
+
+    def activation(self, basal: Basal) -> Tensor:
+        """Activations of genes without any perturbation or artifact, ``(n_draws, n_cells, n_genes)``."""
+        z = basal.state[..., : self.n_latent]
+        return self.likelihood.linear(
+            self.decoder(beside(z, torch.zeros_like(z)), self.one_hot_batch(basal.cells.batch))
+        )
 
     # -- network ----------------------------------------------------------------------------------------------------
 
-    def mask_prior_logits(self) -> Tensor:
-        """Prior log-odds of edges."""
-        return self.prior_logits
-
     def total(self, weights: Tensor) -> Tensor:
-        """Shift of all genes by each row's perturbation, through all paths, ``(..., n_rows, n_genes)``."""
+        r"""Shift of all genes by each row's perturbation, through all paths, ``(..., n_rows, n_genes)``.
+
+        Networks whose loops would let shifts grow without bound are scaled down, all weights between regulators alike. The
+        bound on the spectral radius is that of :math:`|A|`: where signs are mixed, it is larger than needed.
+        """
         weights = weights * self.possible
         own = torch.where(self.row_genes >= 0)[0]
         genes = self.row_genes[own]
@@ -143,135 +310,155 @@ class GPOVAE(CRADLEVAE):
         inner = direct[..., genes]
         inner = inner * (_RADIUS / spectral_radius(inner.detach()).clamp(min=_RADIUS))[..., None, None]
         # what a unit change of each regulator does to all genes: (I - A_RR)^-1 A_R
-        unit = torch.linalg.solve(torch.eye(len(own), device=inner.device) - inner, direct)
-        strength = self.effect_strength[own, None]
+        unit = torch.linalg.solve(torch.eye(len(own), device=inner.device, dtype=inner.dtype) - inner, direct)
         one_hot = unit.new_zeros(unit.shape[-2:]).scatter_(1, genes[:, None], 1.0)
-        result = strength * (one_hot + unit)
-        if len(own) == self.n_rows:
+        result = self.effect_strength[own, None] * (one_hot + unit)
+        if len(own) == len(self.row_genes):
             return result
         # a gene that is not measured acts on its targets, and these on theirs: its weights hold how strongly, `s_r` the sign
         outer = self.effect_strength.detach()[:, None] * (weights + weights[..., genes] @ unit)
         return outer.index_copy(-2, own, result)
 
-    def accumulated(self) -> Tensor:
-        """Logits of edges over paths of up to K + 1 steps, of perturbations, ``(n_perturbations, n_rows)``."""
-        logits = self.mask_logits * self.possible
-        path = total = logits[: self.n_perturbations]
-        for _ in range(self.n_hops):
-            path = path @ logits / self.n_rows
-            total = total + path
-        return total
+    def mean_network(self) -> Tensor:
+        """Posterior mean of E o M, ``(n_rows, n_genes)``."""
+        return self.shifts.mean() * self.possible
 
-    def alignment(self, table: Tensor) -> Tensor:
-        """Loss of a pass over all training cells, ``(...)``; `table` holds the shifts of all rows."""
-        if self.objective == "resolvent":
-            difference = self.shift_table - table[..., : self.n_perturbations, :]
-            return 0.5 * self.alignment_weight * (self.shift_precision * difference.square()).sum((-2, -1))
-        target = self.difference - self.shift_criterion
-        loss = (self.accumulated()[:, None] - target).abs() * (self.row_genes >= 0)
-        per_cell = (self.share * loss.mean((1, 2))).sum()
-        sparsity = (self.mask_logits.sigmoid() * self.possible).mean()
-        return self.n_train * (self.alignment_weight * per_cell + self.sparsity_weight * sparsity)
+    def alignment(self, total: Tensor) -> Tensor:
+        """Negative log density of the table of shifts, up to a constant, ``(...)``."""
+        difference = self.shift_table - total[..., : self.n_perturbations, :]
+        return 0.5 * self.alignment_weight * (self.shift_precision * difference.square()).sum((-2, -1))
 
     def unexplained(self, weights: Tensor) -> Tensor:
         r"""Loss by what the regulators do not explain of how genes vary between cells of one condition, ``(...)``.
 
         Of :math:`x = x A + e` with covariances C of x it is :math:`\sum_g w_g (A^T C A - 2 A^T C)_{gg} / 2`.
         """
-        weights = weights * self.possible
         own = torch.where(self.row_genes >= 0)[0]
-        direct, cross = weights[..., own, :], self.covariation[own]
+        direct, cross = (weights * self.possible)[..., own, :], self.covariation[own]
         explained = cross[:, self.row_genes[own]] @ direct - 2.0 * cross
         return 0.5 * self.alignment_weight * (self.covariation_precision * direct * explained).sum((-2, -1))
 
-    def _global_prior(self, n_cells: int, kl_weight: float) -> dict[str, Tensor]:
-        globals_ = super()._global_prior(n_cells, kl_weight)
-        # the table is data: its weight is not annealed
-        with self._weight(n_cells, 1.0):
-            if self.objective == "resolvent":
-                pyro.factor("covariation", -self.unexplained(globals_["table"]).mean())
-            globals_ = self._with_total(globals_)
-            pyro.factor("alignment", -self.alignment(globals_["table"]).mean())
-        return globals_
 
-    def _global_guide(self, n_cells: int, kl_weight: float) -> dict[str, Tensor]:
-        return self._with_total(super()._global_guide(n_cells, kl_weight))
-
-    def _with_total(self, globals_: dict[str, Tensor]) -> dict[str, Tensor]:
-        if self.objective == "hops":
-            return globals_
-        return {**globals_, "table": self.total(globals_["table"])}
-
-    # -- effects ----------------------------------------------------------------------------------------------------
-
-    def shift(self, table: Tensor | None, action: Action) -> Tensor:
-        """As of SAMS-VAE; a gene that no perturbation is of is named by its row (``features``, from 1)."""
-        if action.features is None or self.objective == "hops":
-            return super().shift(table, action)
-        row = action.features[..., 0].round().long() - 1
-        known = (action.codes == UNKNOWN) & (row >= 0)
-        return super().shift(table, Action(torch.where(known, row, action.codes), action.dose))
-
-    def draw_table(self, n_samples: int) -> Tensor:
-        """Draws of the shifts of all rows; of networks too large for it their posterior mean."""
-        if self.objective == "hops":
-            return super().draw_table(n_samples)
-        if n_samples * self.mask_logits.numel() > _MAX_DRAWN:
-            return self.total(self.mean_network()).expand(n_samples, -1, -1)
-        return self.total(super().draw_table(n_samples))
-
-    def mean_network(self) -> Tensor:
-        """Posterior mean of E o M, ``(n_rows, n_shift)``."""
-        proba = self.mask_logits.sigmoid()
-        return proba * self.effect_posterior(proba).loc * self.possible
-
-    def _decoded(self, state: Tensor, batch: Tensor) -> Tensor:
-        if self.objective == "hops":
-            return super()._decoded(state, batch)
-        basal, shift, artefact = state.split([self.n_latent, self.n_genes, self.n_latent], -1)
-        return torch.cat([super()._decoded(torch.cat([basal, artefact], -1), batch), shift], -1)
-
-
-class ShiftedLikelihood(nn.Module):
-    """A likelihood whose input ends in a shift of each gene.
+class HopsGPOVAE(GeneIndexed):
+    """Generative model and guide of GPO-VAE with the objective of the paper.
 
     Parameters
     ----------
-    likelihood
-        One of :mod:`pertura.nn`; the shift is its `offset`.
-    n_genes
-        Number of genes.
+    n_genes, n_perturbations, n_batch, row_genes, **options
+        As in :class:`GeneIndexed`; `n_columns`, `n_decoded` and `n_seen` follow.
+    alignment_weight, n_hops, shift_criterion, sparsity_weight
+        Weight of the loss per cell, K, c, and the weight of the mean probability of edges.
+
+    Attributes
+    ----------
+    possible
+        Which pairs may be edges, ``(n_rows, n_rows)``: no gene regulates itself.
+    difference
+        Quantiles of the absolute differences from matched controls, ``(n_perturbations, n_quantiles, n_rows)``.
+    share
+        Share of each perturbation in the cells, ``(n_perturbations,)``.
     """
 
-    def __init__(self, likelihood: nn.Module, n_genes: int) -> None:
-        super().__init__()
-        self.inner, self.n_genes, self.native_scale = likelihood, n_genes, likelihood.native_scale
+    def __init__(
+        self,
+        n_genes: int,
+        n_perturbations: int,
+        n_batch: int = 1,
+        *,
+        row_genes: Sequence[int],
+        alignment_weight: float = 100.0,
+        n_hops: int = 5,
+        shift_criterion: float = 0.5,
+        sparsity_weight: float = 5.0,
+        n_latent: int = 30,
+        **options: Any,
+    ) -> None:
+        n_rows = len(row_genes)
+        super().__init__(
+            n_genes,
+            n_perturbations,
+            n_batch,
+            row_genes=row_genes,
+            n_columns=n_rows,
+            n_decoded=2 * n_latent + n_rows,
+            n_seen=n_rows,
+            alignment_weight=alignment_weight,
+            n_latent=n_latent,
+            **options,
+        )
+        self.n_hops, self.shift_criterion, self.sparsity_weight = n_hops, shift_criterion, sparsity_weight
+        self.register_buffer("possible", ~torch.eye(n_rows, dtype=torch.bool))
+        self.register_buffer("difference", torch.zeros(n_perturbations, N_QUANTILES, n_rows))
+        self.register_buffer("share", torch.zeros(n_perturbations))
 
-    def _apart(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        return h[..., : -self.n_genes], h[..., -self.n_genes :]
+    def model(self, cells: Cells, kl_weight: float = 1.0) -> None:
+        """Joint density of a minibatch, its share of the global terms included."""
+        with share_of_data(self, len(cells), kl_weight):
+            artifact, table = self.artifact.prior(), self.shifts.prior()
+        if self.training:
+            with share_of_data(self, len(cells), 1.0):
+                pyro.factor("alignment", -self.alignment())
+        with pyro.plate("cells", len(cells)):
+            with pyro.poutine.scale(scale=kl_weight):
+                z = pyro.sample("z", dist.Normal(cells.x.new_zeros(self.n_latent), 1.0).to_event(1))
+            shift, at_fault = self.shifts(table, cells.action), failed(cells) * artifact
+            state = pyro.deterministic("state", beside(z, shift, at_fault), event_dim=1)
+            pyro.deterministic("basal", beside(z, torch.zeros_like(shift), at_fault), event_dim=1)
+            h = self.decoder(state, self.one_hot_batch(cells.batch))
+            with pyro.poutine.scale(scale=self.artifact.class_weight(cells)):
+                pyro.sample("x", self.likelihood(h, cells.library), obs=cells.x)
 
-    def initialise(self, mean: Tensor, scale: Tensor) -> None:
-        """As of the likelihood."""
-        self.inner.initialise(mean, scale)
+    def guide(self, cells: Cells, kl_weight: float = 1.0) -> None:
+        """q(A) q(M) q(E | M) q(z | x, shift, artifact), and in training the counterfactual loss."""
+        with share_of_data(self, len(cells), kl_weight):
+            artifact, table = self.artifact.guide(), self.shifts.guide()
+        infer_basal(self, cells, artifact, self.shifts(table, cells.action), 0.0, kl_weight)
 
-    def forward(self, h: Tensor, library: Tensor, offset: Tensor | float = 0.0) -> Any:
-        """Distribution of expression."""
-        h, shift = self._apart(h)
-        return self.inner(h, library, shift + offset)
+    def accumulated(self) -> Tensor:
+        """Logits of edges over paths of up to K + 1 steps, of perturbations, ``(n_perturbations, n_rows)``."""
+        logits = self.shifts.mask_logits * self.possible
+        path = total = logits[: self.n_perturbations]
+        for _ in range(self.n_hops):
+            path = path @ logits / len(self.row_genes)
+            total = total + path
+        return total
 
-    def abduct(self, h: Tensor, library: Tensor, x: Tensor, offset: Tensor | float = 0.0) -> Tensor:
-        """Noise of the cell's own measurement."""
-        h, shift = self._apart(h)
-        return self.inner.abduct(h, library, x, shift + offset)
+    def alignment(self) -> Tensor:
+        """Loss of a pass over all training cells."""
+        target = self.difference - self.shift_criterion
+        loss = (self.accumulated()[:, None] - target).abs() * (self.row_genes >= 0)
+        per_cell = (self.share * loss.mean((1, 2))).sum()
+        sparsity = (self.shifts.proba() * self.possible).mean()
+        return self.n_train * (self.alignment_weight * per_cell + self.sparsity_weight * sparsity)
 
-    def predict(self, h: Tensor, library: Tensor, noise: Tensor, offset: Tensor | float = 0.0) -> Tensor:
-        """Expression with the noise replayed."""
-        h, shift = self._apart(h)
-        return self.inner.predict(h, library, noise, shift + offset)
 
-    def fresh_noise(self, h: Tensor, library: Tensor) -> Tensor:
-        """Noise of a cell that was never measured."""
-        return self.inner.fresh_noise(self._apart(h)[0], library)
+class Computed(TorchDistribution):
+    """What follows from other variables, as a site: computed where it is not given, and with divergence 0.
+
+    Parameters
+    ----------
+    compute
+        Gives the value.
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    has_rsample = True
+
+    def __init__(self, compute: Callable[[], Tensor], batch_shape: Sequence[int] = ()) -> None:
+        self.compute = compute
+        super().__init__(torch.Size(batch_shape), torch.Size(), validate_args=False)
+
+    def expand(self, batch_shape: Sequence[int], _instance: None = None) -> Computed:
+        """The same over a larger batch."""
+        return Computed(self.compute, batch_shape)
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """The value."""
+        return self.compute()
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """0: it cancels."""
+        return torch.zeros(self.batch_shape, device=value.device)
 
 
 def spectral_radius(matrix: Tensor) -> Tensor:

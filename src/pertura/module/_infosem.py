@@ -9,19 +9,19 @@ r"""InfoSEM: a structural-equation model with informative priors on its network 
     z                   &\sim N(0, I), \qquad \tilde x = z (I - A)^{-1} \\
     x_g \mid \tilde x_g &\sim N(f_\theta(\tilde x_g), s_g^2)
 
-with gene embeddings h; without them :math:`M = 0` (DeepSEM), without known edges :math:`A = A^e` (InfoSEM-B). x is standardised
-expression, i a regulator, k a target. The guide is :math:`q(z \mid x) = N(\mu(I - A), \exp(\lambda (I - A)))` with
-:math:`(\mu_g, \lambda_g)` a network of :math:`x_g`, and A by MAP or normal. f and the guide's network are shared by all genes.
+with gene embeddings h; without them :math:`M = 0` (DeepSEM), without known edges :math:`A = A^e` (InfoSEM-B). x is standardized
+expression, i a regulator, k a target. The guide is :math:`q(z \mid x) = N(\mu(I - A), \exp(\lambda (I - A)))`, where an encoder
+reads :math:`(\mu_g, \lambda_g)` from :math:`x_g`, and A by MAP or normal. All genes share f and the encoder.
 
 A knock-out of gene g is do(g): the cell keeps the z of all other genes, and :math:`\tilde x_g` is what no expression is encoded as.
-That is a shift of :math:`z_g` alone. A cell that was knocked out is treated so in training: its :math:`z_g` has a flat prior.
+That is a shift of :math:`z_g` alone, which moves the states of all genes along the paths from g. A cell that was knocked out is
+treated so in training: its :math:`z_g` has a flat prior.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -32,35 +32,21 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pertura.nn._scalar import ScalarNetwork
-from pertura.nn._sem import propagate, remove_regulation
+from pertura.nn._likelihoods import Gaussian, RectifiedGaussian
+from pertura.nn._scalar import ScalarMLP
+from pertura.nn._sem import propagate, remove_regulation, total_effect
 
-from ._base import Cells, PerturbationModule
-from ._knockout import KnockOutMixin, standard_deviation
+from ._base import Action, Basal, Cells, Counterfactual, Globals, PerturbationModule
 
 # logits of known edges, pairs known to be none, and all others
 LOGITS = {1: math.log(0.95 / 0.05), -1: math.log(0.05 / 0.95), 0: 0.0}
 _FLAT_SD = 10.0  # of the noise of a gene that an experimenter sets
 _MIN_SCALE = 0.1  # of heteroscedastic noise, in standard deviations of the gene
+_MAX_NETWORKS = 8  # drawn from a normal posterior for one prediction
+_CLIP = 10.0  # of standardized expression
 
 
-@dataclass
-class Inputs:
-    """What a training step reads.
-
-    Attributes
-    ----------
-    x
-        Standardised expression, ``(n_members, n_cells, n_genes)``; members differ in what augmentation set to zero.
-    intervened
-        Genes that were knocked out, ``(n_cells, n_genes)``, or `None`.
-    """
-
-    x: Tensor
-    intervened: Tensor | None
-
-
-class InfoSEM(KnockOutMixin, PerturbationModule):
+class InfoSEM(PerturbationModule):
     """Generative model and guide of InfoSEM, an ensemble side by side.
 
     Parameters
@@ -83,9 +69,9 @@ class InfoSEM(KnockOutMixin, PerturbationModule):
     posterior
         ``"map"`` or ``"variational"`` (normal) posterior of A.
     likelihood
-        ``"mse"``: sd of half a gene's variance, as the squared error has it; ``"normal"``: sd a network of the state.
+        ``"mse"``: sd of half a gene's variance, as the squared error has it; ``"normal"``: sd a function of the state.
     hidden
-        Widths of the networks.
+        Widths of encoder and decoder.
     alpha, beta
         Weight of mean absolute A, and of the divergence of z; the sd of the Laplace prior is G / (N alpha).
     augmentation
@@ -99,11 +85,11 @@ class InfoSEM(KnockOutMixin, PerturbationModule):
     edge_logit_sd
         Sd of the prior of the logits of known edges.
     max_radius
-        Spectral radius beyond which A is scaled down; `None` for no limit.
+        Spectral radius beyond which A is scaled down; 0 for no limit.
     n_grid
-        See :class:`~pertura.nn.ScalarNetwork`.
+        See :class:`~pertura.nn.ScalarMLP`.
     native_scale
-        Scale of the expression that is modelled.
+        Scale of the expression that is modelled: ``"log1p"`` of counts per 10,000, or ``"layer"``.
     """
 
     def __init__(
@@ -127,9 +113,9 @@ class InfoSEM(KnockOutMixin, PerturbationModule):
         z_prior: Literal["standard", "learned"] = "standard",
         prior_shrinkage: float = 0.5,
         edge_logit_sd: float = 1.0,
-        max_radius: float | None = 0.95,
+        max_radius: float = 0.95,
         n_grid: int = 512,
-        native_scale: str = "layer",
+        native_scale: Literal["log1p", "layer"] = "layer",
     ) -> None:
         super().__init__()
         self.n_genes, self.n_latent, self.n_batch, self.n_ensemble = n_genes, n_genes, n_batch, n_ensemble
@@ -147,6 +133,7 @@ class InfoSEM(KnockOutMixin, PerturbationModule):
         self.no_loops[torch.arange(len(regulators)), self.regulators] = 0.0
         shape = (n_ensemble, len(regulators), n_genes)
         start = self.unit * (1.0 + 0.164 * torch.rand(shape))
+        self.edge_logit = None
         if known is not None:
             logits = torch.zeros(shape[1:])
             for label, logit in LOGITS.items():
@@ -158,7 +145,7 @@ class InfoSEM(KnockOutMixin, PerturbationModule):
         self.network_log_sd = None
         if posterior == "variational":
             self.network_log_sd = nn.Parameter(torch.full(shape, math.log(0.1 * self.unit)))
-        self.additive = embedding is not None
+        self.additive, self.prior_kernel = embedding is not None, None
         if embedding is not None:
             self.register_buffer("embedding", torch.as_tensor(embedding))
             self.prior_source = nn.Parameter(torch.zeros(n_ensemble, embedding.shape[1]))
@@ -167,8 +154,8 @@ class InfoSEM(KnockOutMixin, PerturbationModule):
             self.register_buffer("similarity", torch.as_tensor(similarity) * self.no_loops)
             self.prior_kernel = nn.Parameter(torch.zeros(n_ensemble))
 
-        self.encoder = ScalarNetwork(n_ensemble, hidden, 2, n_grid)
-        self.decoder = ScalarNetwork(n_ensemble, hidden, 2 if self.heteroscedastic else 1, n_grid)
+        self.encoder = ScalarMLP(n_ensemble, hidden, 2, n_grid)
+        self.decoder = ScalarMLP(n_ensemble, hidden, 2 if self.heteroscedastic else 1, n_grid)
         self.noise_mean = self.noise_log_var = None
         if z_prior == "learned":
             self.noise_mean = nn.Parameter(1e-2 * torch.randn(n_ensemble, n_genes))
@@ -176,37 +163,34 @@ class InfoSEM(KnockOutMixin, PerturbationModule):
         self.register_buffer("input_mean", torch.zeros(n_batch, n_genes))
         self.register_buffer("input_scale", torch.ones(n_genes))
         self.register_buffer("residual_sd", torch.ones(n_ensemble, n_genes))
-        self.clip = 10.0
 
     @property
     def lr_factors(self) -> dict[str, float]:
-        """Learning rates in units of that of the networks (5e-4); A and its prior mean move with 1 / (G - 1)."""
+        """Learning rates in units of that of encoder and decoder (5e-4); A and its prior mean move with 1 / (G - 1)."""
         return {"network_": 33.0 * self.unit, "prior_": 3.0, "edge_logit": 20.0}
 
     # -- the network ------------------------------------------------------------------------------------------------
 
+    def pairwise_mean(self) -> Tensor | float:
+        """What the similarity of embeddings adds to M; 0 for an additive prior mean."""
+        return 0.0 if self.prior_kernel is None else self.unit * self.prior_kernel[:, None, None] * self.similarity
+
     def prior_mean(self) -> Tensor | float:
         """M, ``(n_members, n_regulators, n_genes)``; 0 without embeddings."""
-        mean: Tensor | float = 0.0
-        if self.additive:
-            h = self.embedding
-            mean = (h[self.regulators] @ self.prior_source.mT).mT[..., None] + (h @ self.prior_target.mT).mT[:, None]
-            mean = mean * self.no_loops
-        if hasattr(self, "prior_kernel"):
-            mean = mean + self.prior_kernel[:, None, None] * self.similarity
-        return self.unit * mean
+        if not self.additive:
+            return 0.0
+        h = self.embedding
+        mean = (h[self.regulators] @ self.prior_source.mT).mT[..., None] + (h @ self.prior_target.mT).mT[:, None]
+        return self.unit * (mean * self.no_loops) + self.pairwise_mean()
 
     def network(self, weight: Tensor | None = None, logit: Tensor | None = None) -> Tensor:
         """A, ``(n_members, n_regulators, n_genes)``, by default at the posterior mean of its factors."""
         weight = self.network_weight * self.no_loops if weight is None else weight * self.no_loops
-        proba = self.edge_proba(logit)
-        return weight if proba is None else weight * proba
+        return weight if self.edge_logit is None else weight * self.edge_proba(logit)
 
     def edge_proba(self, logit: Tensor | None = None) -> Tensor | None:
         """sigmoid(A^l); `None` without known edges."""
-        if not hasattr(self, "edge_logit"):
-            return None
-        return torch.sigmoid(self.edge_logit if logit is None else logit)
+        return None if self.edge_logit is None else torch.sigmoid(self.edge_logit if logit is None else logit)
 
     def regulated(self, z: Tensor, weight: Tensor) -> Tensor:
         """State of the genes, z (I - A)^-1."""
@@ -218,79 +202,122 @@ class InfoSEM(KnockOutMixin, PerturbationModule):
 
     # -- generative model and guide ---------------------------------------------------------------------------------
 
-    def model(self, inputs: Inputs, kl_weight: float = 1.0) -> None:
-        """Joint density of a minibatch, averaged over the members of the ensemble."""
-        n_cells = inputs.x.shape[1]
-        weight = self._sample_network(n_cells)
-        with pyro.poutine.scale(scale=self.beta * kl_weight / self.n_ensemble):
-            z = pyro.sample("z", dist.Normal(*self.noise_prior(weight, inputs)).to_event(3))
-        state = self.regulated(z, weight)
-        with pyro.poutine.scale(scale=1.0 / self.n_ensemble):
-            pyro.sample("x", dist.Normal(*self.expression(state)).to_event(3), obs=inputs.x)
+    def model(self, cells: Cells, kl_weight: float = 1.0, x: Tensor | None = None) -> None:
+        """Joint density of a minibatch, averaged over the members of the ensemble.
+
+        Parameters
+        ----------
+        cells
+            Minibatch.
+        kl_weight
+            Weight of the divergence of z.
+        x
+            Standardized expression for each member, ``(n_members, n_cells, n_genes)``; members differ in what
+            augmentation set to zero. By default that of the cells.
+        """
+        x = self.clipped(cells).expand(self.n_ensemble, -1, -1) if x is None else x
+        weight = self._sample_network(len(cells))
+        prior = dist.Normal(*self.noise_prior(weight, cells.action), validate_args=False).to_event(1)
+        members = pyro.plate("members", self.n_ensemble, dim=-2)
+        with pyro.poutine.scale(scale=1.0 / self.n_ensemble), members, pyro.plate("cells", len(cells), dim=-1):
+            with pyro.poutine.scale(scale=self.beta * kl_weight):
+                z = pyro.sample("z", prior)
+            state = pyro.deterministic("state", self.regulated(z, weight), event_dim=1)
+            pyro.sample("x", dist.Normal(*self.expression(state)).to_event(1), obs=x)
+
+    def guide(self, cells: Cells, kl_weight: float = 1.0, x: Tensor | None = None) -> None:
+        """q(A), where it is not by MAP, and q(z | x, A)."""
+        x = self.clipped(cells).expand(self.n_ensemble, -1, -1) if x is None else x
+        weight = None
+        if self.network_log_sd is not None:
+            with pyro.poutine.scale(scale=self._share(len(cells))):
+                posterior = dist.Normal(self.network_weight * self.no_loops, self.network_log_sd.exp())
+                weight = pyro.sample("A_e", posterior.to_event(3))
+        posterior = dist.Normal(*self.noise_posterior(x, self.network(weight)), validate_args=False).to_event(1)
+        members = pyro.plate("members", self.n_ensemble, dim=-2)
+        with (
+            pyro.poutine.scale(scale=self.beta * kl_weight / self.n_ensemble),
+            members,
+            pyro.plate("cells", len(cells), dim=-1),
+        ):
+            pyro.sample("z", posterior)
 
     def _sample_network(self, n_cells: int) -> Tensor:
         """A from its prior, at the weight that one minibatch has in the data; by MAP a parameter observed under its prior."""
         sd = self.n_genes / (max(self.n_train, n_cells) * self.alpha)
         mean = self.prior_mean()
-        own, logit = self.network_weight * self.no_loops, getattr(self, "edge_logit", None)
+        own = self.network_weight * self.no_loops
         with pyro.poutine.scale(scale=self._share(n_cells)):
             prior = dist.Laplace(mean + torch.zeros_like(own), sd, validate_args=False).to_event(3)
             weight = pyro.sample("A_e", prior, obs=own if self.network_log_sd is None else None)
-            if logit is not None:
-                prior = dist.Normal(self.known_logit.expand_as(logit), self.edge_logit_sd, validate_args=False)
-                pyro.sample("A_l", prior.to_event(3), obs=logit)
+            if self.edge_logit is not None:
+                prior = dist.Normal(self.known_logit.expand_as(own), self.edge_logit_sd, validate_args=False)
+                pyro.sample("A_l", prior.to_event(3), obs=self.edge_logit)
             if isinstance(mean, Tensor):
                 # without this the deviation of A from M is dear, and M free: A then collapses onto M
                 pyro.factor("M", -self.prior_shrinkage * mean.abs().sum() / sd)
-        return self.network(weight, logit)
+        return self.network(weight)
 
     def _share(self, n_cells: int) -> float:
         """Weight of the prior of A in a minibatch."""
         share = n_cells / max(self.n_train, n_cells) / self.n_ensemble
         return 1e-8 * share if self.training and self.progress < self.sparsity_delay else share
 
-    def guide(self, inputs: Inputs, kl_weight: float = 1.0) -> None:
-        """q(A), where it is not by MAP, and q(z | x, A)."""
-        weight = None
-        if self.network_log_sd is not None:
-            with pyro.poutine.scale(scale=self._share(inputs.x.shape[1])):
-                posterior = dist.Normal(self.network_weight * self.no_loops, self.network_log_sd.exp())
-                weight = pyro.sample("A_e", posterior.to_event(3))
-        with pyro.poutine.scale(scale=self.beta * kl_weight / self.n_ensemble):
-            posterior = self.noise_posterior(inputs.x, self.network(weight))
-            pyro.sample("z", dist.Normal(*posterior, validate_args=False).to_event(3))
-
-    def noise_prior(self, weight: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Mean and sd of z."""
-        mean, sd = torch.zeros_like(inputs.x), torch.ones_like(inputs.x)
+    def noise_prior(self, weight: Tensor, action: Action, members: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Mean and sd of z, to be broadcast over members, cells and genes."""
+        mean, sd = weight.new_zeros(self.n_genes), weight.new_ones(self.n_genes)
         if self.noise_mean is not None:
             # the learned prior is one of the state's own scale, as the guide is
-            loc = self.unregulated(self.noise_mean[:, None], weight)
-            log_var = self.unregulated(self.noise_log_var[:, None], weight)
-            mean, sd = loc.expand_as(mean), standard_deviation(log_var).expand_as(sd)
-        if inputs.intervened is not None:
-            sd = torch.where(inputs.intervened, torch.full_like(sd, _FLAT_SD), sd)
-        return mean, sd
+            mean = self.unregulated(self.noise_mean[members, None], weight)
+            sd = _standard_deviation(self.unregulated(self.noise_log_var[members, None], weight))
+        intervened = self.intervened(action)
+        return mean, sd if intervened is None else torch.where(intervened, _FLAT_SD, sd)
 
     def noise_posterior(self, x: Tensor, weight: Tensor, members: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Mean and sd of q(z | x, A)."""
         mean, log_var = self.encoder(x, members)
-        return self.unregulated(mean, weight), standard_deviation(self.unregulated(log_var, weight))
+        return self.unregulated(mean, weight), _standard_deviation(self.unregulated(log_var, weight))
 
     def expression(self, state: Tensor, members: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Mean and sd of standardised expression."""
+        """Mean and sd of standardized expression."""
         if self.heteroscedastic:
             loc, log_scale = self.decoder(state, members)
             return loc, _MIN_SCALE + F.softplus(log_scale)
         (loc,) = self.decoder(state, members)
         return loc, torch.full((), math.sqrt(0.5), device=loc.device)
 
+    # -- scales of expression ---------------------------------------------------------------------------------------
+
+    def normalized(self, cells: Cells) -> Tensor:
+        """Counts as log1p of counts per 10,000 of the library; other values as they are."""
+        return cells.x if self.native_scale == "layer" else torch.log1p(1e4 * cells.x / cells.library)
+
+    def clipped(self, cells: Cells) -> Tensor:
+        """Normalized expression less the mean of the batch, in standard deviations of the gene, at most 10 of them."""
+        x = (self.normalized(cells) - self.input_mean[self._batch(cells)]) / self.input_scale
+        return x.clamp(-_CLIP, _CLIP)
+
+    def no_expression(self, cells: Cells) -> Tensor:
+        """What :meth:`clipped` gives where a gene is not expressed, ``(n_cells, n_genes)``."""
+        return -(self.input_mean / self.input_scale)[self._batch(cells)].clamp(-_CLIP, _CLIP)
+
+    def _batch(self, cells: Cells) -> Tensor:
+        return cells.batch.clamp(max=self.n_batch - 1)
+
     # -- training ---------------------------------------------------------------------------------------------------
+
+    def _get_fn_args_from_batch(self, batch: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        cells = Cells.from_tensors(batch)
+        x = self.clipped(cells).expand(self.n_ensemble, -1, -1)
+        if self.training and self.augmentation > 0:
+            dropped = torch.rand(x.shape, device=x.device) < self.augmentation
+            x = torch.where(dropped, self.no_expression(cells), x)
+        return (cells,), {"x": x}
 
     def on_step(self, progress: float) -> None:
         """Keep A stable; the share of the training that is done decides when sparsity sets in."""
         self.progress = progress
-        if self.max_radius is None:
+        if not self.max_radius:
             return
         with torch.no_grad():
             square = self.network()[..., self.regulators]
@@ -315,40 +342,181 @@ class InfoSEM(KnockOutMixin, PerturbationModule):
             self._probe = moved / size
         return self._growth
 
-    def _get_fn_args_from_batch(self, batch: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        cells = Cells.from_tensors(batch)
-        x = self.standardised(cells).clamp(-self.clip, self.clip)
-        x = x.expand(self.n_ensemble, *x.shape)
-        if self.training and self.augmentation > 0:
-            zero = -(self.input_mean / self.input_scale)[self._batch(cells.batch)]
-            dropped = torch.rand(x.shape, device=x.device) < self.augmentation
-            x = torch.where(dropped, zero.clamp(-self.clip, self.clip), x)
-        position, present = self.targets(cells.action)
-        intervened = None
-        if bool(present.any()):
-            intervened = torch.zeros_like(cells.x, dtype=torch.bool)
-            row, slot = present.nonzero(as_tuple=True)
-            intervened[row, position[row, slot]] = True
-        return (Inputs(x, intervened),), {}
-
-    def normalised(self, x: Tensor) -> Tensor:
-        """Counts as log1p of counts per 10,000; other values as they are."""
-        if self.native_scale == "layer":
-            return x
-        return torch.log1p(1e4 * x / x.sum(-1, keepdim=True).clamp(min=1.0))
-
-    def standardised(self, cells: Cells) -> Tensor:
-        """Expression without the mean of the batch, in standard deviations of the gene."""
-        return (self.normalised(cells.x) - self.input_mean[self._batch(cells.batch)]) / self.input_scale
-
-    def _batch(self, batch: Tensor) -> Tensor:
-        return batch.clamp(max=self.n_batch - 1)
+    @torch.no_grad()
+    def standardize(self, mean: Tensor, sd: Tensor) -> None:
+        """Take over the mean of each gene in each batch, ``(n_batch, n_genes)``, and its sd within batches."""
+        self.input_mean.copy_(mean)
+        # a gene that does not vary must not enter blown up
+        self.input_scale.copy_(sd.clamp(min=1e-3 * float(sd.max()) + 1e-6))
 
     @torch.no_grad()
-    def squared_residuals(self, cells: Cells) -> Tensor:
-        """Of each gene, at the posterior mean, summed over the cells, ``(n_members, n_genes)``."""
-        x = self.standardised(cells)
-        weight = self.network()
-        loc, _ = self.noise_posterior(x.expand(self.n_ensemble, *x.shape).clamp(-self.clip, self.clip), weight)
-        found, _ = self.expression(self.regulated(loc, weight))
-        return (x - found).square().sum(1)
+    def fit_residuals(self, batches: Iterable[Cells]) -> None:
+        """Measure what f leaves over of each gene at the posterior mean: the sd of expression in predictions."""
+        weight, total, n_cells = self.network(), 0.0, 0
+        for cells in batches:
+            x = self.clipped(cells).expand(self.n_ensemble, -1, -1)
+            loc, _ = self.noise_posterior(x, weight)
+            found, _ = self.expression(self.regulated(loc, weight))
+            total, n_cells = total + (x - found).square().sum(1), n_cells + len(cells)
+        self.residual_sd.copy_((total / n_cells).sqrt().clamp(min=0.01))
+
+    # -- counterfactuals --------------------------------------------------------------------------------------------
+    # These steps replace the generic ones: draws of one member share its network, and do(g) solves for one number per gene
+    # that is knocked out where a replayed model would invert a network for every draw and perturbation.
+
+    def draw_globals(self, n_draws: int, cells: Cells) -> Globals:
+        """Networks of the members, or draws of them, which the draws of a prediction take in turn.
+
+        Returns
+        -------
+        ``member``, whose network it is; ``A``; and ``total``, the effects over all paths: ``(n_networks, …)`` each.
+        """
+        return self._draw_networks(n_draws)
+
+    def _draw_networks(self, n_draws: int) -> Globals:
+        member = torch.arange(self.n_ensemble)
+        if self.network_log_sd is not None:
+            member = member.repeat(max(1, min(n_draws, _MAX_NETWORKS) // self.n_ensemble))
+        weight = self.network_weight[member]
+        if self.network_log_sd is not None:
+            weight = weight + self.network_log_sd[member].exp() * torch.randn_like(weight)
+        weight = self.network(weight, None if self.edge_logit is None else self.edge_logit[member])
+        return {"member": member, "A": weight, "total": total_effect(weight, self.regulators)}
+
+    def abduct(self, cells: Cells, n_draws: int, globals_: Globals) -> Basal:
+        """States of the genes had nothing been done, from q(z | x), and what f leaves over of the cell's expression.
+
+        The noise of a gene that was knocked out, of which its expression says nothing, is at its prior mean. States are
+        given the sign with which they rise with expression: the data do not determine it.
+        """
+        x, state = self.clipped(cells), cells.x.new_empty(n_draws, *cells.x.shape)
+        intervened = self.intervened(cells.action)
+        for draws, member, weight, total in self._in_turn(n_draws, globals_):
+            z = _antithetic(*self.noise_posterior(x[None], weight, member), len(state[draws]))
+            if intervened is not None:
+                z = torch.where(intervened, self.noise_prior(weight, cells.action, member)[0], z)
+            state[draws] = self.sign(member) * self._regulated(z, total)
+        basal = Basal(cells, state, globals_=globals_, n_draws=n_draws)
+        basal.noise = self.counterfactual(basal, cells.action).expression.abduct(self.normalized(cells))
+        return basal
+
+    def counterfactual(self, basal: Basal, action: Action) -> Counterfactual:
+        """do(g): the cell keeps the noise of all other genes, and the state of g is what no expression is encoded as."""
+        state, loc = torch.empty_like(basal.state), torch.empty_like(basal.state)
+        scale = torch.empty_like(basal.state if self.heteroscedastic else basal.state[:, :1])
+        for draws, member, _, total in self._in_turn(basal.n_draws, basal.globals_):
+            sign = self.sign(member)
+            own = self._do(sign * basal.state[draws], basal.cells, action.one, member, total)
+            loc[draws], scale[draws] = self._measured(own, member)
+            state[draws] = sign * own
+        return Counterfactual(state, self._on_native_scale(loc, scale, self.input_mean[self._batch(basal.cells)]))
+
+    def log_weights(self, cells: Cells, n_draws: int, globals_: Globals) -> Tensor:
+        """Log p(x, z) - log q(z) of draws of z, ``(n_draws, n_cells)``; their average is one over the ensemble.
+
+        x is expression on the scale that is modelled: the density of log1p of counts per 10,000 for counts, else of the
+        layer. It does not compare with the probability of counts.
+        """
+        x, native = self.clipped(cells), self.normalized(cells)
+        mean, result = self.input_mean[self._batch(cells)], x.new_empty(n_draws, len(cells))
+        for draws, member, weight, total in self._in_turn(n_draws, globals_):
+            q = dist.Normal(*self.noise_posterior(x[None], weight, member), validate_args=False)
+            p = dist.Normal(*self.noise_prior(weight, cells.action, member), validate_args=False)
+            z = _antithetic(q.loc, q.scale, len(result[draws]))
+            measured = self._on_native_scale(*self._measured(self._regulated(z, total), member), mean)
+            result[draws] = (measured.log_prob(native) + p.log_prob(z) - q.log_prob(z)).sum(-1)
+        return result
+
+    @torch.no_grad()
+    def generate(self, n_cells: int) -> Tensor:
+        """Cells that were never measured, of no batch, on the native scale, ``(n_cells, n_genes)``."""
+        nothing = Action(*(torch.full((1, 1), v, device=self.input_mean.device) for v in (-1, 0.0)))
+        x, globals_ = self.input_mean.new_empty(n_cells, self.n_genes), self._draw_networks(n_cells)
+        for draws, member, weight, total in self._in_turn(n_cells, globals_):
+            mean, sd = self.noise_prior(weight, nothing, member)
+            z = mean + sd * torch.randn_like(x[draws])
+            measured = self._measured(self._regulated(z, total)[None], member)
+            x[draws] = self._on_native_scale(*measured, self.input_mean.mean(0)).sample()[0]
+        return x
+
+    def targets(self, action: Action) -> tuple[Tensor, Tensor]:
+        """Positions of the genes that an action knocks out, and whether it is one, ``(n_cells, order)`` each."""
+        position = self.knocked_out[action.codes.clamp(min=0)] if len(self.knocked_out) else action.codes * 0 - 1
+        if action.features is not None:
+            # genes outside the vocabulary are described by their position, counted from 1
+            position = torch.where(action.codes < -1, action.features[..., 0].round().long() - 1, position)
+        present = action.present & (position >= 0)
+        return position.clamp(min=0), present
+
+    def intervened(self, action: Action) -> Tensor | None:
+        """Which genes were knocked out, ``(n_cells, n_genes)``; `None` where none was."""
+        position, present = self.targets(action)
+        if not bool(present.any()):
+            return None
+        mask = torch.zeros(len(position), self.n_genes, dtype=torch.bool, device=position.device)
+        row, slot = present.nonzero(as_tuple=True)
+        mask[row, position[row, slot]] = True
+        return mask
+
+    def sign(self, members: slice = slice(None)) -> Tensor:
+        """1 where the state rises with expression, -1 where it falls, ``(n_members, 1, 1)``: the data can not tell."""
+        ends = torch.tensor([[-1.0, 1.0]], device=self.input_mean.device).expand(len(self.residual_sd[members]), -1)
+        mean, _ = self.encoder(ends, members)
+        return torch.where(mean[:, 1] >= mean[:, 0], 1.0, -1.0)[:, None, None]
+
+    def _in_turn(self, n_draws: int, globals_: Globals) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+        """For each network: its draws, the member it belongs to, its weights, and its effects over all paths."""
+        member = globals_["member"].tolist()
+        for i, m in enumerate(member[:n_draws]):
+            yield slice(i, n_draws, len(member)), slice(m, m + 1), globals_["A"][i], globals_["total"][i]
+
+    def _regulated(self, z: Tensor, total: Tensor) -> Tensor:
+        """As :meth:`regulated`, of one network whose effects over all paths are known."""
+        return z + z[..., self.regulators] @ total
+
+    def _do(self, state: Tensor, cells: Cells, action: Action, member: slice, total: Tensor) -> Tensor:
+        """States once the noise of the knocked-out genes has moved until theirs are those of no expression.
+
+        This solves the equations of all other genes, and is what cutting the edges into the genes gives. A dose is the
+        share of that way.
+        """
+        position, present = self.targets(action)
+        if not bool(present.any()):
+            return state
+        own = position.expand(len(cells), -1)
+        level, _ = self.encoder(self.no_expression(cells).gather(1, own)[None], member)
+        missing = action.dose.clamp(max=1.0) * present * (level - state.gather(-1, own.expand(len(state), -1, -1)))
+        # a unit of z_g moves the state of g itself, and through others that of all genes
+        row = torch.full((self.n_genes,), -1, device=total.device)
+        row[self.regulators] = torch.arange(len(self.regulators), device=total.device)
+        row = row[position]
+        moved = total[row.clamp(min=0)] * (row >= 0)[..., None] + F.one_hot(position, self.n_genes).to(total)
+        moved = moved * present[..., None]
+        response = moved.gather(2, position[:, None].expand(-1, position.shape[1], -1)) * present[:, None]
+        response = response + torch.diag_embed((~present).to(total))
+        per_unit = torch.linalg.solve(response, moved)  # what a unit of the states of these genes moves
+        return state + (
+            missing @ per_unit[0] if len(per_unit) == 1 else torch.einsum("dno,nog->dng", missing, per_unit)
+        )
+
+    def _measured(self, state: Tensor, member: slice) -> tuple[Tensor, Tensor]:
+        """Mean and sd of standardized expression given states of one member, with the measured residual sd."""
+        loc, sd = self.expression(state.reshape(1, -1), member)
+        loc = loc.reshape(state.shape)
+        return loc, sd.reshape(state.shape) if self.heteroscedastic else self.residual_sd[member][:, None]
+
+    def _on_native_scale(self, loc: Tensor, scale: Tensor, mean: Tensor) -> Gaussian:
+        """Distribution of expression whose standardized mean and sd are given; `mean` is that of the batch."""
+        family = RectifiedGaussian if self.native_scale == "log1p" else Gaussian
+        return family(mean + self.input_scale * loc, self.input_scale * scale, validate_args=False)
+
+
+def _antithetic(loc: Tensor, scale: Tensor, n: int) -> Tensor:
+    """Normal draws in pairs whose deviates are each other's negative, for parameters ``(1, n_cells, n_genes)``."""
+    half = torch.randn((n + 1) // 2, *loc.shape[1:], device=loc.device)
+    return loc + scale * torch.cat([half, -half])[:n]
+
+
+def _standard_deviation(log_var: Tensor) -> Tensor:
+    """Of a log variance, within what float32 can hold."""
+    return (0.5 * log_var.clamp(-10.0, 6.0)).exp()

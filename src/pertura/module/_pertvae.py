@@ -2,36 +2,42 @@ r"""PertVAE: linear effects of perturbations on a latent state (Rampasek et al.)
 
 .. math::
 
-    W_p, b_p            &\sim N(0, \sigma_W^2),\; N(b_0, \sigma_b^2) \\
+    W_p, b_p            &\sim N(0, \sigma_W^2),\; N(0, \sigma_b^2) \\
     z_1                 &\sim N(0, I) \\
-    z_2 \mid z_1        &\sim N\Big(z_1 + \sum_{p} s_p(d_p)\,(W_p\, u + b_p),\; \sigma_2^2\Big) \\
+    z_2 \mid z_1        &\sim N\Big(z_1 + \sum_{p} s_p(d_p)\,(W_p\, u + b_0 + b_p),\; \sigma_2^2\Big) \\
     x_k \mid z_k        &\sim p_\theta(x \mid \mathrm{dec}(z_k)), \quad k = 1, 2
 
 with :math:`u = z_1` (the paper) or :math:`u` the principal components of the mean control profile of the cell's context,
-:math:`W_p = U_p V_p^\top` of low rank where there are many perturbations, and :math:`s_p(d) = \log(1 + \kappa_p d) / \log(1 + \kappa_p)` of the dose. The guide
-:math:`q(z_k \mid x_k)` is one network for both k, a Gaussian followed by inverse autoregressive steps.
+:math:`W_p = U_p V_p^\top` of low rank where there are many perturbations, and
+:math:`s_p(d) = \log(1 + \kappa_p d) / \log(1 + \kappa_p)` of the dose. The guide :math:`q(z_k \mid x_k)` is one for both k, a
+Gaussian followed by inverse autoregressive steps.
+
+A cell alone, which is no member of a pair, has one latent state, that in which it was measured. For a treated cell this is
+:math:`z_2`, whose prior is :math:`\int p(z_2 \mid z_1)\, p(z_1)\, dz_1`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import pyro
 import pyro.distributions as dist
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from pertura.data._constants import UNKNOWN
 from pertura.nn._flows import InverseAutoregressiveFlow
-from pertura.nn._likelihoods import CountLikelihood, GaussianLikelihood
 from pertura.nn._mlp import MLP
 
-from ._base import Action, Basal, Cells, PerturbationModule
+from ._base import Action, Basal, Cells, Counterfactual, Globals
+from ._draws import run, unwrapped
+from ._latent import LatentModule, log_dose_response
 
 
-class PertVAE(PerturbationModule):
+class PertVAE(LatentModule):
     r"""Generative model and guide of PertVAE.
 
     Parameters
@@ -43,15 +49,18 @@ class PertVAE(PerturbationModule):
     encoder_hidden, decoder_hidden
         Widths of the layers; no decoder layers make the decoder (log-)linear.
     n_flow_context
-        Units that feed the flow's context.
+        Units beside the mean and the scale of the guide that feed its flow.
     n_flow_steps, n_flow_hidden
         Autoregressive steps of the guide and the units in each.
     rank
-        Rank of W for each perturbation; `n_latent` for full matrices.
+        Rank of W for each perturbation; `None` for full matrices.
     effect_input
         What W multiplies: the cell's own state, or the mean control profile of its context.
     n_context_components
         Number of principal components that describe a context.
+    transition_noise
+        Standard deviation of :math:`z_2 \mid z_1`: ``"constant"``, one for each dimension, or ``"state"``,
+        :math:`\exp f(z_1)` with f linear, as in the paper.
     likelihood
         ``"nb"`` or ``"normal"``.
     link_sharpness
@@ -60,13 +69,16 @@ class PertVAE(PerturbationModule):
         See :class:`~pertura.nn.GaussianLikelihood`.
     prior_sd_W, prior_sd_b
         Standard deviations of the normal priors of W and b.
-    use_weight_norm, dropout_rate, input_noise
-        Regularisation of the networks; `input_noise` is the sd of noise on the encoder's standardised input.
+    use_weight_norm
+        Whether all layers of encoder, flow, decoder and likelihood are weight-normalized.
+    dropout_rate, input_noise
+        Regularization of encoder and decoder; `input_noise` is the sd of noise on the encoder's standardized input.
     prediction_weight
-        Weight of :math:`E_{q(z_1 | x_1) p(z_2 | z_1)} \log p(x_2 | z_2)`, the term by which the reference implementation
-        trains the prediction itself.
+        Weight of :math:`E_{q(z_1 | x_1) p(z_2 | z_1)} \log p(x_2 | z_2)` in the loss, which trains the prediction itself.
     n_features
         Number of features of a perturbation; 0 where none were registered.
+    effect_lr_factor
+        Learning rate of effects in units of that of the neural networks.
     """
 
     no_weight_decay = {"effect_", "likelihood.log_theta"}
@@ -87,6 +99,7 @@ class PertVAE(PerturbationModule):
         rank: int | None = None,
         effect_input: Literal["cell", "context"] = "context",
         n_context_components: int = 30,
+        transition_noise: Literal["constant", "state"] = "constant",
         likelihood: Literal["nb", "normal"] = "nb",
         link_sharpness: float = 3.0,
         heteroscedastic: bool = False,
@@ -99,218 +112,307 @@ class PertVAE(PerturbationModule):
         n_features: int = 0,
         effect_lr_factor: float = 5.0,
     ) -> None:
-        super().__init__()
-        self.n_latent, self.n_genes, self.n_batch = n_latent, n_genes, n_batch
-        self.effect_input = effect_input
+        super().__init__(n_genes, n_batch)
+        self.n_latent, self.effect_input = n_latent, effect_input
         self.prior_sd_W, self.prior_sd_b = prior_sd_W, prior_sd_b
         self.input_noise, self.prediction_weight = input_noise, prediction_weight
         self.lr_factors = {"effect_": effect_lr_factor}
 
         options: dict[str, Any] = {"use_weight_norm": use_weight_norm, "dropout_rate": dropout_rate}
-        n_covariates = n_batch if n_batch > 1 else 0
-        self.encoder = MLP(n_genes + n_covariates, [*encoder_hidden, n_flow_context], **options)
-        self.flow = InverseAutoregressiveFlow(n_latent, n_flow_context, n_flow_steps, n_flow_hidden)
-        self.decoder = MLP(n_latent + n_covariates, decoder_hidden, **options)
-        if likelihood == "nb":
-            self.likelihood = CountLikelihood(self.decoder.n_out, n_genes, link_sharpness)
-        else:
-            self.likelihood = GaussianLikelihood(self.decoder.n_out, n_genes, heteroscedastic)
-        self.native_scale = self.likelihood.native_scale
+        self.encoder = MLP(n_genes + self.n_covariates, encoder_hidden, **options)
+        self.flow = InverseAutoregressiveFlow(
+            n_latent, self.encoder.n_out, n_flow_context, n_flow_steps, n_flow_hidden, use_weight_norm
+        )
+        self.decoder = MLP(n_latent + self.n_covariates, decoder_hidden, **options)
+        self.make_likelihood(likelihood, self.decoder.n_out, link_sharpness, heteroscedastic)
+        if use_weight_norm:
+            for layer in [m for m in self.likelihood.modules() if isinstance(m, nn.Linear)]:
+                weight_norm(layer)
 
         # W = U V^T; U = 0 starts as the identity. At full rank V is fixed to I and W is a matrix of its own
         n_inputs = n_latent if effect_input == "cell" else n_context_components
-        self.rank = n_inputs if rank is None else min(rank, n_inputs)
-        self.full_rank = self.rank == n_inputs
-        self.effect_U = nn.Parameter(torch.zeros(n_perturbations, n_latent, self.rank))
-        if not self.full_rank:
-            self.effect_V = nn.Parameter(torch.randn(n_perturbations, n_inputs, self.rank) / n_inputs**0.5)
-        # what all perturbations have in common is learned from all of them; each one's own part is shrunk towards it
+        rank = n_inputs if rank is None else min(rank, n_inputs)
+        self.effect_U = nn.Parameter(torch.zeros(n_perturbations, n_latent, rank))
+        V = torch.randn(n_perturbations, n_inputs, rank) / n_inputs**0.5
+        self.effect_V = nn.Parameter(V) if rank < n_inputs else None
+        # what all perturbations have in common is learned from all of them; each one's own part is shrunk toward it
         self.effect_common = nn.Parameter(torch.zeros(n_latent)) if n_perturbations > 1 else None
         self.effect_b = nn.Parameter(torch.zeros(n_perturbations, n_latent))
         self.effect_log_scale = nn.Parameter(torch.full((n_latent,), -1.0))
+        state_noise = transition_noise == "state"
+        self.effect_log_scale_slope = nn.Parameter(torch.zeros(n_latent, n_latent)) if state_noise else None
         self.dose_log_kappa = nn.Parameter(torch.zeros(n_perturbations))
         self.effect_features = nn.Linear(n_features, n_latent, bias=False) if n_features else None
         if self.effect_features is not None:
             nn.init.zeros_(self.effect_features.weight)
         self.register_buffer("features", torch.zeros(n_perturbations, n_features))
-
-        self.register_buffer("input_mean", torch.zeros(n_genes))
-        self.register_buffer("input_scale", torch.ones(n_genes))
         self.register_buffer("profile_mean", torch.zeros(n_genes))
         self.register_buffer("profile_basis", torch.zeros(n_genes, n_context_components))
         self.register_buffer("context_profile", torch.zeros(n_contexts, n_context_components))
 
+    @staticmethod
+    def _get_fn_args_from_batch(batch: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return (Cells.from_tensors(batch), int(batch["n_pairs"])), {}
+
     # -- generative model and guide ---------------------------------------------------------------------------------
 
-    def model(self, cells: Cells, n_pairs: int, kl_weight: float = 1.0) -> None:
-        """Joint density of a minibatch: rows are pre-treatment cells, singletons, post-treatment cells of the pairs."""
-        n_first = len(cells) - n_pairs
-        first, post = slice(0, n_first), slice(n_first, None)
-        self._effect_prior(len(cells))
-        with pyro.plate("cells", n_first), pyro.poutine.scale(scale=kl_weight):
-            z1 = pyro.sample("z1", dist.Normal(cells.x.new_zeros(self.n_latent), 1.0).to_event(1))
-        with pyro.plate("first", n_first):
-            pyro.sample("x1", self.expression(z1, cells, first), obs=cells.x[first])
+    def model(self, cells: Cells, n_pairs: int = 0, kl_weight: float = 1.0) -> None:
+        """Joint density of a minibatch: rows are cells before a perturbation, cells alone, the same pairs' cells after it."""
+        first, post = _split(cells, n_pairs)
+        if self.training:
+            self._prior_of_effects(len(cells))
+        with pyro.plate("cells", len(first)):
+            with pyro.poutine.scale(scale=kl_weight):
+                z1 = pyro.sample("z1", self.prior(first))
+            pyro.deterministic("state", z1, event_dim=1)
+            pyro.sample("x", self.expression(z1, first), obs=first.x)
         if n_pairs == 0:
             return
-        action = _rows(cells.action, post)
-        state = z1[..., :n_pairs, :]
-        u = state if self.effect_input == "cell" else self.context_profile[cells.context[post]]
-        prior = dist.Normal(state + self.effect(u, action), self.effect_log_scale.exp()).to_event(1)
-        with pyro.plate("pairs", n_pairs), pyro.poutine.scale(scale=kl_weight):
-            z2 = pyro.sample("z2", prior)
-        with pyro.plate("post", n_pairs):
-            pyro.sample("x2", self.expression(z2, cells, post), obs=cells.x[post])
-        if self.prediction_weight > 0:
-            with pyro.poutine.scale(scale=self.prediction_weight):
-                log_prob = self.expression(prior.rsample(), cells, post).log_prob(cells.x[post])
-                pyro.factor("x2_predicted", log_prob.sum())
+        before = z1[..., :n_pairs, :]
+        after = self.transition(before, post)
+        with pyro.plate("pairs", n_pairs):
+            with pyro.poutine.scale(scale=kl_weight):
+                z2 = pyro.sample("z2", after.to_event(1))
+            pyro.sample("x2", self.expression(z2, post), obs=post.x)
+        if self.training and self.prediction_weight > 0:
+            log_prob = self.expression(after.rsample(), post).log_prob(post.x)
+            pyro.factor("x2_predicted", self.prediction_weight * log_prob.sum())
 
-    def guide(self, cells: Cells, n_pairs: int, kl_weight: float = 1.0) -> None:
-        """q(z_k | x_k), one encoder for pre- and post-treatment cells."""
-        n_first = len(cells) - n_pairs
+    def guide(self, cells: Cells, n_pairs: int = 0, kl_weight: float = 1.0) -> None:
+        """q(z | x), one encoder for cells before and after a perturbation."""
         h = self.encode(cells)
+        n_first = len(cells) - n_pairs
         with pyro.plate("cells", n_first), pyro.poutine.scale(scale=kl_weight):
             pyro.sample("z1", self.flow(h[:n_first]))
         if n_pairs:
             with pyro.plate("pairs", n_pairs), pyro.poutine.scale(scale=kl_weight):
                 pyro.sample("z2", self.flow(h[n_first:]))
 
-    def _effect_prior(self, n_cells: int) -> None:
-        """Normal priors of W and b (the paper's L2), at the weight that one minibatch has in the data."""
-        log_prior = -0.5 * (self.effect_W().square().sum() / self.prior_sd_W**2)
-        log_prior = log_prior - 0.5 * self.effect_b.square().sum() / self.prior_sd_b**2
-        pyro.factor("effect_prior", log_prior * n_cells / max(self.n_train, n_cells))
+    def prior(self, cells: Cells, profiles: Tensor | None = None) -> dist.TorchDistribution:
+        r"""Prior of the state in which cells alone were measured, batch shape ``(n_cells,)``.
 
-    def expression(self, z: Tensor, cells: Cells, rows: slice) -> dist.TorchDistribution:
+        Normal, with :math:`J = I + \sum_p s_p W_p` and :math:`b = \sum_p s_p (b_0 + b_p)`: mean b and covariance
+        :math:`J J^\top + \sigma_2^2`. Where the noise depends on the state these are the moments, and the prior is not normal.
+        Cells alone do not train the effect: nothing says that those of a context without controls differ from others
+        by the perturbation only.
+        """
+        treated = cells.action.present.any(1, keepdim=True)
+        if not bool(treated.any()):
+            return dist.Normal(cells.x.new_zeros(len(cells), self.n_latent), 1.0).to_event(1)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.training):
+            jacobian, loc = self.linear(cells, profiles)
+            variance = treated * self.mean_noise_variance()
+            if jacobian is None:
+                return dist.Normal(loc, (1.0 + variance).sqrt()).to_event(1)
+            return dist.MultivariateNormal(loc, jacobian @ jacobian.mT + torch.diag_embed(variance))
+
+    def transition(self, z1: Tensor, cells: Cells) -> dist.Normal:
+        """p(z2 | z1), batch shape ``(..., n_cells, n_latent)``."""
+        return dist.Normal(z1 + self.effect(z1, cells), self.noise_sd(z1))
+
+    def expression(self, z: Tensor, cells: Cells) -> dist.TorchDistribution:
         """p(x | z)."""
-        return self.likelihood(self.decoder(self._with_batch(z, cells.batch[rows])), cells.library[rows])
+        return self.likelihood(self.decoder(self.with_batch(z, cells.batch)), cells.library)
 
     def encode(self, cells: Cells) -> Tensor:
-        """Context of the flow, ``(n_cells, n_flow_context)``."""
-        x = (self.normalised(cells.x) - self.input_mean) / self.input_scale
+        """Hidden layer that the guide reads, ``(n_cells, encoder_hidden[-1])``."""
+        x = self.standardized(cells.x)
         if self.training and self.input_noise > 0:
             x = x + self.input_noise * torch.randn_like(x)
-        return self.encoder(self._with_batch(x, cells.batch))
+        return self.encoder(self.with_batch(x, cells.batch))
 
-    def normalised(self, x: Tensor) -> Tensor:
-        """Counts as log1p of counts per 10,000; other values as they are."""
-        if self.native_scale != "counts":
-            return x
-        return torch.log1p(1e4 * x / x.sum(-1, keepdim=True).clamp(min=1.0))
+    def _prior_of_effects(self, n_cells: int) -> None:
+        """Normal priors of W and b (the paper's L2), at the weight that one minibatch has in the data."""
+        log_prior = -0.5 * self.effect_W().square().sum() / self.prior_sd_W**2
+        log_prior = log_prior - 0.5 * self.effect_b.square().sum() / self.prior_sd_b**2
+        pyro.factor("effect_prior", log_prior * n_cells / max(self.n_train, n_cells))
 
     # -- effects of perturbations -----------------------------------------------------------------------------------
 
     def effect_W(self) -> Tensor:
         """W of every perturbation, ``(n_perturbations, n_latent, n_inputs)``."""
-        return self.effect_U if self.full_rank else self.effect_U @ self.effect_V.mT
+        return self.effect_U if self.effect_V is None else self.effect_U @ self.effect_V.mT
 
-    def effect(self, u: Tensor, action: Action) -> Tensor:
-        """Sum over components of s(dose) (W u + b), ``(..., n_cells, n_latent)``."""
-        code = action.codes.clamp(min=0)
-        strength = self.dose_response(code, action.dose) * (action.codes >= 0)
-        U, b = self.effect_U[code], self.effect_b[code]
-        if self.full_rank:
-            moved = torch.einsum("nkij,...nj->...nki", U, u)
-        else:
-            moved = torch.einsum("nkir,nkjr,...nj->...nki", U, self.effect_V[code], u)
-        if self.effect_common is not None:
-            b = b + self.effect_common
+    def slope(self, action: Action) -> Tensor:
+        """Sum over members of s(dose) W, ``(n_cells, n_latent, n_inputs)``."""
+        code, strength = action.codes.clamp(min=0), self.strength(action) * (action.codes >= 0)
+        W = self.effect_U[code] if self.effect_V is None else self.effect_U[code] @ self.effect_V[code].mT
+        return (strength[..., None, None] * W).sum(1)
+
+    def shift(self, action: Action) -> Tensor:
+        """Sum over members of s(dose) b, ``(n_cells, n_latent)``."""
+        code, known = action.codes.clamp(min=0), action.codes >= 0
+        b, described = self.effect_b[code], torch.zeros_like(self.effect_b[code])
         if self.effect_features is not None:
-            b = b + self.effect_features(self.features[code])
-        total = (strength[..., None] * (moved + b)).sum(-2)
-        if action.features is not None and self.effect_features is not None:
-            kappa = self.dose_kappa().mean()
-            unknown = (action.codes == UNKNOWN) * (torch.log1p(kappa * action.dose) / torch.log1p(kappa))
-            described = self.effect_features(action.features)
-            if self.effect_common is not None:
-                described = described + self.effect_common
-            total = total + (unknown[..., None] * described).sum(-2)
-        return total
+            features = self.features[code]
+            if action.features is not None:
+                features = torch.where(known[..., None], features, action.features)
+                known = known | (action.codes == UNKNOWN)
+            described = self.effect_features(features)
+        if self.effect_common is not None:
+            described = described + self.effect_common
+        each = torch.where((action.codes >= 0)[..., None], b, torch.zeros_like(b)) + described
+        return ((self.strength(action) * known)[..., None] * each).sum(1)
 
-    def dose_response(self, code: Tensor, dose: Tensor) -> Tensor:
-        """Monotone, 0 at dose 0 and 1 at the highest registered dose."""
-        kappa = self.dose_kappa()[code]
-        return torch.log1p(kappa * dose) / torch.log1p(kappa)
+    def strength(self, action: Action) -> Tensor:
+        """Dose response of each member, ``(n_cells, order)``; of those that are new, with the mean curvature."""
+        known = action.codes >= 0
+        log_kappa = torch.where(known, self.dose_log_kappa[action.codes.clamp(min=0)], self.dose_log_kappa.mean())
+        return log_dose_response(log_kappa, action.dose)
 
-    def dose_kappa(self) -> Tensor:
-        """Curvature of the dose response, ``(n_perturbations,)``."""
-        return F.softplus(self.dose_log_kappa) + 1e-3
+    def linear(self, cells: Cells, profiles: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
+        """The effect as a linear map: z1 + effect(z1) = J z1 + b; J is `None` where it is the identity.
 
-    # -- counterfactuals --------------------------------------------------------------------------------------------
-
-    def draw_globals(self, n_samples: int) -> dict[str, Tensor]:
-        """W and b are point estimates: nothing to draw."""
-        return {}
-
-    def abduct(self, cells: Cells, n_samples: int, globals_: dict[str, Tensor]) -> Basal:
-        """z1 of a cell from q(z | x), the effect of its own perturbation taken back."""
-        z = self.flow(self.encode(cells)).sample((n_samples,))
-        noise = self.likelihood.abduct(self._decoded(z, cells.batch), cells.library, cells.x)
-        if cells.action.present.any():
-            z = self._remove(z, cells, globals_)
-        return Basal(z, noise, cells.context, cells.batch, cells.library)
-
-    def _remove(self, z: Tensor, cells: Cells, globals_: dict[str, Tensor]) -> Tensor:
-        """Solve z = z1 + effect(z1) for z1."""
-        if self.effect_input == "context":
-            return z - self.effect(self._context(cells.context, globals_), cells.action)
-        zero = self.effect(torch.zeros_like(z), cells.action)
-        eye = torch.eye(self.n_latent, device=z.device)
-        columns = self.effect(eye[:, None, :].expand(-1, len(cells), -1), cells.action) - zero[0]
-        jacobian = eye + columns.permute(1, 2, 0)  # (n_cells, i, j): d z_i / d z1_j
-        return torch.linalg.solve(jacobian, (z - zero)[..., None]).squeeze(-1)
-
-    def act(self, basal: Basal, action: Action, globals_: dict[str, Tensor]) -> Tensor:
-        """z2 at the mean of p(z2 | z1)."""
-        u = basal.z if self.effect_input == "cell" else self._context(basal.context, globals_)
-        return basal.z + self.effect(u, action)
-
-    def decode(self, z: Tensor, basal: Basal) -> Tensor:
-        """Expression, the cell's own measurement noise replayed."""
-        return self.likelihood.predict(self._decoded(z, basal.batch), basal.library, basal.noise)
-
-    def _context(self, context: Tensor, globals_: dict[str, Tensor]) -> Tensor:
-        return globals_.get("context_profile", self.context_profile)[context]
-
-    def _decoded(self, z: Tensor, batch: Tensor) -> Tensor:
-        return self.decoder(self._with_batch(z, batch))
-
-    def _with_batch(self, values: Tensor, batch: Tensor) -> Tensor:
-        if self.n_batch < 2:
-            return values
-        one_hot = F.one_hot(batch.clamp(max=self.n_batch - 1), self.n_batch).to(values)
-        return torch.cat([values, one_hot.expand(*values.shape[:-1], -1)], dim=-1)
-
-    # -- training ---------------------------------------------------------------------------------------------------
-
-    @staticmethod
-    def _get_fn_args_from_batch(batch: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        return (Cells.from_tensors(batch), int(batch["n_pairs"])), {}
-
-    @torch.no_grad()
-    def control_profiles(self, batches: Iterable[dict[str, Tensor]], n_contexts: int) -> tuple[Tensor, Tensor]:
-        """Mean normalised expression of the control cells of each context, and their number.
+        Parameters
+        ----------
+        cells
+            With the perturbations.
+        profiles
+            Profiles of contexts, if they are not those of training.
 
         Returns
         -------
-        ``(n_contexts, n_genes)``, zero where there is no control cell, and ``(n_contexts,)``.
+        J ``(n_cells, n_latent, n_latent)`` and b ``(n_cells, n_latent)``.
         """
-        device = self.input_mean.device
-        total = torch.zeros(n_contexts, self.n_genes, device=device)
-        number = torch.zeros(n_contexts, device=device)
-        for tensors in batches:
-            cells = Cells.from_tensors({k: v.to(device) for k, v in tensors.items()})
-            control = ~cells.action.present.any(1)
-            total.index_add_(0, cells.context[control], self.normalised(cells.x[control]))
-            number.index_add_(0, cells.context[control], torch.ones(int(control.sum()), device=device))
-        return total / number.clamp(min=1)[:, None], number
+        slope, shift = self.slope(cells.action), self.shift(cells.action)
+        if self.effect_input == "cell":
+            return slope + torch.eye(self.n_latent, device=slope.device), shift
+        u = (self.context_profile if profiles is None else profiles)[cells.context]
+        return None, _times(slope, u) + shift
+
+    def effect(self, z1: Tensor, cells: Cells, profiles: Tensor | None = None) -> Tensor:
+        """Sum over members of s(dose) (W u + b), ``(..., n_cells, n_latent)``; arguments as of :meth:`linear`."""
+        jacobian, b = self.linear(cells, profiles)
+        return (b if jacobian is None else _times(jacobian, z1) - z1 + b).expand_as(z1)
+
+    def noise_sd(self, z1: Tensor) -> Tensor:
+        """Standard deviation of z2 given z1, of the shape of `z1` or of its last dimension."""
+        if self.effect_log_scale_slope is None:
+            return self.effect_log_scale.exp()
+        return (self.effect_log_scale + z1 @ self.effect_log_scale_slope.mT).clamp(-7.0, 3.0).exp()
+
+    def mean_noise_variance(self) -> Tensor:
+        """Mean over z1 of the squared standard deviation, ``(n_latent,)``."""
+        if self.effect_log_scale_slope is None:
+            return (2 * self.effect_log_scale).exp()
+        # the mean of a log-normal variable
+        return (2 * self.effect_log_scale + 2 * self.effect_log_scale_slope.square().sum(1)).exp()
+
+    # -- counterfactuals --------------------------------------------------------------------------------------------
+
+    def abduct(self, cells: Cells, n_draws: int, globals_: Globals) -> Basal:
+        """The state of a cell from q(z | x), the effect of its own perturbation taken back.
+
+        As in the paper the basal state of a treated cell solves z = z1 + effect(z1). It does not follow from the generic
+        abduction, in which z1 and z2 of a cell would be apart.
+        """
+        z = run(self.guide, cells, n_draws).nodes["z1"]["value"]
+        half = torch.randn((n_draws + 1) // 2, *z.shape[1:], device=z.device)
+        noise = torch.cat([half, -half])[:n_draws]
+        own = unwrapped(self.expression(z, cells)).abduct(cells.x)
+        basal = self._take_back(z, cells, globals_.get("context_profile"))
+        return Basal(cells, basal, {"measured": z, "noise": noise}, own, globals_, n_draws)
+
+    def _take_back(self, z: Tensor, cells: Cells, profiles: Tensor | None) -> Tensor:
+        """Solve z = z1 + effect(z1) for z1."""
+        if not bool(cells.action.present.any()):
+            return z
+        jacobian, b = self.linear(cells, profiles)
+        return z - b if jacobian is None else torch.linalg.solve(jacobian, (z - b)[..., None]).squeeze(-1)
+
+    def counterfactual(self, basal: Basal, action: Action) -> Counterfactual:
+        """The state at the mean of p(z2 | z1); draws of single cells also have its noise.
+
+        The noise is a cell's own, the same under all perturbations, and is unknown: drawn from its prior. It enters where a
+        control is asked under a perturbation or a treated cell without one, and a cell's own perturbation gives back its own state.
+        """
+        profiles, own = basal.globals_.get("context_profile"), basal.cells
+        cells = replace(own, action=action)
+        same = _same(own.action, action)[:, None]
+        state = basal.state + self.effect(basal.state, cells, profiles)
+        state = torch.where(same, basal.latents["measured"], state)
+
+        def drawn() -> Any:
+            noise = self.noise_sd(basal.state) * basal.latents["noise"]
+            before = noise * own.action.present.any(1)[:, None]
+            (own_jacobian, _), (jacobian, _) = self.linear(own, profiles), self.linear(cells, profiles)
+            if own_jacobian is not None:
+                before = _times(jacobian, torch.linalg.solve(own_jacobian, before[..., None]).squeeze(-1))
+            moved = torch.where(same, 0.0, noise * action.present.any(1)[:, None] - before)
+            return unwrapped(self.expression(state + moved, cells))
+
+        return Counterfactual(state, unwrapped(self.expression(state, cells)), drawn)
+
+    def log_weights(self, cells: Cells, n_draws: int, globals_: Globals) -> Tensor:
+        """Log p(x, z) - log q(z | x) of the state in which a cell was measured, ``(n_draws, n_cells)``.
+
+        z1 of a treated cell is integrated out: in closed form, or where the noise of the transition depends on z1 with a draw of
+        z1 given z2 for each draw of z2.
+        """
+        profiles = globals_.get("context_profile")
+        site = run(self.guide, cells, n_draws).nodes["z1"]
+        z = site["value"]
+        total = self.expression(z, cells).log_prob(cells.x) - site["fn"].log_prob(z)
+        treated, prior = cells.action.present.any(1), self.prior(cells, profiles)
+        if self.effect_log_scale_slope is None or not bool(treated.any()):
+            return total + prior.log_prob(z)
+        alone = dist.Normal(torch.zeros_like(z), 1.0).to_event(1).log_prob
+        return total + torch.where(treated, self._log_marginal(z, cells, profiles), alone(z))
+
+    def _log_marginal(self, z2: Tensor, cells: Cells, profiles: Tensor | None) -> Tensor:
+        """Log p(z2), estimated with one draw of z1 from what its posterior is where the noise is constant."""
+        jacobian, b = self.linear(cells, profiles)
+        eye = torch.eye(self.n_latent, device=z2.device)
+        jacobian = eye.expand(len(cells), -1, -1) if jacobian is None else jacobian
+        weighted = jacobian.mT / self.mean_noise_variance()
+        precision = eye + weighted @ jacobian
+        loc = torch.linalg.solve(precision, _times(weighted, z2 - b)[..., None]).squeeze(-1)
+        q = dist.MultivariateNormal(loc, precision_matrix=precision)
+        z1 = q.sample()
+        p1 = dist.Normal(torch.zeros_like(z1), 1.0).to_event(1)
+        p2 = dist.Normal(_times(jacobian, z1) + b, self.noise_sd(z1)).to_event(1)
+        return p1.log_prob(z1) + p2.log_prob(z2) - q.log_prob(z1)
 
     @torch.no_grad()
-    def project_profiles(self, profiles: Tensor, number: Tensor) -> Tensor:
-        """Components of control profiles, 0 (the average context) where there were no control cells."""
-        return ((profiles - self.profile_mean) @ self.profile_basis) * (number > 0)[:, None]
+    def project_profiles(self, profiles: Tensor, found: Tensor) -> Tensor:
+        """Components of mean control profiles, 0 (the average context) where there are no control cells.
+
+        Parameters
+        ----------
+        profiles
+            ``(n_contexts, n_genes)``.
+        found
+            Whether a context has control cells, ``(n_contexts,)``.
+        """
+        return ((profiles - self.profile_mean) @ self.profile_basis) * found[:, None]
 
 
-def _rows(action: Action, rows: slice) -> Action:
-    return Action(action.codes[rows], action.dose[rows])
+def _split(cells: Cells, n_pairs: int) -> tuple[Cells, Cells]:
+    """The cells without those after a perturbation, and those."""
+    if n_pairs == 0:
+        return cells, cells
+    parts = []
+    for rows in (slice(0, len(cells) - n_pairs), slice(len(cells) - n_pairs, None)):
+        own = {name: getattr(cells, name)[rows] for name in ("x", "action", "context", "batch", "library")}
+        parts.append(Cells(**own))
+    return parts[0], parts[1]
+
+
+def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+    """A matrix for each cell times a vector for each cell and draw, ``(..., n_cells, n)``."""
+    return torch.einsum("nij,...nj->...ni", matrix, vector)
+
+
+def _same(one: Action, other: Action) -> Tensor:
+    """Whether cells have the same perturbations at the same doses, ``(n_cells,)``."""
+    n = max(one.codes.shape[1], other.codes.shape[1])
+    sorted_ = []
+    for action in (one, other):
+        codes = torch.where(action.present, action.codes, -1)
+        codes, order = nn.functional.pad(codes, (0, n - codes.shape[1]), value=-1).sort(1)
+        dose = nn.functional.pad(torch.where(action.present, action.dose, 0.0), (0, n - action.dose.shape[1]))
+        sorted_.append((codes, dose.gather(1, order)))
+    (codes, dose), (other_codes, other_dose) = sorted_
+    # relative doses are float32
+    alike = (codes == other_codes) & (codes != UNKNOWN) & torch.isclose(dose, other_dose, rtol=1e-4, atol=0.0)
+    return alike.all(1)

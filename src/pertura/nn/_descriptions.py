@@ -1,4 +1,4 @@
-"""Networks that read what is known of a perturbation: a text and signatures."""
+"""Encoder of what is known of a perturbation: a text and signatures."""
 
 from __future__ import annotations
 
@@ -45,29 +45,39 @@ class DescriptionEncoder(nn.Module):
         return self.signature(signature @ embedding / norm)
 
     def forward(
-        self, signature: Tensor, text: Tensor | None, embedding: Tensor, drop: Sequence[float] = (0.0, 0.0)
+        self,
+        signature: Tensor,
+        text: Tensor | None,
+        embedding: Tensor,
+        lot: Tensor | None = None,
+        drop: Sequence[float] = (0.0, 0.0),
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Vector and both branches, each ``(n, n_out)``.
+        """Vector and both branches, each ``(..., n_out)``.
 
         Parameters
         ----------
         signature
-            ``(n, n_genes)``; rows of zeros are missing.
+            ``(..., n_genes)``; rows of zeros are missing.
         text
-            ``(n, n_text)``; rows of zeros are missing.
+            ``(..., n_text)``; rows of zeros are missing.
         embedding
             Of genes.
+        lot
+            A uniform random number for each perturbation, ``(...)``: signature or text of a perturbation that has both is
+            taken away with the probabilities `drop`. `None`: neither is.
         drop
-            Probabilities with which signature and text of a perturbation that has both are taken away.
+            See `lot`.
         """
         s = self.read_signature(signature, embedding)
         has_s = (signature != 0).any(-1, keepdim=True)
         if self.text is None or text is None:
             return s * has_s, s, None
         t, has_t = self.text(text), (text != 0).any(-1, keepdim=True)
-        lot = torch.rand_like(t[:, :1]) if self.training else torch.ones_like(t[:, :1])
-        use_s = has_s & ~(has_t & (lot < drop[0]))
-        use_t = has_t & ~(has_s & (lot >= drop[0]) & (lot < drop[0] + drop[1]))
+        use_s, use_t = has_s, has_t
+        if lot is not None:
+            lot = lot[..., None]
+            use_s = has_s & ~(has_t & (lot < drop[0]))
+            use_t = has_t & ~(has_s & (lot >= drop[0]) & (lot < drop[0] + drop[1]))
         g = torch.sigmoid(self.gate(torch.cat([s * use_s, t * use_t], -1)))
         g = torch.where(use_s & use_t, g, use_s.to(g))
         return g * s * use_s + (1.0 - g) * t * use_t, s, t

@@ -1,4 +1,4 @@
-"""Normalising flows of the guides."""
+"""Normalizing flows of the guides."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.nn import ConditionalAutoRegressiveNN
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 
 class InverseAutoregressiveFlow(nn.Module):
@@ -21,37 +22,60 @@ class InverseAutoregressiveFlow(nn.Module):
     ----------
     n_latent
         Dimension of z.
+    n_in
+        Width of the hidden layer that gives mean and scale of the Gaussian.
     n_context
-        Width of the context h.
+        Units of the layer beside mean and scale that gives the context h of the steps.
     n_steps
         Number of autoregressive steps; 0 leaves the Gaussian.
     n_hidden
         Units of the single hidden layer of each step; at least `n_latent`.
+    use_weight_norm
+        Whether all layers are weight-normalized.
     """
 
-    def __init__(self, n_latent: int, n_context: int, n_steps: int = 2, n_hidden: int = 300) -> None:
+    def __init__(
+        self,
+        n_latent: int,
+        n_in: int,
+        n_context: int,
+        n_steps: int = 2,
+        n_hidden: int = 300,
+        use_weight_norm: bool = False,
+    ) -> None:
         super().__init__()
         self.n_latent = n_latent
-        self.loc = nn.Linear(n_context, n_latent)
-        self.log_scale = nn.Linear(n_context, n_latent)
+        self.loc = nn.Linear(n_in, n_latent)
+        self.log_scale = nn.Linear(n_in, n_latent)
+        n_steps = n_steps if n_latent > 1 else 0
+        self.context = nn.Sequential(nn.Linear(n_in, n_context), nn.ELU()) if n_steps else None
         nn.init.constant_(self.log_scale.bias, -1.0)
         # `stable` is the LSTM-type update; the gate starts almost open, so that the flow starts near the identity.
         self.steps = nn.ModuleList(
             T.ConditionalAffineAutoregressive(
-                ConditionalAutoRegressiveNN(n_latent, n_context, [max(n_hidden, n_latent)], nonlinearity=nn.ELU()),
+                ConditionalAutoRegressiveNN(
+                    n_latent,
+                    n_context,
+                    [max(n_hidden, n_latent)],
+                    permutation=torch.arange(n_latent),
+                    nonlinearity=nn.ELU(),
+                ),
                 stable=True,
                 sigmoid_bias=2.0,
             )
-            for _ in range(n_steps if n_latent > 1 else 0)
+            for _ in range(n_steps)
         )
+        if use_weight_norm:
+            for layer in [m for m in self.modules() if isinstance(m, nn.Linear)]:
+                weight_norm(layer)
 
     def forward(self, h: torch.Tensor) -> TorchDistribution:
-        """Distribution of z given the context ``h`` of shape ``(..., n_context)``; one event dimension."""
+        """Distribution of z given the hidden layer ``h`` of shape ``(..., n_in)``; one event dimension."""
         base = dist.Normal(self.loc(h), self.log_scale(h).clamp(-7.0, 2.0).exp()).to_event(1)
         if not self.steps:
             return base
         reverse = T.Permute(torch.arange(self.n_latent - 1, -1, -1, device=h.device))
-        transforms: list = []
+        h, transforms = self.context(h), []
         for i, step in enumerate(self.steps):
             transforms += [reverse, step.condition(h)] if i else [step.condition(h)]
         return dist.TransformedDistribution(base, transforms)
@@ -59,6 +83,7 @@ class InverseAutoregressiveFlow(nn.Module):
     def mean(self, h: torch.Tensor) -> torch.Tensor:
         """Where the mean of the base goes: a point summary of z, ``(..., n_latent)``."""
         z = self.loc(h)
+        h = h if self.context is None else self.context(h)
         for i, step in enumerate(self.steps):
             if i:
                 z = z.flip(-1)

@@ -1,10 +1,16 @@
 """What a decoder's output says about the measured expression, and back again.
 
-Each likelihood gives the distribution of expression, and the two steps of a counterfactual that belong to the measurement:
-`abduct` infers the noise of a cell's own measurement, `predict` replays that noise under another latent state.
+Each likelihood gives the distribution of expression. The distribution knows the two steps of a counterfactual that belong to
+the measurement: `abduct` infers the noise of a cell's own measurement, `replay` gives expression with that noise.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -12,11 +18,37 @@ import torch.nn.functional as F
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
+from . import _counts
 
-class NegativeBinomial(dist.NegativeBinomial):
+_PER_10K = 1e4
+
+
+@dataclass(frozen=True, eq=False)
+class CountNoise:
+    """What the counts of a cell say about its own noise: where they lie in the distribution they were drawn from.
+
+    Parameters
+    ----------
+    x
+        Counts, ``(..., n_genes)``.
+    mean
+        Their mean, ``(..., n_genes)``; the two shapes broadcast.
+    """
+
+    x: Tensor
+    mean: Tensor
+
+    @cached_property
+    def v(self) -> Tensor:
+        """Position within the interval of quantiles of each count, between 0 and 1; drawn once, so that all replays share it."""
+        return torch.rand(torch.broadcast_shapes(self.x.shape, self.mean.shape), device=self.mean.device)
+
+
+class NegativeBinomial(TorchDistribution):
     """Negative binomial of mean and inverse dispersion, quick where most counts are zero.
 
-    The gamma functions cancel at a count of zero, so that they are evaluated at the other entries alone.
+    The gamma functions cancel at a count of zero, so that they are evaluated at the other entries alone. Counterfactuals keep the quantiles
+    of a cell's counts: asked for its own mean, a cell gets its own counts back. They and expectations have no gradient.
 
     Parameters
     ----------
@@ -26,10 +58,42 @@ class NegativeBinomial(dist.NegativeBinomial):
         Inverse dispersion, ``(n_genes,)``.
     """
 
+    arg_constraints: dict[str, Any] = {}
+    support = dist.constraints.nonnegative_integer
+
     def __init__(self, mean: Tensor, theta: Tensor) -> None:
-        # logits = log(mean / theta) is the parametrisation that stays finite for means near zero
-        super().__init__(theta, logits=mean.log() - theta.log(), validate_args=False)
+        # what only densities need is computed where they are asked for: predictions need the mean alone
         self._mean, self._theta = mean, theta
+        TorchDistribution.__init__(self, mean.shape, validate_args=False)
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """log(mean / theta): the parametrization that stays finite for means near zero."""
+        return self._mean.log() - self._theta.log()
+
+    @property
+    def total_count(self) -> Tensor:
+        """Inverse dispersion."""
+        return self._theta
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean, ``(..., n_genes)``."""
+        return self._mean
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance, ``(..., n_genes)``."""
+        return self._mean + self._mean.square() / self._theta
+
+    def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+        """Counts: Poisson draws whose rates are Gamma draws."""
+        with torch.no_grad():
+            shape = (*sample_shape, *self.batch_shape)
+            rate = torch.distributions.Gamma(
+                self._theta.expand(shape), (self._theta / self._mean).expand(shape)
+            ).sample()
+            return torch.poisson(rate)
 
     def expand(self, batch_shape: torch.Size, _instance: None = None) -> NegativeBinomial:
         """The same distribution over a larger batch."""
@@ -43,50 +107,153 @@ class NegativeBinomial(dist.NegativeBinomial):
         combinatorial = torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1)
         return log_prob + torch.zeros_like(value).index_put(where, combinatorial)
 
+    def abduct(self, x: Tensor) -> CountNoise:
+        """Noise of counts `x` that were measured under this distribution; ``(n_cells, n_genes)`` or with draws in front."""
+        return CountNoise(x.detach(), self._mean.detach())
 
-_LARGE, _MAX_COUNT = 12.0, 64
+    def replay(self, noise: CountNoise) -> Tensor:
+        """Counts under this distribution, the noise kept: whole numbers, one draw where the noise leaves a choice."""
+        return _counts.replay(noise.x, noise.mean, self._mean, self._theta, noise.v)
+
+    def conditional_mean(self, noise: CountNoise, scale: str = "counts", depth: Tensor | None = None) -> Tensor:
+        """Mean of :meth:`replay` over what the noise leaves open, without drawing.
+
+        Parameters
+        ----------
+        noise
+            From :meth:`abduct` of the distribution under which the counts were measured.
+        scale
+            ``"counts"``, or ``"log1p"`` for log1p of counts per 10,000 of `depth`.
+        depth
+            Library of each cell, ``(n_cells,)`` or ``(..., n_cells, 1)``; needed for ``"log1p"`` alone.
+        """
+        return _counts.conditional_mean(noise.x, noise.mean, self._mean, self._theta, scale, depth)
+
+    def expectation(self, scale: str = "counts", depth: Tensor | None = None) -> Tensor:
+        """Mean on a scale, without drawing; `scale` and `depth` as in :meth:`conditional_mean`. Its error is below 1e-3."""
+        return _counts.expected(self._mean, self._theta, scale, depth)
 
 
-def poisson_quantile(rate: Tensor, u: Tensor) -> Tensor:
-    r"""Poisson counts at the quantiles `u`: a draw where u is uniform.
+class Gaussian(dist.Normal):
+    """Normal distribution whose counterfactuals keep the standardized residual of a cell."""
 
-    Draws with the same u under two rates differ by what the rates say and little more (common random numbers), which those of
-    :func:`torch.poisson` do not.
+    def abduct(self, x: Tensor) -> Tensor:
+        """Standardized residual of the measurement `x`, ``(..., n_genes)``."""
+        return (x - self.loc) / self.scale
+
+    def replay(self, noise: Tensor) -> Tensor:
+        """Expression under this distribution, the residual kept."""
+        return self.loc + self.scale * noise
+
+    def conditional_mean(self, noise: Tensor, scale: str = "layer", depth: Tensor | None = None) -> Tensor:
+        """The same as :meth:`replay`, as the residual leaves nothing open."""
+        _only_layer(scale)
+        return self.replay(noise)
+
+    def expectation(self, scale: str = "layer", depth: Tensor | None = None) -> Tensor:
+        """Mean."""
+        _only_layer(scale)
+        return self.loc
+
+
+class RectifiedGaussian(Gaussian):
+    """Log1p of counts per 10,000: a normal distribution whose values below 0 are read as 0.
+
+    Counterfactuals keep the standardized residual. :meth:`log_prob` is the density of the normal distribution: zeros have no
+    probability of their own, so that it compares with other models of log1p expression, not with models of counts.
+    """
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draws, at least 0."""
+        return super().sample(torch.Size(sample_shape)).clamp(min=0.0)
+
+    def replay(self, noise: Tensor) -> Tensor:
+        """Expression under this distribution, the residual kept."""
+        return super().replay(noise).clamp(min=0.0)
+
+    def conditional_mean(self, noise: Tensor, scale: str = "log1p", depth: Tensor | None = None) -> Tensor:
+        """The same as :meth:`replay`, as the residual leaves nothing open.
+
+        Parameters
+        ----------
+        noise
+            From :meth:`abduct` of the distribution under which the cell was measured.
+        scale
+            ``"log1p"``, or ``"counts"`` for counts at `depth`.
+        depth
+            Library of each cell, ``(n_cells,)`` or ``(..., n_cells, 1)``; needed for ``"counts"`` alone.
+        """
+        return Point(self.replay(noise), "log1p").expectation(scale, depth)
+
+    def expectation(self, scale: str = "log1p", depth: Tensor | None = None) -> Tensor:
+        """Mean on a scale, in closed form; `scale` and `depth` as in :meth:`conditional_mean`."""
+        t = self.loc / self.scale
+        above = torch.special.ndtr(t)
+        if scale == "log1p":
+            return self.loc * above + self.scale * torch.exp(-0.5 * t.square()) / math.sqrt(2 * math.pi)
+        # mean of max(exp(x) - 1, 0), and from there as of one value
+        lognormal = torch.exp(self.loc + 0.5 * self.scale.square()) * torch.special.ndtr(t + self.scale)
+        return Point(torch.log1p((lognormal - above).clamp(min=0.0)), "log1p").expectation(scale, depth)
+
+
+class Point(dist.Delta):
+    """Expression known without noise, as closed-form baselines give it.
 
     Parameters
     ----------
-    rate
-        Not negative.
-    u
-        Between 0 and 1, of the same shape.
-
-    Notes
-    -----
-    Sums of the probabilities up to rates of 12; beyond, the expansion of Cornish and Fisher up to :math:`1 / \sqrt{\lambda}`, rounded, which
-    is off by one at less than 1 % of the quantiles.
+    value
+        Expression, ``(..., n_cells, n_genes)``.
+    native_scale
+        What it is: ``"counts"``, ``"log1p"`` (log1p of counts per 10,000) or ``"layer"`` (units of the registered layer).
     """
-    lam, wanted = rate.flatten(), u.flatten()
-    # what is left of u below the cumulative probability of 0
-    probability = torch.exp(-lam)
-    wanted = wanted - probability
-    count = torch.zeros_like(lam)
-    large = lam >= _LARGE
-    left = ((wanted > 0) & ~large).nonzero()[:, 0]
-    lam, wanted, probability = lam[left], wanted[left], probability[left]
-    for k in range(1, _MAX_COUNT):
-        if not len(left):
-            break
-        count[left] = float(k)
-        probability = probability * lam / k
-        wanted = wanted - probability
-        more = (wanted > 0).nonzero()[:, 0]
-        left, lam, wanted, probability = left[more], lam[more], wanted[more], probability[more]
-    large = large.nonzero()[:, 0]
-    if len(large):
-        lam = rate.flatten()[large]
-        z, root = torch.special.ndtri(u.flatten()[large].clamp(1e-7, 1.0 - 1e-7)), lam.sqrt()
-        count[large] = (lam + root * z + (z.square() - 1.0) / 6.0 + (z - z**3) / (72.0 * root)).round().clamp(min=0.0)
-    return count.view_as(rate)
+
+    def __init__(self, value: Tensor, native_scale: str) -> None:
+        if native_scale not in ("counts", "log1p", "layer"):
+            raise ValueError(f"native_scale={native_scale!r} is no scale; use 'counts', 'log1p' or 'layer'.")
+        super().__init__(value, validate_args=False)
+        self.native_scale = native_scale
+
+    def expand(self, batch_shape: torch.Size, _instance: None = None) -> Point:
+        """The same expression over a larger batch."""
+        return Point(self.v.expand(batch_shape), self.native_scale)
+
+    def abduct(self, x: Tensor) -> None:
+        """There is no noise to infer."""
+        return None
+
+    def replay(self, noise: None = None, scale: str | None = None, depth: Tensor | None = None) -> Tensor:
+        """Expression on `scale`, its own by default; see :meth:`expectation`."""
+        return self.expectation(scale, depth)
+
+    def conditional_mean(self, noise: None = None, scale: str | None = None, depth: Tensor | None = None) -> Tensor:
+        """Expression on `scale`, its own by default; see :meth:`expectation`."""
+        return self.expectation(scale, depth)
+
+    def expectation(self, scale: str | None = None, depth: Tensor | None = None) -> Tensor:
+        """Expression on a scale.
+
+        Parameters
+        ----------
+        scale
+            `None` for its own. Expression in units of a layer stays what it is.
+        depth
+            Library of each cell, ``(n_cells,)`` or ``(..., n_cells, 1)``; needed between ``"counts"`` and ``"log1p"``.
+        """
+        if scale is None or self.native_scale in (scale, "layer"):
+            return self.v
+        if scale not in ("counts", "log1p"):
+            raise ValueError(f"There is no way from the scale {self.native_scale!r} to {scale!r}.")
+        if depth is None:
+            raise ValueError(
+                f"depth is None, but it is needed from {self.native_scale!r} to {scale!r}; pass the library of each cell, (n_cells,)."
+            )
+        per_10k = _counts.per_cell(depth) / _PER_10K
+        return torch.log1p(self.v / per_10k) if scale == "log1p" else torch.expm1(self.v.clamp(min=0.0)) * per_10k
+
+
+def _only_layer(scale: str) -> None:
+    if scale != "layer":
+        raise ValueError(f"scale={scale!r} needs a likelihood of counts; a Gaussian one gives 'layer' alone.")
 
 
 class CountLikelihood(nn.Module):
@@ -107,33 +274,56 @@ class CountLikelihood(nn.Module):
         Number of genes.
     link_sharpness
         :math:`\beta`.
+    layer
+        Last layer, from the hidden layer to activations ``(..., n_genes)``. It has a parameter ``bias``, ``(n_genes,)``, that is
+        added last and that :meth:`initialize` sets. By default linear.
     """
 
     native_scale = "counts"
 
-    def __init__(self, n_in: int, n_genes: int, link_sharpness: float = 1.0) -> None:
+    def __init__(self, n_in: int, n_genes: int, link_sharpness: float = 1.0, layer: nn.Module | None = None) -> None:
         super().__init__()
-        self.activation = nn.Linear(n_in, n_genes)
+        self.activation = nn.Linear(n_in, n_genes) if layer is None else layer
         self.log_theta = nn.Parameter(torch.ones(n_genes))
         self.link_sharpness = link_sharpness
 
-    def initialise(self, mean: Tensor, scale: Tensor) -> None:
+    def initialize(self, mean: Tensor, scale: Tensor) -> None:
         """Start at the mean composition of the data; `mean` has shape ``(n_genes,)`` and any unit."""
         rate = 1e4 * mean / mean.sum() + 1e-3
         beta = self.link_sharpness
         with torch.no_grad():
             self.activation.bias.copy_(torch.expm1(beta * torch.log1p(rate).double()).log() / beta)
 
-    def rate(self, h: Tensor, library: Tensor, offset: Tensor | float = 0.0) -> Tensor:
-        """Expected counts, ``(..., n_genes)``; `offset` is added to the activation of each gene."""
-        activation = self.activation(h) + offset
+    def amount(self, activation: Tensor) -> Tensor:
+        """Amount of each gene, of which the composition is the share."""
         if self.link_sharpness == 1.0:
-            return library * F.softmax(activation, dim=-1)
-        per_10k = torch.expm1(F.softplus(activation, beta=self.link_sharpness).clamp(max=15.0)) + 1e-4
-        return library * per_10k / per_10k.sum(-1, keepdim=True)
+            return activation.exp()
+        softplus = F.softplus(activation, beta=self.link_sharpness)
+        if torch.is_grad_enabled():
+            return torch.expm1(softplus.clamp(max=15.0)) + 1e-4
+        return softplus.clamp_(max=15.0).expm1_().add_(1e-4)
+
+    def rate(self, h: Tensor, library: Tensor, offset: Tensor | float = 0.0) -> Tensor:
+        """Expected counts, ``(..., n_genes)``.
+
+        `offset` is added to the activation of each gene, and changes the gene alone: expected counts then need not add up
+        to the library.
+        """
+        activation = self.activation(h)
+        if self.link_sharpness == 1.0:
+            return library * (F.log_softmax(activation, dim=-1) + offset).exp()
+        amount = self.amount(activation)
+        share = library / amount.sum(-1, keepdim=True)
+        moved = amount if isinstance(offset, float) and offset == 0.0 else self.amount(activation + offset)
+        return share * moved if torch.is_grad_enabled() else moved.mul_(share)
+
+    def moved_by(self, activation: Tensor, library: Tensor, offset: Tensor | float) -> NegativeBinomial:
+        """Distribution of counts, given activations, with an offset; genes are in the batch shape."""
+        total = self.amount(activation).sum(-1, keepdim=True)
+        return NegativeBinomial((library * self.amount(activation + offset) / total).clamp(min=1e-8), self.theta)
 
     @property
-    def linear(self) -> nn.Linear:
+    def linear(self) -> nn.Module:
         """The layer that reads h."""
         return self.activation
 
@@ -144,21 +334,9 @@ class CountLikelihood(nn.Module):
 
     def forward(self, h: Tensor, library: Tensor, offset: Tensor | float = 0.0) -> TorchDistribution:
         """Distribution of a cell's counts; one event dimension."""
-        rate = self.rate(h, library, offset).clamp(min=1e-8)
+        rate = self.rate(h, library, offset)
+        rate = rate.clamp(min=1e-8) if torch.is_grad_enabled() else rate.clamp_(min=1e-8)
         return NegativeBinomial(rate, self.theta).to_event(1)
-
-    def abduct(self, h: Tensor, library: Tensor, x: Tensor, offset: Tensor | float = 0.0) -> Tensor:
-        """Draw of epsilon given the cell's own counts: Gamma(theta + x, theta + rate)."""
-        return torch.distributions.Gamma(self.theta + x, self.theta + self.rate(h, library, offset)).sample()
-
-    def predict(self, h: Tensor, library: Tensor, noise: Tensor, offset: Tensor | float = 0.0) -> Tensor:
-        """Counts under another latent state, the cell's epsilon kept."""
-        rate = self.rate(h, library, offset) * noise
-        return poisson_quantile(rate, torch.rand_like(rate))
-
-    def fresh_noise(self, h: Tensor, library: Tensor) -> Tensor:
-        """Draw of epsilon of a cell that was never measured."""
-        return torch.distributions.Gamma(self.theta, self.theta).sample(h.shape[:-1])
 
 
 class GaussianLikelihood(nn.Module):
@@ -173,20 +351,22 @@ class GaussianLikelihood(nn.Module):
     heteroscedastic
         Let :math:`\log \sigma_g` be linear in h, as in the paper. A replayed residual then grows or shrinks with the state,
         without bound for states far from the data.
+    layer
+        Last layer, as in :class:`CountLikelihood`; its output is in units of each gene's spread.
     """
 
     native_scale = "layer"
 
-    def __init__(self, n_in: int, n_genes: int, heteroscedastic: bool = False) -> None:
+    def __init__(self, n_in: int, n_genes: int, heteroscedastic: bool = False, layer: nn.Module | None = None) -> None:
         super().__init__()
-        self.loc = nn.Linear(n_in, n_genes)
+        self.loc = nn.Linear(n_in, n_genes) if layer is None else layer
         self.log_scale = nn.Parameter(torch.zeros(n_genes))
         self.log_scale_slope = nn.Linear(n_in, n_genes, bias=False) if heteroscedastic else None
         if self.log_scale_slope is not None:
             nn.init.normal_(self.log_scale_slope.weight, std=1e-3)
         self.register_buffer("unit", torch.ones(n_genes))
 
-    def initialise(self, mean: Tensor, scale: Tensor) -> None:
+    def initialize(self, mean: Tensor, scale: Tensor) -> None:
         """Start at the mean of the data, and measure in units of its spread; both of shape ``(n_genes,)``."""
         with torch.no_grad():
             self.unit.copy_(scale.clamp(min=1e-3))
@@ -194,7 +374,7 @@ class GaussianLikelihood(nn.Module):
             self.log_scale.zero_()
 
     @property
-    def linear(self) -> nn.Linear:
+    def linear(self) -> nn.Module:
         """The layer that reads h."""
         return self.loc
 
@@ -205,18 +385,4 @@ class GaussianLikelihood(nn.Module):
     def forward(self, h: Tensor, library: Tensor, offset: Tensor | float = 0.0) -> TorchDistribution:
         """Distribution of a profile; one event dimension. `offset` is added to its mean."""
         loc, scale = self._parameters_of(h)
-        return dist.Normal(loc + offset, scale).to_event(1)
-
-    def abduct(self, h: Tensor, library: Tensor, x: Tensor, offset: Tensor | float = 0.0) -> Tensor:
-        """Standardised residual of the cell's own measurement."""
-        loc, scale = self._parameters_of(h)
-        return (x - loc - offset) / scale
-
-    def predict(self, h: Tensor, library: Tensor, noise: Tensor, offset: Tensor | float = 0.0) -> Tensor:
-        """Expression under another latent state, the cell's residual kept."""
-        loc, scale = self._parameters_of(h)
-        return loc + offset + scale * noise
-
-    def fresh_noise(self, h: Tensor, library: Tensor) -> Tensor:
-        """Draw of the residual of a cell that was never measured."""
-        return torch.randn(*h.shape[:-1], self.unit.shape[0], device=h.device)
+        return Gaussian(loc + offset, scale).to_event(1)

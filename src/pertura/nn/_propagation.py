@@ -1,4 +1,4 @@
-"""Gene embeddings, propagated over a protein-protein interaction network."""
+"""Gene embeddings, propagated over a network of protein-protein interactions."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from scipy import sparse
 from torch import Tensor, nn
 
 
-def normalised_adjacency(network: sparse.spmatrix) -> sparse.coo_matrix:
-    r"""Symmetric normalisation with self-loops, :math:`D^{-1/2} (S + I) D^{-1/2}`.
+def normalized_adjacency(network: sparse.spmatrix) -> sparse.coo_matrix:
+    r"""Symmetric normalization with self-loops, :math:`D^{-1/2} (S + I) D^{-1/2}`.
 
     Parameters
     ----------
@@ -30,10 +30,10 @@ def normalised_adjacency(network: sparse.spmatrix) -> sparse.coo_matrix:
 
 
 class GeneEmbedding(nn.Module):
-    r"""Embeddings of genes from control expression, free parameters and a network.
+    r"""Embeddings of genes from expression, free parameters and a network of proteins.
 
-    :math:`E = E_0 + \sum_{l=1}^{L} \gamma_l \hat A^l E_0` with :math:`E_0 = [T, P] W_0`, free T, fixed loadings P of the control
-    expression, :math:`\hat A` of :func:`normalised_adjacency` and :math:`\gamma` on the simplex. The network stays sparse.
+    :math:`E = E_0 + \sum_{l=1}^{L} \gamma_l \hat A^l E_0` with :math:`E_0 = [T, P] W_0`, free T, fixed loadings P of what varies
+    together from cell to cell, :math:`\hat A` of :func:`normalized_adjacency` and :math:`\gamma` on the simplex. The network stays sparse.
 
     Parameters
     ----------
@@ -67,7 +67,7 @@ class GeneEmbedding(nn.Module):
 
     def set_network(self, network: sparse.spmatrix) -> None:
         """Store a network, ``(n_genes, n_genes)``."""
-        matrix = normalised_adjacency(network)
+        matrix = normalized_adjacency(network)
         self.edges = torch.as_tensor(np.stack([matrix.row, matrix.col]).astype(np.int64))
         self.weights = torch.as_tensor(matrix.data.astype(np.float32))
 

@@ -1,4 +1,4 @@
-"""Networks of one number in, shared by all genes, evaluated where they are cheap."""
+"""Functions of one number that all genes share, as neural networks that are evaluated on a grid."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 
-class ScalarNetwork(nn.Module):
-    r"""An ensemble of networks :math:`\mathbb{R} \to \mathbb{R}^k`, each applied to every gene of every cell.
+class ScalarMLP(nn.Module):
+    r"""An ensemble of multilayer perceptrons :math:`\mathbb{R} \to \mathbb{R}^k`, each applied to every gene of every cell.
 
-    A network of one input is a curve. For more than `n_grid` inputs it is evaluated on an equidistant grid over their range
+    A function of one number is a curve. For more than `n_grid` inputs it is evaluated on an equidistant grid over their range
     and interpolated linearly: cost then hardly grows with cells and genes, where it grew with cells x genes x units². The
     error is that of the interpolation, :math:`\Delta^2 |f''| / 8` with grid spacing :math:`\Delta`; gradients flow to inputs
     and parameters.
@@ -19,7 +19,7 @@ class ScalarNetwork(nn.Module):
     Parameters
     ----------
     n_members
-        Networks in the ensemble.
+        Members of the ensemble.
     hidden
         Widths of the hidden layers (tanh).
     n_out
@@ -43,7 +43,7 @@ class ScalarNetwork(nn.Module):
         self.register_buffer("high", torch.tensor(5.0))
 
     def exact(self, x: Tensor, members: slice = slice(None)) -> Tensor:
-        """Outputs of the networks themselves, ``(n_members, n, n_out)`` for ``(n_members, n)``."""
+        """Outputs without interpolation, ``(n_members, n, n_out)`` for ``(n_members, n)``."""
         h = x[..., None]
         last = len(self.weights) - 1
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):

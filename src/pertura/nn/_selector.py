@@ -1,4 +1,4 @@
-"""Choice of few input genes, and small networks of several members side by side."""
+"""Choice of few input genes, and small neural networks side by side: the members of an ensemble."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ genes regulate, A has T rows that are not zero, and with :math:`A_{TT}` its colu
     z = \tilde x - \tilde x_T A, \qquad
     \tilde x_T (I - A_{TT}) = z_T, \quad \tilde x = z + \tilde x_T A,
 
-which is exactly :math:`z (I - A)^{-1}` of the full matrix, for a factorisation of T x T instead of G x G.
+which is exactly :math:`z (I - A)^{-1}` of the full matrix, for a factorization of T x T instead of G x G.
 """
 
 from __future__ import annotations

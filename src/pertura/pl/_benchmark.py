@@ -36,7 +36,7 @@ def benchmark(
     Parameters
     ----------
     summary
-        What :func:`pertura.benchmark.summarise` returns, of one dataset and split.
+        What :func:`pertura.benchmark.summarize` returns, of one dataset and split.
     metric
         Which metric to draw.
     models

@@ -27,7 +27,7 @@ def calibration(
     Parameters
     ----------
     curves
-        What :func:`pertura.benchmark.effect_calibration` or :func:`pertura.metrics.calibration_curve` returns, or
+        What :func:`pertura.metrics.effect_calibration` or :func:`pertura.metrics.calibration_curve` returns, or
         several by name.
     title
         Of the axes.

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from pertura.metrics import pearson_effect
+from pertura.metrics._effects import match_effects
 
 from ._utils import finish, new_axes
 
@@ -39,7 +40,7 @@ def effect_scatter(
     predicted
         What a model's ``get_perturbation_effect`` returns.
     measured
-        What :func:`pertura.benchmark.measured_effect` returns.
+        What :func:`pertura.metrics.measured_effect` returns.
     perturbation, context
         Which of several to draw.
     genes
@@ -63,8 +64,6 @@ def effect_scatter(
     -------
     The axes, or `None` if they were shown.
     """
-    from pertura.benchmark._effects import match_effects
-
     given = ax is not None
     chosen = []
     for name, table in (("predicted", predicted), ("measured", measured)):

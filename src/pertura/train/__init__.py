@@ -7,9 +7,9 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "_adversarial": ["AdversarialPlan"],
+        "_adversarial": ["AdversarialModule", "AdversarialPlan"],
         "_alternating": ["AlternatingPlan"],
         "_elbo": ["FreeBitsELBO"],
-        "_plan": ["PyroPlan"],
+        "_plan": ["PyroPlan", "TrainingHooks"],
     },
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from pyro.infer import ELBO
@@ -13,23 +13,50 @@ from pertura.module._base import Cells
 from ._plan import PyroPlan
 
 
-class AdversarialPlan(PyroPlan):
-    """Two optimisers in turn: a discriminator that tells the perturbation from the basal state, and everything else.
+class AdversarialModule(Protocol):
+    """What a module must offer to :class:`AdversarialPlan`, beside ``model``, ``guide`` and its :class:`TrainingHooks`.
 
-    Lightning's manual optimisation; every parameter is in exactly one optimiser. Steps are counted by the plan itself, as
-    Lightning counts those of both optimisers.
+    Attributes
+    ----------
+    discriminator_parameters
+        Beginnings of the names of the parameters that only the discriminator's optimizer changes.
+    adversary_share
+        Share of the adversary's full weight, from 0 to 1; the plan sets it before each step. The module's ``model`` multiplies the
+        loss of being recognized by it.
+    """
+
+    discriminator_parameters: tuple[str, ...]
+    adversary_share: float
+
+    def discriminator_input(self, cells: Cells) -> Tensor:
+        """What the discriminator is given of each cell, such as its basal state, ``(n_cells, n_features)``."""
+
+    def discriminator_loss(self, given: Tensor, cells: Cells) -> tuple[Tensor, Tensor]:
+        """Loss of the discriminator and weight of each cell, both ``(n_cells,)``.
+
+        `given` is the module's :meth:`discriminator_input`. The loss must be differentiable by it.
+        """
+
+
+_OFFERS = ("discriminator_parameters", "adversary_share", "discriminator_input", "discriminator_loss")
+
+
+class AdversarialPlan(PyroPlan):
+    """Two optimizers in turn: a discriminator that tells the perturbation from the basal state, and everything else.
+
+    Lightning's manual optimization; every parameter is in exactly one optimizer.
 
     Parameters
     ----------
     module
-        The module, with a ``discriminator``.
+        The module, as :class:`AdversarialModule` describes it.
     lr_discriminator
         Learning rate of the discriminator, which does not fall.
     n_discriminator_steps
         Steps of the discriminator for each step of everything else.
     gradient_penalty
-        Weight of the squared gradient, by its input, of what the discriminator says of the true perturbation. Without it both
-        chase each other. (Of the sum of all logits, as CPA has it, it would not count: a softmax does not know that sum.)
+        Weight of the squared gradient of the discriminator's loss by its input. Without it both chase each other. (The gradient of
+        the sum of all logits, which CPA penalizes, has no effect on a softmax.)
     warmup_start, warmup_end
         Shares of the training at which the adversary begins to count, and counts fully; the discriminator learns from the
         first step.
@@ -59,6 +86,12 @@ class AdversarialPlan(PyroPlan):
         max_kl_weight: float = 1.0,
         lr_schedule: str = "constant",
     ) -> None:
+        missing = [name for name in _OFFERS if not hasattr(module, name)]
+        if missing:
+            raise TypeError(
+                f"`module`: {type(module).__name__} has no {', '.join(missing)}, which `AdversarialPlan` needs. "
+                "See `pertura.train.AdversarialModule`."
+            )
         super().__init__(
             module,
             loss_fn=loss_fn,
@@ -77,37 +110,39 @@ class AdversarialPlan(PyroPlan):
         self._clip = {"gradient_clip_val": gradient_clip_val, "gradient_clip_algorithm": gradient_clip_algorithm}
         self.n_steps = 0
 
+    @property
+    def global_step(self) -> int:
+        """Steps of everything but the discriminator; Lightning counts those of both optimizers."""
+        return self.n_steps
+
     def adversary_share(self, progress: float) -> float:
         """Share of the adversary's weight at a share of the training."""
         span = max(self.warmup_end - self.warmup_start, 1e-9)
         return float(min(max((progress - self.warmup_start) / span, 0.0), 1.0))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """One step of the autoencoder, then some of the discriminator on the same cells."""
+        """One step of everything else, then some of the discriminator on the same cells."""
         main, discriminator = self.optimizers()
-        total = self.trainer.num_training_batches * max(1, self.trainer.max_epochs or 1)
-        self.module.adversary_share = self.adversary_share(self.n_steps / max(total, 1))
+        self.begin_step()
+        self.module.adversary_share = self.adversary_share(self.annealing)
         loss, n_cells = self.loss_per_cell(batch, self.kl_weight)
         self._step(main, loss)
         cells = Cells.from_tensors(batch)
         with torch.no_grad():
-            loc, _ = self.module.encode(cells, self.module.describe(cells.action, cells.context)[1])
-        target = self.module.labels(cells.action)
+            given = self.module.discriminator_input(cells)
         for _ in range(self.n_discriminator_steps):
-            found = self.discriminator_loss(self.module.shown(loc), target)
+            found = self.discriminator_loss(given, cells)
             self._step(discriminator, found)
         self.n_steps += 1
         self._count("elbo_train", loss.detach(), n_cells)
         self._count("discriminator_train", found.detach(), n_cells)
 
-    def discriminator_loss(self, shown: Tensor, target: Tensor) -> Tensor:
-        """Cross-entropy, classes weighted, and the penalty of steep gradients."""
-        shown = shown.detach().requires_grad_(True)
-        logits = self.module.discriminator(shown)
-        weight = target @ (1.0 / self.module.class_share.clamp(min=1e-6))
-        entropy = -(target * logits.log_softmax(-1)).sum(-1)
-        (gradient,) = torch.autograd.grad(entropy.sum(), shown, create_graph=True)
-        return (weight * entropy).sum() / weight.sum() + self.gradient_penalty * gradient.square().sum(-1).mean()
+    def discriminator_loss(self, given: Tensor, cells: Cells) -> Tensor:
+        """Weighted mean over the cells, and the penalty of steep gradients."""
+        given = given.detach().requires_grad_(True)
+        loss, weight = self.module.discriminator_loss(given, cells)
+        (gradient,) = torch.autograd.grad(loss.sum(), given, create_graph=True)
+        return (weight * loss).sum() / weight.sum() + self.gradient_penalty * gradient.square().sum(-1).mean()
 
     def _step(self, optimizer: Any, loss: Tensor) -> None:
         optimizer.zero_grad()
@@ -124,11 +159,11 @@ class AdversarialPlan(PyroPlan):
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """Everything else, as :class:`PyroPlan` has it, and the discriminator."""
-        named = list(self.module.named_parameters())
-        mine = [p for name, p in named if name.startswith("discriminator.")]
-        main = self._optimizer([(n, p) for n, p in named if not n.startswith("discriminator.")])
+        named, prefixes = list(self.module.named_parameters()), tuple(self.module.discriminator_parameters)
+        mine = [p for name, p in named if name.startswith(prefixes)]
+        main = self._optimizer([(n, p) for n, p in named if not n.startswith(prefixes)])
         other = torch.optim.AdamW(mine, lr=self.lr_discriminator, weight_decay=self.weight_decay)
-        # the discriminator's rate stays: it must keep up with an autoencoder that moves less and less
+        # the discriminator's rate stays: it must keep up with an encoder that changes less and less
         scheduler = self._scheduler(main)
         self._schedulers = [] if scheduler is None else [scheduler]
         return [main, other]

@@ -1,4 +1,4 @@
-"""Training of networks and of the gene regulatory network in turn."""
+"""Training of encoder and decoder, and of the gene regulatory network, in turn."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _OPTIMIZERS = ("adam", "rmsprop")
 
 
 class AlternatingPlan(PyroPlan):
-    """Trains all parameters at once, or some epochs the networks and some epochs the rest (DeepSEM's two steps).
+    """Trains all parameters at once, or encoder and decoder in some epochs and the gene regulatory network in others.
 
-    What the module names in ``lr_factors`` (the network of genes and its prior) is one part, everything else the other. The part
-    that waits gets no gradients, so that its optimiser keeps its state.
+    These are the two steps of DeepSEM. What the module names in ``lr_factors`` (the gene regulatory network and its prior) is one
+    part, everything else the other. The part that waits gets no gradients, so that its optimizer keeps its state.
 
     Parameters
     ----------
@@ -29,7 +29,8 @@ class AlternatingPlan(PyroPlan):
     grn_lr_factor
         Multiplies the learning rates in ``lr_factors``.
     n_epochs_networks, n_epochs_grn
-        Epochs of each part in turn; 0 of both trains everything at once.
+        Epochs in turn of encoder and decoder (neural networks), and of the gene regulatory network; 0 of both trains everything at
+        once.
     loss_fn, lr, weight_decay, n_epochs_kl_warmup, n_steps_kl_warmup, min_kl_weight, max_kl_weight, lr_schedule
         As in :class:`PyroPlan`; the loss is by default one with divergences in closed form.
     """

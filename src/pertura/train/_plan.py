@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Collection, Mapping
+from typing import Protocol
 
 import pyro
 import torch
@@ -15,22 +16,51 @@ from pertura.data._constants import KEYS
 from pertura.module._base import PerturbationModule
 
 
-class PyroPlan(LowLevelPyroTrainingPlan):
-    """Optimises a module's parameters directly, with an ELBO per cell on training and on validation data.
+class TrainingHooks(Protocol):
+    """What a module may tell its training plan, beside ``model`` and ``guide``. Each may be missing.
 
-    scvi-tools' `PyroTrainingPlan` optimises the global parameter store: training after loading is then lost, a second
+    Attributes
+    ----------
+    lr_factors
+        Learning rate of some parameters, as a factor of the plan's. Keys are beginnings of parameter names. These parameters have
+        no weight decay.
+    no_weight_decay
+        Beginnings of the names of further parameters without weight decay. Vectors and scalars never have any.
+    n_train
+        Number of training cells; the plan sets it before the first step. It weighs global against local terms of the ELBO.
+    """
+
+    lr_factors: Mapping[str, float]
+    no_weight_decay: Collection[str]
+    n_train: int
+
+    def on_step(self, progress: float) -> None:
+        """Change what depends on time, such as a temperature; called before each step.
+
+        Parameters
+        ----------
+        progress
+            Share of the training that is done, from 0 to 1. Training that goes on after an earlier one begins with the share
+            that the earlier one reached: 1 if it was complete.
+        """
+
+
+class PyroPlan(LowLevelPyroTrainingPlan):
+    """Optimizes a module's parameters directly, with an ELBO per cell on training and on validation data.
+
+    scvi-tools' `PyroTrainingPlan` optimizes the global parameter store: training after loading is then lost, a second
     model shares the first one's parameters, gradients can not be clipped, and there is no validation.
 
     Parameters
     ----------
     module
-        The module.
+        The module, with a ``model`` and a ``guide``, and as many of :class:`TrainingHooks` as it needs.
     loss_fn
         Pyro objective; by default :class:`~pyro.infer.Trace_ELBO`.
     lr
         Learning rate of Adam at its peak.
     weight_decay
-        Decoupled weight decay of network weights (not of biases, and not of parameters that the module names in
+        Decoupled weight decay of matrices (not of biases, and not of parameters that the module names in
         `no_weight_decay`).
     n_epochs_kl_warmup
         Epochs in which the weight of the divergences rises to 1; a fraction below 1 is one of `max_epochs`.
@@ -40,7 +70,14 @@ class PyroPlan(LowLevelPyroTrainingPlan):
         First and last weight of the divergences; validation uses the last.
     lr_schedule
         ``"cosine"`` lets the learning rate fall to zero over `max_epochs`, ``"constant"`` does not.
+
+    Attributes
+    ----------
+    annealed
+        Share of the training that was done before, from 0 to 1; see :meth:`TrainingHooks.on_step`.
     """
+
+    annealed: float = 0.0
 
     def __init__(
         self,
@@ -110,11 +147,24 @@ class PyroPlan(LowLevelPyroTrainingPlan):
             "for extreme values."
         )
 
+    @property
+    def annealing(self) -> float:
+        """Share of the training that is done, from 0 to 1, earlier training included."""
+        done = min(self.global_step / max(1, self.trainer.estimated_stepping_batches), 1.0)
+        return self.annealed + (1.0 - self.annealed) * done
+
+    def begin_step(self) -> None:
+        """Tell the module how much of the training is done, if it asks."""
+        if hasattr(self.module, "on_step"):
+            self.module.on_step(self.annealing)
+
+    def epoch_means(self) -> dict[str, float]:
+        """Means of this epoch so far, over its cells."""
+        return {name: float(total) / n_cells for name, (total, n_cells) in self._totals.items()}
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """One step on a minibatch; a module may anneal something by the share of all steps that is done."""
-        hook: Callable[[float], None] | None = getattr(self.module, "on_step", None)
-        if hook is not None:
-            hook(self.global_step / max(1, self.trainer.estimated_stepping_batches))
+        """One step on a minibatch."""
+        self.begin_step()
         # Pyro's checks of every value and shape take a sixth of a step: the first minibatch of each epoch has them
         with pyro.validation_enabled(batch_idx == 0 and pyro.settings.get("validate_poutine")):
             loss, n_cells = self.loss_per_cell(batch, self.kl_weight)
@@ -122,10 +172,13 @@ class PyroPlan(LowLevelPyroTrainingPlan):
         return loss
 
     def on_train_epoch_end(self) -> None:
-        """Log means over the cells of the epoch."""
+        """Log means over the cells of the epoch, and how far warm-up and annealing are: later training starts there."""
         for name, (total, n_cells) in self._totals.items():
             self._log(name, total / n_cells, n_cells)
         self._totals.clear()
+        if self.use_kl_weight:
+            self.log("kl_weight", self.kl_weight, on_step=False, on_epoch=True)
+        self.log("annealing", self.annealing, on_step=False, on_epoch=True)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Negative ELBO of held-out cells, without warm-up."""

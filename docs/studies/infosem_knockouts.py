@@ -1,0 +1,103 @@
+"""Knock-outs predicted by InfoSEM, trained on control cells alone, against measured ones (Papalexi et al. 2021).
+
+Beside them stands regression on the target gene: its expression in control cells is set to 0 along the slope of each gene on it. The
+target gene itself is left out of the scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from _common import measure, parser, show, start
+from numpy.typing import NDArray
+
+from pertura import benchmark, model
+from pertura.metrics import bootstrap_interval, pearson_effect
+
+
+def scores(
+    dataset: benchmark.Dataset, target: str, measured: NDArray[np.float64], predicted: NDArray[np.float64]
+) -> dict[tuple[str, str], float]:
+    """Scores of both methods on one target, by (method, metric), and the correlation of two halves of the cells."""
+    adata, labels = dataset.adata, dataset.labels
+    at, none = adata.var_names.get_loc(target), np.zeros(adata.n_vars)
+    others = np.arange(adata.n_vars) != at
+    x = {n: _dense(dataset.expression(np.flatnonzero(labels == n))) for n in (dataset.control, target)}
+    base, treated = x[dataset.control], x[target]
+    gene = base[:, at] - base[:, at].mean()
+    slope = gene @ (base - base.mean(0)) / max(gene @ gene, 1e-12)
+    found: dict[tuple[str, str], float] = {("measured", "size"): _size(measured[others])}
+    for name, values in (("InfoSEM", predicted), ("regression", -base[:, at].mean() * slope)):
+        found[name, "pearson"] = pearson_effect(values, measured, none, genes=others)
+        found[name, "pearson_top"] = pearson_effect(values, measured, none, genes=others, top=50)
+        found[name, "size"] = _size(values[others])
+    parts = np.array_split(np.random.default_rng(0).permutation(len(treated)), 2)
+    halves = [treated[part].mean(0) - base[i::2].mean(0) for i, part in enumerate(parts)]
+    r = pearson_effect(*halves, none, genes=others)
+    return {**found, ("ceiling", "pearson"): 2 * r / (1 + r)}
+
+
+def _dense(x: Any) -> NDArray[np.float64]:
+    return x.toarray() if hasattr(x, "toarray") else np.asarray(x)
+
+
+def _size(effect: NDArray[np.float64]) -> float:
+    return float(np.sqrt(np.mean(effect**2)))
+
+
+def study(
+    dataset: benchmark.Dataset,
+    *,
+    seeds: int,
+    results: benchmark.Results,
+    train: Mapping[str, Any] | None = None,
+    **init: Any,
+) -> pd.DataFrame:
+    """One row per seed, knocked-out gene, method and score."""
+    adata, labels = dataset.adata, dataset.labels
+    targets = [t for t in np.unique(labels) if t != dataset.control and t in adata.var_names]
+    if not targets:
+        raise ValueError("`dataset`: no perturbation bears the name of a gene.")
+    ((_, effect),) = measure(adata, {**dataset.keys, "context_key": None}).effect.items()
+    controls = np.flatnonzero(labels == dataset.control)
+    spec = benchmark.ModelSpec(model.InfoSEM, init={"controls_only": True, **init}, train=train or {})
+    setup = {k: dataset.keys[k] for k in ("perturbation_key", "control", "layer")}
+    for seed in range(seeds):
+        run = {"dataset": dataset.name, "split": "knock-outs from controls", "seed": seed}
+        if results.has(run, settings=repr(spec)):
+            continue
+        fitted = spec(adata.copy(), setup=setup, seed=seed)
+        table = fitted.get_perturbation_effect(targets, indices=controls, n_samples=10)
+        wide = table.pivot_table(index="perturbation", columns="gene", values="lfc_mean")[list(adata.var_names)]
+        rows = [
+            {"perturbation": t, "model": method, "metric": metric, "value": value}
+            for t in targets
+            for (method, metric), value in scores(dataset, t, effect.loc[t].to_numpy(), wide.loc[t].to_numpy()).items()
+        ]
+        results.add(rows, run, settings=repr(spec))
+    return results.select(dataset=dataset.name, seed=range(seeds))
+
+
+def summary(found: pd.DataFrame) -> pd.DataFrame:
+    """Means over targets with 95 % intervals, and the paired difference of the two methods."""
+    table = found.pivot_table(index="perturbation", columns=["model", "metric"], values="value", sort=False)
+    for metric in ("pearson", "pearson_top"):
+        table["difference", metric] = table["InfoSEM", metric] - table["regression", metric]
+    rows = [(*key, *bootstrap_interval(values, level=0.95)) for key, values in table.items()]
+    return pd.DataFrame(rows, columns=["method", "metric", "mean", "low", "high"])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the study."""
+    from papalexi_few_cells import screen
+
+    options = start(parser(__doc__, seeds=3), argv)
+    train = {"accelerator": "cpu"}
+    show(summary(study(screen(), seeds=options.seeds, results=benchmark.Results(options.out), train=train)))
+
+
+if __name__ == "__main__":
+    main()

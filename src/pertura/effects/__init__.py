@@ -1,0 +1,21 @@
+"""Effects on mean expression: measured once from the cells, and estimated in closed form."""
+
+from __future__ import annotations
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "_contexts": ["Asked", "Conditions", "choose_strength", "ridge_weights", "softmax_weights"],
+        "_discrepancy": ["Discrepancy", "calibrate", "fit_discrepancy", "widened"],
+        "_dosed": ["DoseEffects", "fit_dosed"],
+        "_features": ["FeatureRidge", "fit_features"],
+        "_measured": ["MeasuredEffect", "fit_measured"],
+        "_matching": ["matched_differences"],
+        "_network": ["NetworkPosterior", "fit_network", "fit_rows", "fit_shifts", "measure_covariation", "own_shifts"],
+        "_shrink": ["Halves", "Shrunk", "principal_programs", "shrink"],
+        "_stacking": ["stack_shares"],
+        "_table": ["ConditionMeans", "ConditionTable", "Effects"],
+    },
+)

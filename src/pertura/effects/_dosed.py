@@ -1,0 +1,137 @@
+"""Effects of perturbations at their highest dose, from conditions of several doses and combinations that are solved together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pertura.data._constants import CONTROL_ONLY
+from pertura.data._vocabulary import dose_units
+
+from ._table import ConditionTable
+
+Matrix = NDArray[np.float64]
+
+_LOG_K, _LOG_N = (-1.5, -0.75, 0.0, 0.75), (-0.5, 0.0, 0.5)
+_MAX_SOLVED = 500  # perturbations up to which the shape of the dose response is chosen
+
+
+@dataclass(frozen=True)
+class DoseEffects:
+    """Effects at the highest dose.
+
+    Attributes
+    ----------
+    effect
+        ``(n_perturbations, n_contexts, n_genes)``. Where a perturbation was not measured in a context: the mean effect there,
+        plus what it differs by from the mean effect elsewhere.
+    mean
+        Mean effect of the perturbations of each context, ``(n_contexts, n_genes)``; its average over contexts where none
+        was measured.
+    overall
+        That average, ``(n_genes,)``.
+    deviation
+        What a perturbation differs by from the mean effect, averaged over contexts, ``(n_perturbations, n_genes)``.
+    measured
+        Whether a perturbation was measured, ``(n_perturbations,)``.
+    log_k, log_n
+        Shape of the dose response, for :func:`hill`.
+    """
+
+    effect: Matrix
+    mean: Matrix
+    overall: NDArray[np.float64]
+    deviation: Matrix
+    measured: NDArray[np.bool_]
+    log_k: float
+    log_n: float
+
+
+def hill(dose: NDArray, log_k: float, log_n: float) -> NDArray[np.float64]:
+    """Hill curve that is 0 at dose 0 and 1 at dose 1."""
+    k, power = np.exp(log_k) ** np.exp(log_n), np.maximum(dose, 0.0) ** np.exp(log_n)
+    return power * (1.0 + k) / (power + k)
+
+
+def fit_dosed(table: ConditionTable, max_dose: NDArray[np.float64]) -> DoseEffects:
+    """Effects of all perturbations at their highest dose, context by context.
+
+    The effect of a condition is the sum of those of its members, each times its dose response. All perturbations share one
+    Hill curve, the one of a grid that leaves least.
+
+    Parameters
+    ----------
+    table
+        What was measured.
+    max_dose
+        Highest registered dose of each perturbation, ``(n_perturbations,)``.
+    """
+    n, found = len(max_dose), table.effects()
+    kept = np.flatnonzero(found.measured)
+    at = table.treated[kept]
+    codes, context = table.codes[at], table.context[at]
+    effect, variance = found.effect[kept], found.se[kept] ** 2
+    present = codes != CONTROL_ONLY
+    relative = table.dose[at] / dose_units(max_dose)[codes]
+
+    def solve(log_k: float, log_n: float) -> tuple[float, dict[int, tuple[NDArray, Matrix, Matrix]]]:
+        design = np.zeros((len(at), n))
+        np.add.at(design, (np.arange(len(at))[:, None], codes.clip(0)), hill(relative, log_k, log_n) * present)
+        rest, result = 0.0, {}
+        for c in np.unique(context):
+            own = context == c
+            seen = np.flatnonzero((design[own] > 0).any(0))
+            effects, mean, left = solve_effects(design[own][:, seen], effect[own], variance[own])
+            rest, result[int(c)] = rest + left, (seen, effects, mean)
+        return rest, result
+
+    curves = [(0.0, 0.0)]
+    if n <= _MAX_SOLVED and len(np.unique(relative[present].round(6))) > 1:
+        curves = list(product(_LOG_K, _LOG_N))
+    solved = {curve: solve(*curve) for curve in curves}
+    curve = min(solved, key=lambda c: solved[c][0])
+    by_context = solved[curve][1]
+
+    number, total = np.zeros(n), np.zeros((n, table.n_genes))
+    for seen, effects, mean in by_context.values():
+        number[seen] += 1
+        total[seen] += effects - mean
+    deviation = total / np.maximum(number, 1.0)[:, None]
+    overall = np.mean([mean for _, _, mean in by_context.values()] or [np.zeros(table.n_genes)], axis=0)
+    means = np.tile(overall, (table.n_contexts, 1))
+    for c, (_, _, mean) in by_context.items():
+        means[c] = mean
+    effect = means + deviation[:, None]
+    for c, (seen, effects, _) in by_context.items():
+        effect[seen, c] = effects
+    return DoseEffects(effect, means, overall, deviation, number > 0, *curve)
+
+
+def solve_effects(
+    design: NDArray, measured: NDArray, variance: NDArray
+) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
+    """Effects at the highest dose and their mean: normal, shrunk towards the mean by what noise there is.
+
+    Parameters
+    ----------
+    design
+        Dose response of each perturbation in each condition, ``(n_conditions, n_perturbations)``.
+    measured, variance
+        Effects of the conditions and their squared standard errors, ``(n_conditions, n_genes)``.
+
+    Returns
+    -------
+    Effects ``(n_perturbations, n_genes)``, mean ``(n_genes,)``, and the weighted squared residual.
+    """
+    noise = variance.mean(1)
+    noise = noise + 0.05 * measured.var() + 1e-8
+    total = design.sum(1)
+    mean = ((total / noise) @ measured) / max(float(total**2 @ (1 / noise)), 1e-12)
+    rest = measured - total[:, None] * mean
+    signal = max(float((rest**2).mean() - variance.mean()), 0.05 * float((measured**2).mean())) + 1e-8
+    gram = (design.T / noise) @ design + np.eye(design.shape[1]) / signal
+    effects = mean + np.linalg.solve(gram, (design.T / noise) @ rest)
+    return effects, mean, float((((measured - design @ effects) ** 2).sum(1) / noise).sum())

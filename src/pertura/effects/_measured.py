@@ -1,0 +1,258 @@
+"""Measured effects of perturbations and of measured combinations, with what is not known of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pertura.data._constants import CONTROL_ONLY, UNKNOWN
+
+from ._features import fit_features
+from ._shrink import shrink
+from ._table import ConditionTable
+
+Matrix = NDArray[np.float64]
+
+
+class MeasuredEffect(nn.Module):
+    r"""Normal posterior of the effects of perturbations, on the scale on which they were measured.
+
+    Rows are the single perturbations, then the measured combinations. With :math:`m, s` the mean and sd of a row and :math:`d`
+    the dose response of the members,
+
+    * a measured combination at doses of response 1 has its own row; in between, :math:`t = \min_i \min(d_i, 1)` of its own row
+      and :math:`d_i - t` of its members';
+    * any other combination is the sum of its members, :math:`\sum_i d_i (m_i + s_i \epsilon_i)`, and in proportion to
+      :math:`t`, what measured combinations differ from such sums, :math:`\tau \epsilon`;
+    * a perturbation outside the vocabulary (code -2) has the effect of its features, with an error of its own.
+
+    Each row has noise :math:`\epsilon` of its own.
+
+    Parameters
+    ----------
+    n_perturbations, n_genes
+        Sizes.
+    combinations
+        Codes of the members of measured combinations, ascending; the lengths may differ.
+    n_features
+        Width of the features of perturbations; 0: none.
+
+    Attributes
+    ----------
+    mean, sd
+        ``(n_perturbations + n_combinations, n_genes)``.
+    measured
+        Whether anything was measured of a row; the sd of the others is that of perturbations at large, their mean 0.
+    combinations
+        Members of the measured combinations, padded with -1, ``(n_combinations, order)``.
+    tau
+        Sd of what combinations differ from the sum of their members, ``(n_genes,)``; 0 where no combination was measured.
+    intercept, feature_weight, unseen_sd
+        Effect of an unseen perturbation with features f: ``intercept + f @ feature_weight``, and the sd of its error.
+    """
+
+    def __init__(
+        self, n_perturbations: int, n_genes: int, combinations: Sequence[Sequence[int]] = (), n_features: int = 0
+    ) -> None:
+        super().__init__()
+        n_rows, order = n_perturbations + len(combinations), max([1, *map(len, combinations)])
+        padded = [[*sorted(c), *[CONTROL_ONLY] * (order - len(c))] for c in combinations]
+        self.n_perturbations = n_perturbations
+        self.register_buffer("mean", torch.zeros(n_rows, n_genes))
+        self.register_buffer("sd", torch.zeros(n_rows, n_genes))
+        self.register_buffer("measured", torch.zeros(n_rows, dtype=torch.bool))
+        self.register_buffer("combinations", torch.tensor(padded, dtype=torch.long).reshape(len(padded), order))
+        self.register_buffer("tau", torch.zeros(n_genes))
+        self.register_buffer("intercept", torch.zeros(n_genes))
+        self.register_buffer("feature_weight", torch.zeros(n_features, n_genes))
+        self.register_buffer("unseen_sd", torch.zeros(n_genes))
+
+    @property
+    def n_noise(self) -> int:
+        """Rows of the noise: one per row of `mean`, one of unmeasured combinations, one of unseen perturbations."""
+        return len(self.mean) + 2
+
+    def draw(self, n_samples: int) -> Tensor:
+        """Standard normal noise for :meth:`offset`, ``(n_samples, n_noise, n_genes)``."""
+        return torch.randn(n_samples, self.n_noise, self.mean.shape[1], device=self.mean.device)
+
+    def offset(
+        self, codes: Tensor, dose_strength: Tensor, eps: Tensor | None = None, features: Tensor | None = None
+    ) -> Tensor:
+        """Effect on each cell.
+
+        Parameters
+        ----------
+        codes
+            Component codes, ``(n_cells, order)``: -1 for empty slots, -2 for perturbations outside the vocabulary.
+        dose_strength
+            Dose response of the members, 1 at the dose at which rows hold, of the shape of `codes`.
+        eps
+            Noise, ``(..., n_noise, n_genes)``; `None`: the mean.
+        features
+            Features of the members, ``(n_cells, order, n_features)``; only those of code -2 are read.
+
+        Returns
+        -------
+        ``(..., n_cells, n_genes)``.
+        """
+        weight, unmeasured, unseen = self.weights(codes, dose_strength)
+        result = weight @ self.mean
+        if bool((codes == UNKNOWN).any()):
+            strength = dose_strength * (codes == UNKNOWN)
+            result = result + strength.sum(-1, keepdim=True) * self.intercept
+            if features is not None and self.feature_weight.shape[0]:
+                result = result + (strength[..., None] * features).sum(-2) @ self.feature_weight
+        if eps is None:
+            return result
+        n_rows = len(self.mean)
+        result = result + weight @ (self.sd * eps[..., :n_rows, :])
+        result = result + unmeasured[:, None] * (self.tau * eps[..., n_rows, None, :])
+        return result + unseen[:, None] * (self.unseen_sd * eps[..., n_rows + 1, None, :])
+
+    def variance(self, codes: Tensor, dose_strength: Tensor) -> Tensor:
+        """Variance of the effect on each cell, ``(n_cells, n_genes)``."""
+        weight, unmeasured, unseen = self.weights(codes, dose_strength)
+        result = weight.square() @ self.sd.square() + (unmeasured[:, None] * self.tau).square()
+        return result + (unseen[:, None] * self.unseen_sd).square()
+
+    def weights(self, codes: Tensor, dose_strength: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """How much of each row, of `tau` and of `unseen_sd` the effect on each cell has.
+
+        Returns
+        -------
+        ``(n_cells, n_rows)`` and twice ``(n_cells,)``.
+        """
+        strength = (dose_strength * (codes != CONTROL_ONLY)).to(self.mean)
+        present = (codes != CONTROL_ONLY) & (strength > 0)
+        known = strength * (codes >= 0)
+        weight = self.mean.new_zeros(len(codes), len(self.mean))
+        weight.scatter_add_(1, codes.clamp(min=0), known)
+        unseen = torch.linalg.vector_norm(strength * (codes == UNKNOWN), dim=-1)
+        own = strength.masked_fill(~present, torch.inf).amin(-1).clamp(max=1.0)
+        own = torch.where(present.sum(-1) > 1, own, 0.0)
+        # cells have few distinct combinations
+        kinds, which = torch.unique(torch.where(present, codes, CONTROL_ONLY), dim=0, return_inverse=True)
+        row = torch.tensor([self._row(kind) for kind in kinds.tolist()], device=codes.device)[which]
+        at = torch.where(row >= 0)[0]
+        if len(at):
+            weight[at[:, None], self.combinations[row[at] - self.n_perturbations].clamp(min=0)] -= own[at, None] * (
+                self.combinations[row[at] - self.n_perturbations] >= 0
+            )
+            weight[at, row[at]] += own[at]
+        return weight, torch.where(row < 0, own, 0.0), unseen
+
+    def _row(self, codes: Sequence[int]) -> int:
+        """Row of a measured combination, -1 where it is none."""
+        return self._lookup().get(tuple(sorted(c for c in codes if c != CONTROL_ONLY)), -1)
+
+    def _lookup(self) -> dict[tuple[int, ...], int]:
+        if getattr(self, "_rows_of", None) is None or len(self._rows_of) != len(self.combinations):
+            lines = self.combinations.tolist()
+            self._rows_of = {tuple(c for c in c_ if c >= 0): self.n_perturbations + i for i, c_ in enumerate(lines)}
+        return self._rows_of
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        # the number of measured combinations and features is that of the saved ones
+        for name, value in self._buffers.items():
+            if prefix + name in state_dict:
+                setattr(self, name, torch.empty_like(state_dict[prefix + name], device=value.device))
+        self._rows_of = None
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def fit_measured(
+    table: ConditionTable,
+    n_perturbations: int,
+    *,
+    combinations: Sequence[Sequence[int]] | None = None,
+    strength: Callable[[NDArray[np.int64], NDArray[np.float64]], NDArray] | None = None,
+    features: NDArray | None = None,
+    adjust_depth: bool = True,
+) -> MeasuredEffect:
+    """Effects of all perturbations and measured combinations, shrunk by :func:`~pertura.effects.shrink`.
+
+    Conditions of one perturbation in several contexts and doses are averaged by precision. The effects of a combination have as
+    prior the sum of its members' posteriors, widened by what combinations differ from such sums; the measured effect then says
+    what it can. So a measured combination is never less certain than the measurement, nor than the sum.
+
+    Parameters
+    ----------
+    table
+        What was measured.
+    n_perturbations
+        Number of single perturbations.
+    combinations
+        Codes of the members of the combinations to have rows; by default those that were measured.
+    strength
+        Dose response: a function of codes and registered doses, both ``(n, order)``, that gives ``(n, order)``; 1 at the dose at
+        which the rows hold. By default 1 at any dose.
+    features
+        Features of the perturbations, ``(n_perturbations, n_features)``, from which unseen ones are predicted; `None`: unseen
+        ones have the mean effect.
+    adjust_depth
+        See :meth:`ConditionTable.effects`.
+    """
+    members = table.members
+    if combinations is None:
+        combinations = sorted({m for m in members if len(m) > 1})
+    combinations = [tuple(sorted(c)) for c in combinations]
+    result = MeasuredEffect(
+        n_perturbations, table.n_genes, combinations, 0 if features is None else np.shape(features)[1]
+    )
+    codes, dose = table.codes[table.treated], table.dose[table.treated]
+    response = np.ones(codes.shape) if strength is None else np.asarray(strength(codes, dose), dtype=np.float64)
+    # a combination has its own row as far as its weakest member goes
+    response = np.where(codes >= 0, response, np.inf).min(1, initial=np.inf)
+    response = np.where(np.isfinite(response), response, 1.0)
+    lookup = {(code,): code for code in range(n_perturbations)}
+    lookup |= {c: n_perturbations + i for i, c in enumerate(combinations)}
+    which = np.array([lookup.get(m, -1) for m in members], dtype=np.int64)
+    effects = table.pooled(which, len(result.mean), strength=response, adjust_depth=adjust_depth)
+    rows = np.flatnonzero(np.isfinite(effects.noise))
+    unit, loadings = table.spread, table.programs()
+    mean, variance = np.zeros(effects.effect.shape), np.zeros(effects.effect.shape)
+
+    single = rows[rows < n_perturbations]
+    if len(single):
+        found = shrink(effects.standardized(single, 0.0, unit), loadings)
+        prior_sd = found.prior_sd * unit
+        variance[:n_perturbations] = prior_sd**2
+        mean[single], variance[single] = found.mean * unit, (found.sd * unit) ** 2
+    sums = np.zeros((len(combinations), n_perturbations))
+    for i, combination in enumerate(combinations):
+        sums[i, list(combination)] = 1.0
+    expected, known = sums @ mean[:n_perturbations], sums @ variance[:n_perturbations]
+    tau = np.zeros(table.n_genes)
+    paired = rows[rows >= n_perturbations]
+    if len(paired):
+        at = paired - n_perturbations
+        found = shrink(effects.standardized(paired, expected[at], unit), loadings, known[at] / unit**2)
+        tau = found.prior_sd * unit
+    mean[n_perturbations:], variance[n_perturbations:] = expected, known + tau**2
+    if len(paired):
+        mean[paired] = expected[at] + found.mean * unit
+        variance[paired] = np.minimum((found.sd * unit) ** 2, known[at] + tau**2)
+    if len(single):
+        _fit_unseen(result, mean[single], None if features is None else np.asarray(features)[single])
+        if len(single) < 2:  # one perturbation does not say how much others differ from it
+            result.unseen_sd.copy_(torch.as_tensor(prior_sd))
+    result.mean.copy_(torch.as_tensor(mean))
+    result.sd.copy_(torch.as_tensor(np.sqrt(variance)))
+    result.measured[torch.as_tensor(rows)] = True
+    result.tau.copy_(torch.as_tensor(tau))
+    return result
+
+
+def _fit_unseen(result: MeasuredEffect, effects: Matrix, features: NDArray | None) -> None:
+    """Effects of perturbations that were not seen: the mean, and of their features what left-out ones bear out."""
+    found = fit_features(np.zeros((len(effects), 0)) if features is None else features, effects)
+    result.intercept.copy_(torch.as_tensor(found.intercept))
+    if features is not None:
+        result.feature_weight.copy_(torch.as_tensor(found.weight))
+    result.unseen_sd.copy_(torch.as_tensor(np.sqrt(((effects - found.left_out) ** 2).mean(0))))

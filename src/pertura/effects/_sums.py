@@ -1,0 +1,199 @@
+"""Sums over groups of cells, in one pass; sparse values stay sparse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+from scvi.data import AnnDataManager
+
+from pertura.data._cells import CellDataset, Rows
+from pertura.data._constants import CONTROL_ONLY, KEYS
+
+Matrix = NDArray[np.float64]
+Values = NDArray | sparse.csr_matrix
+
+_TARGET_SUM = 1e4
+_CHUNK_ENTRIES = 4_000_000  # stored numbers that are in memory at one time
+_MAX_CHUNK = 16_384  # cells
+# log library of a usual cell: about this origin, the square of the log library says something else than the log itself
+_LOG_LIBRARY = 8.0
+
+
+class Chunk(NamedTuple):
+    """Some cells: their positions, values as registered, expression on the scale of the table, and library."""
+
+    positions: NDArray[np.int64]
+    raw: Values
+    x: Values
+    library: NDArray[np.float64]
+
+
+class Sums:
+    """What is added up while cells pass by."""
+
+    def __init__(self, dataset: CellDataset, n_groups: int, n_batches: int, linear: bool) -> None:
+        self.dataset, n_genes = dataset, dataset.n_genes
+        self.total, self.square = np.zeros((2 * n_groups, n_genes)), np.zeros((n_groups, n_genes))
+        self.depth, self.depth_square = np.zeros((2 * n_groups, 2)), np.zeros((2, 2))
+        self.depth_x = np.zeros((2, n_genes))
+        self.by_batch = np.zeros((n_batches if n_batches > 1 else 0, n_genes))
+        self.raw, self.raw_square = np.zeros(n_genes), np.zeros(n_genes)
+        self.linear_total = np.zeros((n_groups, n_genes)) if linear else None
+        self.linear_square = np.zeros((n_groups, n_genes)) if linear else None
+        self.unit = 0.0
+        self.sample_x: list[Values] = []
+        self.sample_depth: list[Matrix] = []
+
+    def add_all(
+        self,
+        rows: Rows,
+        group: NDArray[np.int64],
+        half: NDArray[np.int64],
+        batch: NDArray[np.int64],
+        kept: NDArray[np.bool_],
+    ) -> None:
+        """Read the cells once."""
+        part = group * 2 + half
+        for positions, raw, x, library in chunks(self.dataset, rows):
+            depth = np.log(library) - _LOG_LIBRARY
+            depth = np.stack([depth, depth**2], axis=1)
+            add_groups(self.total, part[positions], x)
+            add_groups(self.square, group[positions], squared(x))
+            if len(self.by_batch):
+                add_groups(self.by_batch, batch[positions], x)
+            for k in (0, 1):
+                self.depth[:, k] += np.bincount(part[positions], depth[:, k], minlength=len(self.depth))
+            self.depth_square += depth.T @ depth
+            self.depth_x += (x.T @ depth).T
+            self.raw += column_sums(raw)
+            self.raw_square += column_sums(squared(raw))
+            if self.linear_total is not None:
+                scaled = _scaled(raw, _TARGET_SUM / library)
+                self.unit += float((_TARGET_SUM / library).sum())
+                add_groups(self.linear_total, group[positions], scaled)
+                add_groups(self.linear_square, group[positions], squared(scaled))
+            chosen = kept[positions]
+            self.sample_x.append(x[chosen].astype(np.float32))
+            self.sample_depth.append(depth[chosen])
+
+    def sampled(self) -> Values:
+        if not self.sample_x:
+            return np.zeros((0, self.dataset.n_genes), dtype=np.float32)
+        if sparse.issparse(self.sample_x[0]):
+            return sparse.vstack(self.sample_x, format="csr")
+        return np.concatenate(self.sample_x)
+
+
+def control_means(
+    manager: AnnDataManager, contexts: NDArray[np.int64]
+) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
+    """Mean expression of the control cells of some contexts of any registered data.
+
+    Returns
+    -------
+    found, mean
+        Whether a context has control cells, ``(n,)``, and their mean, ``(n, n_genes)``.
+    """
+    dataset = CellDataset(manager)
+    codes, dose = np.split(dataset.fields[KEYS.PERTURBATION], 2, axis=1)
+    context = codes_of(dataset, KEYS.CONTEXT, np.arange(len(codes)))
+    treated = ((codes != CONTROL_ONLY) & (dose > 0)).any(axis=1)
+    rows = np.flatnonzero(~treated & np.isin(context, contexts))
+    group = np.searchsorted(contexts, context[rows])
+    total = np.zeros((len(contexts), dataset.n_genes))
+    for chunk in chunks(dataset, rows):
+        add_groups(total, group[chunk.positions], chunk.x)
+    n = np.bincount(group, minlength=len(contexts))
+    return n > 0, (total / np.maximum(n, 1)[:, None]).astype(np.float32)
+
+
+def codes_of(dataset: CellDataset, key: str, rows: Rows) -> NDArray[np.int64]:
+    if key not in dataset.fields:
+        return np.zeros(len(rows), dtype=np.int64)
+    return dataset.fields[key][rows].ravel().astype(np.int64)
+
+
+def chunks(dataset: CellDataset, rows: Rows) -> Iterator[Chunk]:
+    """Some thousand cells at a time; sparse values stay sparse."""
+    expression = dataset.expression
+    values = expression.values
+    stored = dataset.n_genes
+    if sparse.issparse(values):
+        stored = max(1, int(values.nnz / max(values.shape[0], 1)))
+    size = int(np.clip(_CHUNK_ENTRIES // stored, 64, _MAX_CHUNK))
+    for start in range(0, len(rows), size):
+        positions = np.arange(start, min(start + size, len(rows)))
+        own = rows[positions]
+        part = values[own]
+        part = part.compute() if hasattr(part, "compute") else part
+        part = part.tocsr() if sparse.issparse(part) else np.asarray(part)
+        part = (part if expression.columns is None else part[:, expression.columns]).astype(np.float64)
+        if expression.kind != "counts":
+            yield Chunk(positions, part, part, np.ones(len(own)))
+            continue
+        library = _library(dataset, own, part)
+        x = _scaled(part, _TARGET_SUM / library)
+        if sparse.issparse(x):
+            np.log1p(x.data, out=x.data)
+        else:
+            np.log1p(x, out=x)
+        yield Chunk(positions, part, x, library)
+
+
+def _library(dataset: CellDataset, rows: Rows, counts: Values) -> NDArray[np.float64]:
+    """Library of cells, as minibatches have it."""
+    if dataset.size_unit is not None:
+        return dataset.fields[KEYS.SIZE_FACTOR][rows].ravel().astype(np.float64) * dataset.size_unit
+    return np.maximum(np.asarray(counts.sum(axis=1)).ravel(), 1.0)
+
+
+def _scaled(x: Values, scale: NDArray) -> Values:
+    """Rows times a number each."""
+    if not sparse.issparse(x):
+        return x * scale[:, None]
+    return sparse.csr_matrix((x.data * np.repeat(scale, np.diff(x.indptr)), x.indices, x.indptr), shape=x.shape)
+
+
+def squared(x: Values) -> Values:
+    return sparse.csr_matrix((x.data**2, x.indices, x.indptr), shape=x.shape) if sparse.issparse(x) else x * x
+
+
+def column_sums(x: Values) -> NDArray[np.float64]:
+    if sparse.issparse(x):
+        return np.bincount(x.indices, x.data, minlength=x.shape[1])
+    return x.sum(0)
+
+
+def add_groups(into: Matrix, group: NDArray[np.int64], x: Values) -> None:
+    """Add rows to the sums of their groups."""
+    if sparse.issparse(x):
+        at = np.repeat(group * x.shape[1], np.diff(x.indptr)) + x.indices
+        np.add.at(into.reshape(-1), at, x.data)
+        return
+    present, local = np.unique(group, return_inverse=True)  # a chunk may hold few of the groups
+    member = sparse.csr_matrix(
+        (np.ones(len(group)), (local.ravel(), np.arange(len(group)))), (len(present), len(group))
+    )
+    into[present] += member @ x
+
+
+def project(dataset: CellDataset, rows: Rows, axes: NDArray) -> NDArray[np.float32]:
+    """Coordinates of cells along axes of expression on the scale of the table, ``(n_rows, n_axes)``; cells are read once.
+
+    Parameters
+    ----------
+    dataset
+        Registered cells.
+    rows
+        Cells to use.
+    axes
+        ``(n_axes, n_genes)``.
+    """
+    result = np.empty((len(rows), len(axes)), dtype=np.float32)
+    for chunk in chunks(dataset, np.asarray(rows, dtype=np.int64)):
+        result[chunk.positions] = chunk.x @ axes.T
+    return result

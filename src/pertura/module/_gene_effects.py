@@ -1,0 +1,258 @@
+r"""What perturbations do to genes, as measured: a site of a generative model with a posterior in closed form.
+
+The effect of a perturbation on mean expression has the posterior :math:`\Delta_t \sim N(m_t, s_t^2)` that
+:class:`~pertura.effects.MeasuredEffect` gives, on the scale on which effects are measured (log1p of counts per 10,000). A
+decoder adds to activations: :math:`r_t = c(\Delta_t)`, with c the curve on which expected expression of a control cell moves
+by the effect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor, nn
+
+from pertura.effects import MeasuredEffect
+
+from ._base import Action
+
+_N_LEVELS, _TOP = 97, 9.6
+_LOW, _HIGH, _N_GRID = -8.0, 8.0, 65
+_MAX_ROWS = 256
+
+
+class RowNoise:
+    """Standard normal noise of rows of a table, made when it is needed.
+
+    Parameters
+    ----------
+    n_genes
+        Width of a row.
+    seed
+        Rows then have the same noise each time; `None`: new noise each time (training).
+    n_draws
+        Draws of each row, in antithetic pairs.
+    device
+        Where.
+    """
+
+    def __init__(self, n_genes: int, seed: int | None, n_draws: int, device: torch.device) -> None:
+        self.n_genes, self.seed, self.n_draws, self.device = n_genes, seed, n_draws, device
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Noise of some rows, ``(n_draws, n_rows, n_genes)``; without a seed ``(n_rows, n_genes)``."""
+        if self.seed is None:
+            return torch.randn(len(index), self.n_genes, device=self.device)
+        half = (self.n_draws + 1) // 2
+        drawn = torch.empty(half, len(index), self.n_genes)
+        for at, row in enumerate(index.tolist()):
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + row) % (2**63))
+            drawn[:, at] = torch.randn(half, self.n_genes, generator=generator)
+        both = torch.cat([drawn, -drawn])[: self.n_draws] if self.n_draws > 1 else drawn
+        return both.to(self.device)
+
+
+class RowNormal(TorchDistribution):
+    """Distribution of :class:`RowNoise`: prior and posterior are the same, so that its divergence is 0.
+
+    Parameters
+    ----------
+    n_genes
+        Width of a row.
+    fixed
+        Whether rows have the same noise each time they are used.
+    device
+        Where.
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    has_rsample = True
+
+    def __init__(self, n_genes: int, fixed: bool, device: torch.device, batch_shape: Sequence[int] = ()) -> None:
+        self.n_genes, self.fixed, self.device = n_genes, fixed, device
+        super().__init__(torch.Size(batch_shape), torch.Size(), validate_args=False)
+
+    def expand(self, batch_shape: Sequence[int], _instance: None = None) -> RowNormal:
+        """The same over a larger batch."""
+        return RowNormal(self.n_genes, self.fixed, self.device, batch_shape)
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> RowNoise:
+        """Noise with a new seed."""
+        n_draws = self.batch_shape[0] if self.batch_shape else 1
+        seed = int(torch.randint(2**40, ()).item()) if self.fixed else None
+        return RowNoise(self.n_genes, seed, n_draws, self.device)
+
+    def log_prob(self, value: RowNoise) -> Tensor:
+        """0: it cancels."""
+        return torch.zeros(self.batch_shape, device=self.device)
+
+
+class GeneEffects(nn.Module):
+    """Measured effects of perturbations as a site of a model.
+
+    Parameters
+    ----------
+    n_perturbations, n_genes, n_features
+        Sizes.
+    combinations
+        Codes of the members of registered combinations.
+    explained
+        Whether latent shifts are to explain the effects; see :func:`explain_effects`.
+
+    Attributes
+    ----------
+    measured
+        Posterior of the effects.
+    base
+        Mean expression of controls, ``(n_genes,)``.
+    curve
+        Change of the activation by which mean expression becomes each of some levels, ``(n_genes, n_levels)``. Empty
+        where expression is linear in the decoder's output.
+    """
+
+    def __init__(
+        self,
+        n_perturbations: int,
+        n_genes: int,
+        n_features: int = 0,
+        combinations: Sequence[Sequence[int]] = (),
+        *,
+        explained: bool = True,
+    ) -> None:
+        super().__init__()
+        self.n_genes = n_genes
+        self.measured = MeasuredEffect(n_perturbations, n_genes, combinations, n_features)
+        self.register_buffer("base", torch.zeros(n_genes))
+        self.register_buffer("curve", torch.zeros(n_genes, _N_LEVELS))
+        # how far measured effects are from what latent shifts explain
+        self.log_tau = nn.Parameter(torch.full((n_genes,), -2.0)) if explained else None
+        self.is_counts = True
+
+    def sample_noise(self) -> RowNoise:
+        """Site of the noise of effects."""
+        return pyro.sample("effect_noise", RowNormal(self.n_genes, not self.training, self.base.device))
+
+    def delta(self, action: Action, strength: Tensor, noise: RowNoise | None = None) -> Tensor:
+        """Effects on mean expression, ``(..., n_cells, n_genes)``.
+
+        Parameters
+        ----------
+        action
+            What is done to each cell.
+        strength
+            Dose response of each member, ``(n_cells, order)``; that of members outside the vocabulary is their dose.
+        noise
+            `None`: the posterior mean.
+        """
+        action, strength, which = _distinct(action, strength)
+        return self._delta(action, strength, noise)[..., which, :]
+
+    def forward(self, action: Action, strength: Tensor, noise: RowNoise | None = None) -> Tensor:
+        """What is added to the activation of each gene, ``(..., n_cells, n_genes)``."""
+        action, strength, which = _distinct(action, strength)
+        return self.to_activation(self._delta(action, strength, noise))[..., which, :]
+
+    def _delta(self, action: Action, strength: Tensor, noise: RowNoise | None) -> Tensor:
+        measured = self.measured
+        features = action.features if measured.feature_weight.shape[0] else None
+        mean = measured.offset(action.codes, strength, features=features)
+        if noise is None:
+            return mean
+        weight, unmeasured, unseen = measured.weights(action.codes, strength)
+        n_rows = len(measured.mean)
+        every = torch.cat([weight, unmeasured[:, None], unseen[:, None]], 1)
+        used = torch.where((every != 0).any(0))[0]
+        if not len(used):
+            return mean
+        own = used[used < n_rows]
+        more = torch.stack([measured.tau, measured.unseen_sd])[used[used >= n_rows] - n_rows]
+        return mean + every[:, used] @ (torch.cat([measured.sd[own], more]) * noise.rows(used))
+
+    def to_activation(self, delta: Tensor) -> Tensor:
+        """Change of activations by which mean expression of controls changes by `delta`, ``(..., n_genes)``."""
+        if not self.is_counts:
+            return delta
+        level = (self.base + delta).clamp(min=0.0, max=_TOP) * ((_N_LEVELS - 1) / _TOP)
+        low = level.floor().clamp(max=_N_LEVELS - 2)
+        index = low.long() + torch.arange(self.n_genes, device=level.device) * _N_LEVELS
+        flat = self.curve.flatten()
+        moved = torch.lerp(flat[index], flat[index + 1], level - low)
+        # no effect is no change, whatever the curve says about the level of controls
+        return torch.where(delta == 0.0, torch.zeros_like(moved), moved)
+
+    def of_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Effects of single perturbations on activations, and their sd, ``(n_rows, n_genes)`` each."""
+        mean, sd = self.measured.mean[rows], self.measured.sd[rows]
+        return self.to_activation(mean), sd.clamp(min=1e-3)
+
+    @torch.no_grad()
+    def set_curve(self, base: Tensor, likelihood: nn.Module, activation: Tensor, library: Tensor) -> None:
+        """Tabulate by how much activations must change for mean expression to reach a level.
+
+        Parameters
+        ----------
+        base
+            Mean expression of controls as measured, ``(n_genes,)``.
+        likelihood
+            A likelihood of :mod:`pertura.nn`.
+        activation
+            Activations of control cells, ``(n_cells, n_genes)``.
+        library
+            Their library, ``(n_cells, 1)``.
+        """
+        self.base.copy_(base)
+        self.is_counts = likelihood.native_scale == "counts"
+        if not self.is_counts:
+            return
+        steps = torch.linspace(_LOW, _HIGH, _N_GRID, device=base.device)
+        moved = [likelihood.moved_by(activation, library, step).expectation("log1p", library).mean(0) for step in steps]
+        reached = torch.stack(moved, 1)
+        # where the decoder is off the measured mean of controls, change counts and not level
+        start = _interpolate(torch.zeros_like(base)[:, None], steps.expand_as(reached), reached)
+        levels = torch.linspace(0.0, _TOP, _N_LEVELS, device=base.device).expand(self.n_genes, -1)
+        wanted = levels - base[:, None] + start
+        self.curve.copy_(_interpolate(wanted, reached, steps.expand_as(reached)).clamp(_LOW, _HIGH))
+
+
+def _distinct(action: Action, strength: Tensor) -> tuple[Action, Tensor, Tensor]:
+    """The distinct actions of cells, their dose responses, and which of them each cell has: a minibatch has few."""
+    if len(action) == 1 or action.features is not None:
+        return action, strength, torch.arange(len(action), device=strength.device)
+    keys = torch.cat([action.codes.to(strength), strength.detach()], 1)
+    _, which = torch.unique(keys, dim=0, return_inverse=True)
+    one = torch.zeros(int(which.max()) + 1, dtype=torch.long, device=which.device)
+    one[which] = torch.arange(len(which), device=which.device)
+    return action[one], strength[one], which
+
+
+def explain_effects(module: Any, table: Tensor) -> None:
+    """Measured effects of perturbations given their latent shifts, some hundred rows at a time.
+
+    Parameters
+    ----------
+    module
+        Has ``gene_effects``, and ``on_genes(shift)``, what a latent shift adds to activations.
+    table
+        Latent shifts of all perturbations, ``(..., n_perturbations, n_latent)``.
+    """
+    site, n_rows = module.gene_effects, table.shape[-2]
+    with pyro.plate("measured", n_rows, subsample_size=min(n_rows, _MAX_ROWS)) as rows:
+        effect, sd = site.of_rows(rows)
+        scale = (sd.square() + site.log_tau.exp().square()).sqrt()
+        given = dist.Normal(module.on_genes(table[..., rows, :]), scale).to_event(1)
+        pyro.sample("measured_effect", given.mask(site.measured.measured[rows]), obs=effect)
+
+
+def _interpolate(x: Tensor, xp: Tensor, fp: Tensor) -> Tensor:
+    """Row-wise linear interpolation of increasing `xp` to `fp`, constant beyond the ends."""
+    xp = xp.contiguous()
+    right = torch.searchsorted(xp, x.contiguous()).clamp(1, xp.shape[1] - 1)
+    x0, x1 = xp.gather(1, right - 1), xp.gather(1, right)
+    f0, f1 = fp.gather(1, right - 1), fp.gather(1, right)
+    share = ((x - x0) / (x1 - x0).clamp(min=1e-9)).clamp(0.0, 1.0)
+    return torch.lerp(f0, f1, share)

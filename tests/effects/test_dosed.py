@@ -1,0 +1,65 @@
+"""Effects of several doses and combinations, solved together."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from anndata import AnnData
+
+from pertura.effects import fit_dosed
+from pertura.effects._dosed import hill, solve_effects
+from pertura.effects._features import correlations
+from pertura.module import _latent
+
+CONTINUOUS = {"layer": None, "context_key": None, "batch_key": None}
+
+
+def test_hill_is_0_at_0_and_1_at_1_and_the_same_in_numpy_and_torch():
+    dose = torch.tensor([0.0, 0.1, 0.5, 1.0, 2.0])
+    for log_k, log_n in [(0.0, 0.0), (-1.0, 0.5), (1.0, -0.5)]:
+        found = _latent.hill(dose, torch.tensor(log_k), torch.tensor(log_n))
+        assert found[0] == 0 and found[3] == pytest.approx(1)
+        assert (found.diff() > 0).all()
+        np.testing.assert_allclose(found, hill(dose.numpy(), log_k, log_n), rtol=1e-5)
+
+
+def dosed_profiles(truth: np.ndarray, doses: list[float], log_k: float, log_n: float, noise: float = 0.02) -> AnnData:
+    """Two profiles of each perturbation at each dose, and 20 controls."""
+    rng = np.random.default_rng(7)
+    n, n_genes = truth.shape
+    what, dose = np.repeat(np.arange(n), 2 * len(doses)), np.tile(np.repeat(doses, 2), n)
+    effect = hill(dose / max(doses), log_k, log_n)[:, None] * truth[what]
+    x = np.concatenate([np.zeros((20, n_genes)), effect]) + noise * rng.normal(size=(20 + len(what), n_genes))
+    obs = pd.DataFrame({"perturbation": ["ctrl"] * 20 + [f"p{w}" for w in what], "dose": [0.0] * 20 + list(dose)})
+    return AnnData(x.astype(np.float32), obs=obs.set_axis(obs.index.astype(str)))
+
+
+def test_planted_hill_curves_are_found(measure):
+    log_k, log_n = -1.5, 0.5
+    truth = np.random.default_rng(0).normal(size=(6, 20))
+    table = measure(dosed_profiles(truth, [0.4, 2.0, 5.0, 10.0], log_k, log_n), setup=CONTINUOUS)
+    found = fit_dosed(table, np.full(6, 10.0))
+    assert (found.log_k, found.log_n) == (log_k, log_n)
+    np.testing.assert_allclose(found.effect[:, 0], truth, atol=0.15)
+    assert found.measured.all()
+    np.testing.assert_allclose(found.overall + found.deviation, truth, atol=0.15)
+
+
+def test_a_perturbation_without_cells_has_the_mean_effect(measure):
+    truth = np.random.default_rng(0).normal(size=(4, 20)) + 1.0
+    adata = dosed_profiles(truth, [1.0], 0.0, 0.0)
+    rows = np.flatnonzero(adata.obs["perturbation"] != "p2")
+    found = fit_dosed(measure(adata, rows=rows, setup=CONTINUOUS), np.ones(4))
+    assert found.measured.tolist() == [True, True, False, True]
+    np.testing.assert_allclose(found.effect[2, 0], found.mean[0])
+    np.testing.assert_allclose(found.mean[0], truth[[0, 1, 3]].mean(0), atol=0.05)
+
+
+def test_effects_of_doses_and_combinations_are_solved_together():
+    rng = np.random.default_rng(4)
+    truth = 3 * rng.normal(size=(4, 6))
+    design = np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0.5, 0], [0, 0, 1, 0], [1, 0, 0, 1], [0, 0, 0, 0.7]])
+    found, _, _ = solve_effects(design, design @ truth, np.full((6, 6), 1e-6))
+    assert correlations(found, truth).min() > 0.98

@@ -1,0 +1,222 @@
+"""Studies of bulk profiles: what is held out, and the simple answers where they are known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from anndata import AnnData
+from scipy import sparse
+from scipy.stats import mannwhitneyu, spearmanr
+
+from pertura.benchmark import ModelSpec, Results
+
+NAMES = [f"d{i:02d}" for i in range(12)]
+STRENGTH = {"Low": 0.2, "Middle": 0.6, "High": 1.0}
+
+
+@pytest.fixture
+def screen():
+    """Twelve compounds, three doses with effects in proportion to the logarithm, a signature that is the effect and noise."""
+    from _common import LEVELS, Screen
+
+    rng = np.random.default_rng(0)
+    truth = pd.DataFrame(rng.normal(size=(12, 15)) + 1.0, index=NAMES, columns=[f"g{i}" for i in range(15)])
+    rows = [("control", "", 0.0)] * 10 + [(n, lv, d) for n in NAMES for lv, d in LEVELS.items() for _ in range(2)]
+    obs = pd.DataFrame(rows, columns=["perturbation", "condition", "level"], index=[f"p{i}" for i in range(len(rows))])
+    x = np.stack([truth.loc[n] * STRENGTH[c] if c else np.zeros(15) for n, c, _ in rows])
+    x = (5 + x + 0.05 * rng.normal(size=x.shape)).astype(np.float32)
+    effects = {lv: truth * s for lv, s in STRENGTH.items()} | {"other": truth + 0.1 * rng.normal(size=truth.shape)}
+    adata = AnnData(x, obs=obs, var=pd.DataFrame(index=truth.columns))
+    reproducible = pd.Series(np.linspace(0, 1, 12), index=NAMES)
+    return Screen(
+        adata, "simulated", effects, {"other": ("other",), "Low": ("Low",)}, reproducible, {"dose_key": "level"}
+    )
+
+
+def test_held_out_compounds(screen, tmp_path):
+    import compounds as study
+
+    out = tmp_path / "found.csv"
+    models = {"DrugAAE": study.drugaae(1, n_latent=4)}
+    options = {"seeds": 1, "n_folds": 3, "descriptions": ["other"], "out": out, "progress": False}
+    found = study.study(screen, models, **options)
+    assert found.groupby(["dose", "model", "metric"])["perturbation"].nunique().eq(12).all()
+    table = study.summary(found, ["mean effect", "ridge"], screen.reproducible, 0.5)
+    chosen = (table["condition"] == "1.0") & (table["compounds"] == "all") & (table["metric"] == "pearson_effect")
+    high = table[chosen].set_index("model")
+    assert high.loc["copy of other", "mean"] > 0.95 > high.loc["mean effect", "mean"]
+    assert high.loc["DrugAAE", "mean"] > high.loc["mean effect", "mean"]
+    assert high.loc["DrugAAE", "over ridge"] == pytest.approx(high.loc["DrugAAE", "mean"] - high.loc["ridge", "mean"])
+    assert set(table.loc[table["compounds"] == "replicates > 0.5", "n_conditions"]) == {6}
+    assert set(table["condition"]) == {"0.04", "0.2", "1.0", "mean"}
+    size = out.stat().st_size
+    assert len(study.study(screen, models, **options)) == len(found) and out.stat().st_size == size
+
+
+def test_conditions_that_describe_neither_train_nor_are_asked(screen):
+    import compounds as study
+
+    found = study.study(screen, {}, seeds=1, n_folds=3, descriptions=["Low"], progress=False)
+    assert set(found["dose"]) == {"0.2", "1.0"}
+    # the signature is the effect up to a factor: ridge and the copy have its order of genes
+    value = found[found["metric"] == "pearson_effect"].groupby("model")["value"].mean()
+    assert value["copy of Low"] > 0.99 and value["ridge"] > value["mean effect"]
+    data, _ = study.described(screen, "Low")
+    assert "Low" not in set(data.adata.obs["condition"])
+
+
+def test_scores_of_compounds():
+    import compounds as study
+
+    truth = np.array([[1.0, 2, 4], [4, 1, 0], [0, 3, 1]])
+    assert study.rank(truth, truth).tolist() == [1, 1, 1]
+    assert study.rank(truth[[0, 0, 0]], truth)[1] == 0
+    assert study.sign_accuracy([1.0, -1, 1], [2.0, 1, 1], np.zeros(3)) == pytest.approx(2 / 3)
+    assert study.relative_error(np.zeros(3), truth, np.zeros(3)).tolist() == [1, 1, 1]
+
+
+def test_nearest_neighbor_and_ridge(screen):
+    import compounds as study
+
+    rng = np.random.default_rng(1)
+    data, complete = study.described(screen, "other")
+    table = data.adata.uns[study.FEATURES] = data.adata.uns[study.FEATURES].astype(float)
+    table.loc["d01"] = 2 * table.loc["d00"] + 0.01 * rng.normal(size=table.shape[1])
+    table.loc["d02"] = 0.0
+    simple = study.FromDescriptions(complete - {"d01", "d02"})
+    measured = study.table_model(simple.neighbor)(data.adata, setup=data.keys, seed=0).mean["all", "1.0"]
+    own = study.table_model(lambda found: found.effect)(data.adata, setup=data.keys, seed=0).mean["all", "1.0"]
+    np.testing.assert_allclose(measured.loc["d01"], own.loc["d00"])
+    np.testing.assert_allclose(measured.loc["d02"], own.drop(["d01", "d02"]).mean(), rtol=1e-5)
+
+
+def test_held_out_dose(screen):
+    import compounds as study
+
+    found = study.study_dose(screen, {"DrugAAE": study.drugaae(1, n_latent=4)}, seeds=1, progress=False)
+    assert set(found["dose"]) == {"0.2"} and found["perturbation"].nunique() == 12
+    error = found[found["metric"] == "relative_error"].groupby("model")["value"].mean()
+    # effects are on a line in log dose: interpolation is exact up to noise, the other doses are not
+    assert error["interpolation in log dose"] < 0.01 < error["copy of High"]
+    assert error["interpolation in log dose"] < error["DrugAAE"]
+
+
+def test_target_areas(screen):
+    import drug_targets as study
+    from _common import Screen
+
+    near = np.zeros((15, 15))
+    near[:3, 3:] = near[3:, :3] = 1.0  # three genes have all edges
+    screen.adata.varp["ppi"] = sparse.csr_matrix(near)
+    known = pd.DataFrame(0.0, index=NAMES[:6], columns=screen.adata.var_names)
+    known.iloc[:5, :3] = 1.0  # five drugs hit them; one hits a gene that no other drug does
+    known.iloc[5, 8] = 1.0
+    assert isinstance(screen, Screen)
+    found = study.areas(screen, known, screen.effects["other"], seed=0, max_epochs=1)
+    assert found["popularity"].tolist() == [1.0] * 5 + [pytest.approx(11 / 2 / 14)]
+    assert found["degree"].tolist() == [1.0] * 5 + [pytest.approx(11 / 2 / 14)]
+    assert set(found) == {"network", "signature", "neighbors", "degree", "popularity"} and found.notna().all().all()
+
+
+# -- L1000 --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def profiles():
+    """Twelve compounds with two profiles, two with one; every compound has an effect of its own."""
+    rng = np.random.default_rng(0)
+    n_genes, names = 50, [f"drug{i}" for i in range(12) for _ in range(2)] + ["single1", "single2"]
+    controls = 8 + 2 * rng.normal(size=(4, n_genes))
+    effect = {name: rng.normal(size=n_genes) + 0.7 for name in dict.fromkeys(names)}
+    own = rng.integers(4, size=len(names))
+    x = [controls[c] + effect[n] + 0.1 * rng.normal(size=n_genes) for c, n in zip(own, names, strict=True)]
+    obs = pd.DataFrame({"perturbation": ["control"] * 4 + names, "dose": [0.0] * 4 + [10.0] * len(names)})
+    obs.index = [f"p{i}" for i in range(len(obs))]
+    obs["paired_control_index"] = [f"p{i}" for i in [0, 1, 2, 3, *own]]
+    return AnnData(
+        np.concatenate([controls, x]).astype(np.float32), obs, pd.DataFrame(index=[f"g{i}" for i in range(n_genes)])
+    )
+
+
+def test_folds_keep_a_profile_of_every_compound_in_training():
+    from l1000_profiles import compound_folds
+
+    rng = np.random.default_rng(0)
+    names = np.array(["control"] * 20 + ["a"] * 7 + ["b"] * 2 + ["c"] + [f"d{i}" for i in range(40) for _ in range(2)])
+    names = rng.permutation(names)
+    folds = compound_folds(names, 5)
+    assert set(folds[np.isin(names, ["control", "c"])]) == {-1}
+    rest = ~np.isin(names, ["control", "c"])
+    assert set(folds[rest]) == set(range(5))
+    for fold in range(5):
+        assert set(names[folds == fold]) <= set(names[(folds != fold) & rest])
+
+
+class Spy:
+    """Predicts a ramp above the control profile; notes what it saw."""
+
+    seen: list = []
+
+    @classmethod
+    def setup_anndata(cls, adata, *, perturbation_key, control, dose_key, pair_key):
+        pairs = adata.obs.groupby(pair_key, observed=True)[perturbation_key].agg(list)
+        assert all(labels.count("control") == 1 for labels in pairs)
+        cls.seen.append(set(adata.obs_names))
+
+    def __init__(self, adata):
+        pass
+
+    def train(self, **arguments):
+        pass
+
+    def predict_perturbation(self, perturbation, *, adata, dose, indices, **options):
+        assert dose == 10.0 and (adata.obs["perturbation"] == "control").all()
+        part = adata[indices]
+        return AnnData(X=part.X + 1.0 * np.arange(part.n_vars), obs=part.obs.copy(), var=part.var.copy())
+
+
+def test_l1000(profiles, tmp_path):
+    import l1000_profiles as study
+
+    Spy.seen.clear()
+    models = {"spy": ModelSpec(Spy, stochastic=False)}
+    path = tmp_path / "l1000.csv"
+    found = study.study(profiles, models, seeds=1, n_folds=3, results=Results(path))
+    held = found.groupby("held_out")["context"].agg(set)
+    assert set().union(*held) == set(profiles.obs_names[4:28]) and sum(map(len, held)) == 24
+    for seen, out in zip(Spy.seen, held, strict=True):
+        assert not seen & out and seen | out == set(profiles.obs_names)
+    # values are those of the definition, from the profile's own control
+    for row in found.query("metric == 'spearman' and model in ['spy', 'identity']").itertuples():
+        truth = profiles[row.context].X.ravel()
+        own = profiles[profiles.obs.loc[row.context, "paired_control_index"]].X.ravel()
+        own = own + np.arange(50) * (row.model == "spy")
+        assert row.value == pytest.approx(spearmanr(own, truth).statistic, abs=1e-6)
+    effect = found[found["metric"] == "pearson_effect"].groupby("model")["value"].mean()
+    assert effect["identity"] == 0 and effect["compound_mean_effect"] > 0.95 > effect["mean_effect"]
+    study.study(profiles, models, seeds=1, n_folds=3, results=Results(path))
+    assert len(Spy.seen) == 3
+    table = study.summary(found).set_index(["metric", "model"])
+    wide = found[found["metric"] == "spearman"].pivot(index="context", columns="model", values="value")
+    row = table.loc[("spearman", "compound_mean_effect")]
+    assert row["gain"] == pytest.approx((wide["compound_mean_effect"] - wide["identity"]).mean())
+    assert row["gain_low"] < row["gain"] < row["gain_high"] and row["n_profiles"] == 24
+    expected = mannwhitneyu(wide["compound_mean_effect"], wide["identity"], alternative="greater").pvalue
+    assert row["p_identity"] == pytest.approx(expected) and np.isnan(table.loc[("spearman", "identity"), "p_identity"])
+
+
+def test_l1000_without_measurement_noise(profiles):
+    """The paper's prediction and identity baseline: expectations, of the own control and the asked dose."""
+    import l1000_profiles as study
+
+    from pertura.model import PertVAE
+
+    models = {"PertVAE": ModelSpec(PertVAE, init={"n_latent": 5}, train={"max_epochs": 2})}
+    found = study.study(profiles, models, seeds=1, n_folds=2, results=Results())
+    assert {"PertVAE", "PertVAE mean", "PertVAE reconstruction"} <= set(found["model"])
+    wide = found[found["metric"] == "spearman"].pivot(index="context", columns="model", values="value")
+    assert wide.notna().all(axis=None)
+    # hardly trained, the decoder gives the mean profile: noise is taken out and not put back
+    assert wide["PertVAE mean"].mean() == pytest.approx(wide["PertVAE reconstruction"].mean(), abs=0.1)
+    assert (wide["PertVAE mean"] != wide["PertVAE"]).any()
