@@ -17,12 +17,12 @@ from pertura.effects._dosed import DoseEffects
 from pertura.effects._features import correlations
 from pertura.module._base import Action
 
+from .base import PerturbationModel
 from .base._predict import device_of, seeded
 
 if TYPE_CHECKING:
     from pertura.module._drugaae import DrugAAE as Module
 
-    from ._drugaae import DrugAAE
 
 SIGNATURE = "signature:"
 _MAX_ROWS = 5000
@@ -169,7 +169,7 @@ def _hold_out(module: Module, measured: NDArray[np.bool_]) -> None:
 
 
 @torch.no_grad()
-def choose_vector_share(model: DrugAAE) -> float:
+def choose_vector_share(model: PerturbationModel) -> float:
     """How much of their vectors helps with drugs that were not measured: those held out from the vectors decide."""
     module, device = model.module, device_of(model.module)
     if not module.closed_form.n_components:

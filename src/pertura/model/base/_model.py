@@ -42,7 +42,7 @@ from ._predict import Predicted, Predictor, Settings, device_of, predict_blocks,
 from ._query import Query, query
 from ._registered import Registered
 from ._setup import check_known, check_new, registered_modality, restored_on_error
-from ._train import TrainingMixin
+from ._train import TrainableModel
 from ._write import as_anndata, contexts_as_anndata, reserve, targets, write
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class SetupKey:
     check: Callable[[AnnData, dict[str, Any]], None] | None = None
 
 
-class PerturbationModel(TrainingMixin, BaseModelClass):
+class PerturbationModel(TrainableModel):
     """Base of all models and baselines.
 
     A model sets ``_module_cls`` and ``_options_cls``, and makes its module in :meth:`_make_module`. What else it may

@@ -10,12 +10,11 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 import torch
-from anndata import AnnData
 from lightning.pytorch.callbacks import ProgressBar
 from numpy.typing import NDArray
 from scvi import settings
-from scvi.data import AnnDataManager
 from scvi.dataloaders._data_splitting import validate_data_split
+from scvi.model.base import BaseModelClass
 
 from pertura.data._constants import KEYS, UNKNOWN
 from pertura.data._datamodule import PerturbationDataModule
@@ -35,18 +34,14 @@ Rows = NDArray[np.int64]
 _MAX_CONTROLS = 200
 
 
-class TrainingMixin:
-    """``train``, and what a model may say about it.
+class TrainableModel(BaseModelClass):
+    """A model of scvi-tools with pertura's ``train``, and what a model may say about it.
 
     While it trains, ``self._progress`` is the bar that the user sees. Methods that read or measure much name what they do there.
     """
 
     module: PerturbationModule
-    adata: AnnData | None
-    adata_manager: AnnDataManager | None
     calibration_: dict[str, Any] | None
-    history_: dict[str, pd.DataFrame] | None
-    is_trained_: bool
     _training_plan_cls: ClassVar[type] = PyroPlan
     _progress: Progress = Progress()
     # what is measured beside the shared table; see `ConditionTable.measure`
