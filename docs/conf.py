@@ -56,7 +56,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     (
         "py:.*",
-        r"(?!(pertura|baseline|benchmark|data|datasets|metrics|model|module|nn|pl|pp|priors|train)\.)[a-z]\w*\..+",
+        r"(?!(pertura|baseline|benchmark|data|datasets|effects|metrics|model|module|nn|pl|pp|priors|train)\.)[a-z]\w*\..+",
     ),
     ("py:(class|data)", "Ellipsis"),
 ]

@@ -71,7 +71,7 @@ class GivenNetwork:
         return self
 
     def score(self, pairs: pd.DataFrame) -> NDArray[np.float64]:
-        """See :class:`Scorer`."""
+        """Score of each pair, as every scorer gives it."""
         asked = pd.MultiIndex.from_frame(pairs[["source", "target"]].astype(str))
         return self.weight.reindex(asked).fillna(0.0).to_numpy()
 

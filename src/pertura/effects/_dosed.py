@@ -38,7 +38,7 @@ class DoseEffects:
     measured
         Whether a perturbation was measured, ``(n_perturbations,)``.
     log_k, log_n
-        Shape of the dose response, for :func:`hill`.
+        Shape of the dose response, for ``hill``.
     """
 
     effect: Matrix

@@ -102,7 +102,7 @@ class GeneEffects(nn.Module):
     combinations
         Codes of the members of registered combinations.
     explained
-        Whether latent shifts are to explain the effects; see :func:`explain_effects`.
+        Whether latent shifts are to explain the effects; see ``explain_effects``.
 
     Attributes
     ----------

@@ -139,7 +139,7 @@ class GPOVAE(GeneIndexed):
     Parameters
     ----------
     n_genes, n_perturbations, n_batch, row_genes, **options
-        As in :class:`GeneIndexed`; `n_columns`, `n_decoded` and `n_seen` follow.
+        As in ``GeneIndexed``; `n_columns`, `n_decoded` and `n_seen` follow.
     effects
         What measured perturbations do: ``"measured"``, their measured effect; ``"latent"``, what the network says.
     alignment_weight
@@ -345,7 +345,7 @@ class HopsGPOVAE(GeneIndexed):
     Parameters
     ----------
     n_genes, n_perturbations, n_batch, row_genes, **options
-        As in :class:`GeneIndexed`; `n_columns`, `n_decoded` and `n_seen` follow.
+        As in ``GeneIndexed``; `n_columns`, `n_decoded` and `n_seen` follow.
     alignment_weight, n_hops, shift_criterion, sparsity_weight
         Weight of the loss per cell, K, c, and the weight of the mean probability of edges.
 
