@@ -72,17 +72,12 @@ class MeasuredEffect(nn.Module):
         self.register_buffer("feature_weight", torch.zeros(n_features, n_genes))
         self.register_buffer("unseen_sd", torch.zeros(n_genes))
 
-    @property
-    def n_noise(self) -> int:
-        """Rows of the noise: one per row of `mean`, one of unmeasured combinations, one of unseen perturbations."""
-        return len(self.mean) + 2
-
-    def draw(self, n_samples: int) -> Tensor:
-        """Standard normal noise for :meth:`offset`, ``(n_samples, n_noise, n_genes)``."""
-        return torch.randn(n_samples, self.n_noise, self.mean.shape[1], device=self.mean.device)
-
     def offset(
-        self, codes: Tensor, dose_strength: Tensor, eps: Tensor | None = None, features: Tensor | None = None
+        self,
+        codes: Tensor,
+        dose_strength: Tensor,
+        noise: Callable[[Tensor], Tensor] | None = None,
+        features: Tensor | None = None,
     ) -> Tensor:
         """Effect on each cell.
 
@@ -92,8 +87,9 @@ class MeasuredEffect(nn.Module):
             Component codes, ``(n_cells, order)``: -1 for empty slots, -2 for perturbations outside the vocabulary.
         dose_strength
             Dose response of the members, 1 at the dose at which rows hold, of the shape of `codes`.
-        eps
-            Noise, ``(..., n_noise, n_genes)``; `None`: the mean.
+        noise
+            Function that gives standard normal noise ``(..., n, n_genes)`` of the rows with the numbers ``(n,)``; the two
+            rows after those of :attr:`mean` are unmeasured combinations and unseen perturbations. `None`: the mean.
         features
             Features of the members, ``(n_cells, order, n_features)``; only those of code -2 are read.
 
@@ -108,12 +104,14 @@ class MeasuredEffect(nn.Module):
             result = result + strength.sum(-1, keepdim=True) * self.intercept
             if features is not None and self.feature_weight.shape[0]:
                 result = result + (strength[..., None] * features).sum(-2) @ self.feature_weight
-        if eps is None:
+        every = torch.cat([weight, unmeasured[:, None], unseen[:, None]], 1)
+        used = torch.where((every != 0).any(0))[0]
+        if noise is None or not len(used):
             return result
         n_rows = len(self.mean)
-        result = result + weight @ (self.sd * eps[..., :n_rows, :])
-        result = result + unmeasured[:, None] * (self.tau * eps[..., n_rows, None, :])
-        return result + unseen[:, None] * (self.unseen_sd * eps[..., n_rows + 1, None, :])
+        own, more = used[used < n_rows], used[used >= n_rows] - n_rows
+        sd = torch.cat([self.sd[own], torch.stack([self.tau, self.unseen_sd])[more]])
+        return result + every[:, used] @ (sd * noise(used))
 
     def variance(self, codes: Tensor, dose_strength: Tensor) -> Tensor:
         """Variance of the effect on each cell, ``(n_cells, n_genes)``."""

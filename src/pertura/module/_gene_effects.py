@@ -160,18 +160,7 @@ class GeneEffects(nn.Module):
     def _delta(self, action: Action, strength: Tensor, noise: RowNoise | None) -> Tensor:
         measured = self.measured
         features = action.features if measured.feature_weight.shape[0] else None
-        mean = measured.offset(action.codes, strength, features=features)
-        if noise is None:
-            return mean
-        weight, unmeasured, unseen = measured.weights(action.codes, strength)
-        n_rows = len(measured.mean)
-        every = torch.cat([weight, unmeasured[:, None], unseen[:, None]], 1)
-        used = torch.where((every != 0).any(0))[0]
-        if not len(used):
-            return mean
-        own = used[used < n_rows]
-        more = torch.stack([measured.tau, measured.unseen_sd])[used[used >= n_rows] - n_rows]
-        return mean + every[:, used] @ (torch.cat([measured.sd[own], more]) * noise.rows(used))
+        return measured.offset(action.codes, strength, None if noise is None else noise.rows, features)
 
     def to_activation(self, delta: Tensor) -> Tensor:
         """Change of activations by which mean expression of controls changes by `delta`, ``(..., n_genes)``."""
