@@ -16,12 +16,12 @@ from pertura.module._base import Action
 from pertura.module._cpa import CPA as Module
 from pertura.train import AdversarialPlan
 
-from .base import Options, PerturbationModel, option
+from .base import PerturbationModel, TrainingOptions, option
 from .base._predict import device_of
 
 
 @dataclass(frozen=True)
-class CPAOptions(Options):
+class CPAOptions(TrainingOptions):
     """Options of :class:`CPA`, which has their documentation."""
 
     n_latent: int = option(32, whole=1)
@@ -36,10 +36,7 @@ class CPAOptions(Options):
     adversary_weight: float = option(1.0, least=0)
     gradient_penalty: float = option(1.0, least=0)
     effect_lr_factor: float = option(5.0, above=0)
-    lr: float = option(3e-3, above=0)
     lr_discriminator: float = option(3e-3, above=0)
-    lr_schedule: Literal["cosine", "constant"] = option("cosine", one_of=("cosine", "constant"))
-    kl_warmup: float = option(0.2, least=0)
     n_steps: int = option(2000, whole=1)
 
 
@@ -169,16 +166,10 @@ class CPA(PerturbationModel):
     def _plan_defaults(self) -> dict[str, Any]:
         options = self.options
         return {
-            "lr": options.lr,
+            **super()._plan_defaults(),
             "lr_discriminator": options.lr_discriminator,
             "gradient_penalty": options.gradient_penalty,
-            "weight_decay": 1e-6,
-            "n_epochs_kl_warmup": options.kl_warmup or None,
-            "lr_schedule": options.lr_schedule,
         }
-
-    def _trainer_defaults(self) -> dict[str, Any]:
-        return {"gradient_clip_val": 100.0}
 
     def _default_batch_size(self, n_cells: int) -> int:
         return int(np.clip(n_cells // 20, 128, 512))

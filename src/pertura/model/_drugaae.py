@@ -21,13 +21,13 @@ from pertura.train._adversarial import AdversarialPlan
 
 from ._drugaae_effects import blocks_of, choose_vector_share, fit_effects, gene_loadings, order_features, split_columns
 from ._drugaae_targets import by_interactions, by_neighbors, by_signature
-from .base import Options, PerturbationModel, SetupKey, option
+from .base import PerturbationModel, SetupKey, TrainingOptions, option
 from .base._arguments import check_whole, resolve_perturbations
 from .base._predict import Settings
 
 
 @dataclass(frozen=True)
-class DrugAAEOptions(Options):
+class DrugAAEOptions(TrainingOptions):
     """Options of :class:`DrugAAE`, which has their documentation."""
 
     n_latent: int = option(24, whole=1)
@@ -46,9 +46,6 @@ class DrugAAEOptions(Options):
     counterfactual_weight: float = option(1.0, least=0)
     modality_dropout: float = option(0.3, least=0, below=0.5)
     dropout_rate: float = option(0.0, least=0, below=1)
-    lr: float = option(3e-3, above=0)
-    lr_schedule: Literal["cosine", "constant"] = option("cosine", one_of=("cosine", "constant"))
-    kl_warmup: float = option(0.2, least=0)
     n_steps: int = option(1000, whole=1)
 
 
@@ -233,15 +230,7 @@ class DrugAAE(PerturbationModel):
         self.module.vector_share.fill_(choose_vector_share(self))
 
     def _plan_defaults(self) -> dict[str, Any]:
-        return {
-            "lr": self.options.lr,
-            "weight_decay": 1e-4,
-            "n_epochs_kl_warmup": self.options.kl_warmup or None,
-            "lr_schedule": self.options.lr_schedule,
-        }
-
-    def _trainer_defaults(self) -> dict[str, Any]:
-        return {"gradient_clip_val": 100.0}
+        return {**super()._plan_defaults(), "weight_decay": 1e-4}
 
     def _default_max_epochs(self, n_batches: int) -> int:
         return int(np.clip(round(self.options.n_steps / n_batches), 10, 400))

@@ -21,7 +21,7 @@ from pertura.effects._sums import control_means, project
 from pertura.module._pertvae import PertVAE as Module
 from pertura.train._elbo import FreeBitsELBO
 
-from .base import Options, PerturbationModel, option
+from .base import PerturbationModel, TrainingOptions, option
 from .base._model import SetupKey
 from .base._predict import device_of
 from .base._query import Query
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class PertVAEOptions(Options):
+class PertVAEOptions(TrainingOptions):
     """Options of :class:`PertVAE`, which has their documentation."""
 
     n_latent: int = option(30, whole=1)
@@ -56,9 +56,7 @@ class PertVAEOptions(Options):
     input_noise: float = option(0.0, least=0)
     effect_lr_factor: float = option(5.0, above=0)
     lr: float = option(5e-3, above=0)
-    lr_schedule: Literal["cosine", "constant"] = option("cosine", one_of=("cosine", "constant"))
     weight_decay: float = option(1e-4, least=0)
-    kl_warmup: float = option(0.2, least=0)
     n_steps: int = option(1000, whole=1)
 
 
@@ -329,15 +327,10 @@ class PertVAE(PerturbationModel):
     def _plan_defaults(self) -> dict[str, Any]:
         options = self.options
         return {
+            **super()._plan_defaults(),
             "loss_fn": FreeBitsELBO({"z1": options.free_nats, "z2": options.free_nats}),
-            "lr": options.lr,
             "weight_decay": options.weight_decay,
-            "n_epochs_kl_warmup": options.kl_warmup or None,
-            "lr_schedule": options.lr_schedule,
         }
-
-    def _trainer_defaults(self) -> dict[str, Any]:
-        return {"gradient_clip_val": 100.0}
 
     def _default_max_epochs(self, n_batches: int) -> int:
         return int(np.clip(round(self.options.n_steps / n_batches), 10, 1000))

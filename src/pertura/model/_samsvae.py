@@ -15,13 +15,13 @@ from pertura.effects import ConditionTable
 from pertura.module._comparators import ConditionalVAE, SVAEPlus
 from pertura.module._samsvae import SAMSVAE as Module
 
-from .base import Options, PerturbationModel, option
+from .base import PerturbationModel, TrainingOptions, option
 from .base._gene_effects import fit_gene_effects, refine_gene_effects
 from .base._predict import seeded
 
 
 @dataclass(frozen=True)
-class SAMSVAEOptions(Options):
+class SAMSVAEOptions(TrainingOptions):
     """Options of :class:`SAMSVAE`, which has their documentation."""
 
     n_latent: int = option(30, whole=1)
@@ -42,10 +42,6 @@ class SAMSVAEOptions(Options):
     rotate_shifts: bool = option(True, flag=True)
     n_particles: int = option(1, whole=1)
     effect_lr_factor: float = option(5.0, above=0)
-    lr: float = option(3e-3, above=0)
-    lr_schedule: Literal["cosine", "constant"] = option("cosine", one_of=("cosine", "constant"))
-    kl_warmup: float = option(0.2, least=0)
-    n_steps: int = option(1500, whole=1)
 
 
 PAPER = {
@@ -197,22 +193,11 @@ class SAMSVAE(PerturbationModel):
 
     def _plan_defaults(self) -> dict[str, Any]:
         n = self.options.n_particles
-        return {
-            "loss_fn": Trace_ELBO(num_particles=n, vectorize_particles=n > 1, max_plate_nesting=1),
-            "lr": self.options.lr,
-            "weight_decay": 1e-6,
-            "n_epochs_kl_warmup": self.options.kl_warmup or None,
-            "lr_schedule": self.options.lr_schedule,
-        }
-
-    def _trainer_defaults(self) -> dict[str, Any]:
-        return {"gradient_clip_val": 100.0}
+        loss = Trace_ELBO(num_particles=n, vectorize_particles=n > 1, max_plate_nesting=1)
+        return {**super()._plan_defaults(), "loss_fn": loss}
 
     def _default_batch_size(self, n_cells: int) -> int:
         return int(np.clip(n_cells // 20, 128, 512))
-
-    def _default_max_epochs(self, n_batches: int) -> int:
-        return max(10, round(self.options.n_steps / n_batches))
 
     # -- what it learned --------------------------------------------------------------------------------------------
 

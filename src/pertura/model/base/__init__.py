@@ -3,7 +3,7 @@
 from ._artifact import ArtifactModel, ArtifactOptions
 from ._grn import GeneNetwork, GRNModel
 from ._model import PerturbationModel, SetupKey
-from ._options import Options, option
+from ._options import Options, TrainingOptions, option
 
 __all__ = [
     "ArtifactModel",
@@ -13,5 +13,6 @@ __all__ = [
     "Options",
     "PerturbationModel",
     "SetupKey",
+    "TrainingOptions",
     "option",
 ]

@@ -27,7 +27,7 @@ from pertura.module._base import Cells
 
 from ._arguments import check_key
 from ._model import PerturbationModel, Scale, SetupKey
-from ._options import Options, option
+from ._options import TrainingOptions, option
 from ._predict import device_of
 from ._query import query
 from ._write import provenance, reserve
@@ -42,7 +42,7 @@ artefact
 
 
 @dataclass(frozen=True)
-class ArtifactOptions(Options):
+class ArtifactOptions(TrainingOptions):
     """Options that all models with a latent for artifacts have; the models have their documentation."""
 
     n_latent: int = option(30, whole=1)
@@ -61,10 +61,6 @@ class ArtifactOptions(Options):
     n_particles: int = option(1, whole=1)
     effect_lr_factor: float = option(5.0, above=0)
     artifact_lr_factor: float = option(5.0, above=0)
-    lr: float = option(3e-3, above=0)
-    lr_schedule: Literal["cosine", "constant"] = option("cosine", one_of=("cosine", "constant"))
-    kl_warmup: float = option(0.2, least=0)
-    n_steps: int = option(1500, whole=1)
     batch_size: int | None = option(None, whole=1)
 
 
@@ -205,22 +201,11 @@ class ArtifactModel(PerturbationModel):
 
     def _plan_defaults(self) -> dict[str, Any]:
         n = self.options.n_particles
-        return {
-            "loss_fn": Trace_ELBO(num_particles=n, vectorize_particles=n > 1, max_plate_nesting=1),
-            "lr": self.options.lr,
-            "weight_decay": 1e-6,
-            "n_epochs_kl_warmup": self.options.kl_warmup or None,
-            "lr_schedule": self.options.lr_schedule,
-        }
-
-    def _trainer_defaults(self) -> dict[str, Any]:
-        return {"gradient_clip_val": 100.0}
+        loss = Trace_ELBO(num_particles=n, vectorize_particles=n > 1, max_plate_nesting=1)
+        return {**super()._plan_defaults(), "loss_fn": loss}
 
     def _default_batch_size(self, n_cells: int) -> int:
         return self.options.batch_size or int(np.clip(n_cells // 20, 128, 512))
-
-    def _default_max_epochs(self, n_batches: int) -> int:
-        return max(10, round(self.options.n_steps / n_batches))
 
     # -- prediction -------------------------------------------------------------------------------------------------
 

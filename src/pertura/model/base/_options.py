@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from ._arguments import check_flag, check_number, check_whole, check_widths
 
@@ -53,6 +53,16 @@ class Options:
             _check(own, value)
 
 
+@dataclass(frozen=True)
+class TrainingOptions(Options):
+    """Options of how a neural network is trained; signatures have them last."""
+
+    lr: float = option(3e-3, above=0)
+    lr_schedule: Literal["cosine", "constant"] = option("cosine", one_of=("cosine", "constant"))
+    kl_warmup: float = option(0.2, least=0)
+    n_steps: int = option(1500, whole=1)
+
+
 def _check(own: Field, value: Any) -> None:
     """Raise unless the value of one option is allowed."""
     rules = own.metadata
@@ -99,7 +109,8 @@ def signature_with(options_cls: type[Options], presets: dict[str, dict[str, Any]
     parameters = [inspect.Parameter("self", positional)]
     for name, annotation in (("adata", "AnnData | None"), ("registry", "dict | None")):
         parameters.append(inspect.Parameter(name, positional, default=None, annotation=annotation))
-    for own in fields(options_cls):
+    last = {own.name for own in fields(TrainingOptions)}
+    for own in sorted(fields(options_cls), key=lambda own: own.name in last):
         default = own.default_factory() if own.default is MISSING else own.default
         parameters.append(inspect.Parameter(own.name, keyword, default=default, annotation=own.type))
     if presets:

@@ -27,6 +27,7 @@ from pertura.train._progress import EpochProgress, Progress
 from pertura.train._trainer import TrainRunner, quiet
 
 from ._arguments import check_flag, check_number, check_whole, resolve_seed
+from ._options import Options, TrainingOptions
 from ._predict import Settings, mean_effects, seeded
 from ._query import Query
 
@@ -41,6 +42,7 @@ class TrainableModel(BaseModelClass):
     """
 
     module: PerturbationModule
+    options: Options
     calibration_: dict[str, Any] | None
     _training_plan_cls: ClassVar[type] = PyroPlan
     _progress: Progress = Progress()
@@ -329,15 +331,25 @@ class TrainableModel(BaseModelClass):
         """Set what the module takes from the data once it is trained."""
 
     def _plan_defaults(self) -> dict[str, Any]:
-        return {}
+        options = self.options
+        if not isinstance(options, TrainingOptions):
+            return {}
+        return {
+            "lr": options.lr,
+            "weight_decay": 1e-6,
+            "n_epochs_kl_warmup": options.kl_warmup or None,
+            "lr_schedule": options.lr_schedule,
+        }
 
     def _trainer_defaults(self) -> dict[str, Any]:
-        return {}
+        return {"gradient_clip_val": 100.0} if isinstance(self.options, TrainingOptions) else {}
 
     def _default_batch_size(self, n_cells: int) -> int:
         return settings.batch_size
 
     def _default_max_epochs(self, n_batches: int) -> int:
+        if isinstance(self.options, TrainingOptions):
+            return max(10, round(self.options.n_steps / n_batches))
         return int(np.clip(round(10_000 / n_batches), 10, 400))
 
     def _after_training(self, train_idx: Rows, table: ConditionTable) -> None:
