@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,12 @@ def effect(model: Any, adata: AnnData, n_samples: int) -> None:
     assert len(model.get_perturbation_effect(names, adata=adata, n_samples=n_samples)) == 2 * 2 * N_GENES
 
 
+def to_file(model: Any, adata: AnnData, n_samples: int) -> None:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "pred.zarr"
+        model.predict_perturbation(model.vocabulary.names[0], adata=adata, ci=None, n_samples=n_samples, out=path)
+
+
 def compare(call: Callable[..., None], model: Any, sizes: tuple[int, int], n_samples: int) -> list[float]:
     queries = [many(model.adata, n) for n in sizes]
     call(model, queries[0], n_samples)  # what is allocated once
@@ -105,7 +112,7 @@ def one_model():
     return fitted(next(spec for spec in MODELS if spec.name == "model.SAMSVAE"))
 
 
-@pytest.mark.parametrize("call", [iterate, effect])
+@pytest.mark.parametrize("call", [iterate, effect, to_file])
 def test_memory_at_2_000_and_20_000_cells(one_model, call):
     model = one_model
     few, all_ = compare(call, model, (2_000, 20_000), n_samples=2)

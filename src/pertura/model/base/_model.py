@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from scvi.data import AnnDataManager
 from scvi.data.fields import BaseAnnDataField, CategoricalObsField
 from scvi.model.base import BaseModelClass
+from scvi.utils import track
 
 from pertura.data import _mudata
 from pertura.data._constants import KEYS
@@ -38,12 +41,13 @@ from ._arguments import (
 )
 from ._effects import EffectSums, effect_table
 from ._options import Options, resolve, signature_with
+from ._out import PredictionFile, check_out, fingerprint
 from ._predict import Predicted, Predictor, Settings, device_of, predict_blocks, predict_cells, seeded, sum_effects
 from ._query import Query, query
 from ._registered import Registered
 from ._setup import check_known, check_new, registered_modality, restored_on_error
 from ._train import TrainableModel
-from ._write import as_anndata, contexts_as_anndata, reserve, targets, write
+from ._write import contexts_as_anndata, fill, frame, reserve, targets, write
 
 if TYPE_CHECKING:
     from sparse import GCXS
@@ -452,6 +456,7 @@ class PerturbationModel(TrainableModel):
         by: Literal["cell", "context"] = "cell",
         key_added: str | None = None,
         return_anndata: bool = False,
+        out: str | PathLike[str] | None = None,
         overwrite: bool = False,
         batch_size: int | None = None,
         seed: int | None = None,
@@ -492,8 +497,13 @@ class PerturbationModel(TrainableModel):
             Where results go; by default ``"predicted_" + name``.
         return_anndata
             Return a new AnnData also for one name.
+        out
+            Path of a zarr store (``.zarr``) or ``.h5ad`` file to write to, instead of memory: the AnnData that a list would
+            return, written block by block, so that memory does not grow with the number of cells. The same call continues a
+            file that was interrupted. Read parts of it with :func:`anndata.experimental.read_lazy`, or all of it with
+            :func:`anndata.io.read_zarr`.
         overwrite
-            Whether keys that are not pertura's may be overwritten.
+            Whether keys that are not pertura's, or a file `out` that holds something else, may be overwritten.
         batch_size
             Cells read at a time. Neither the result nor, much, the memory depends on it: draws are made in blocks of 32
             MiB.
@@ -506,7 +516,7 @@ class PerturbationModel(TrainableModel):
         ``uns[key + "_effect"]`` and ``uns[key]`` of `adata` are set; rows outside `indices` are NaN. For a list, or
         with `return_anndata`, a new AnnData with one row per cell and perturbation, the prediction in ``X``. With
         ``by="context"`` one row per context and perturbation: mean expression under it in ``X``, its interval in
-        ``layers["low"]`` and ``["high"]``, ``layers["control"]`` and ``layers["effect"]`` beside it.
+        ``layers["low"]`` and ``["high"]``, ``layers["control"]`` and ``layers["effect"]`` beside it. With `out`, `None`.
 
         Raises
         ------
@@ -522,6 +532,11 @@ class PerturbationModel(TrainableModel):
                 f"`key_added`: rows of contexts have no place in `adata`, so nothing is written to {key_added!r}. "
                 "Leave it out: a new AnnData is returned."
             )
+        if out is not None and (by == "context" or key_added is not None or return_anndata):
+            raise ValueError(
+                "`out`: cells are written to the file alone. Leave out `by`, `key_added` and `return_anndata`."
+            )
+        path = None if out is None else check_out(out)
         single = (isinstance(perturbation, str) or perturbation is None) and np.ndim(dose) == 0
         perturbations = resolve_perturbations(self, perturbation, dose)
         key = key_added if key_added is not None else f"predicted_{perturbations[0].label}".replace("/", "_")
@@ -534,13 +549,16 @@ class PerturbationModel(TrainableModel):
             table = self._effects_of(cells, perturbations, settings, ci or 0.9, _DELTA)
             names = np.asarray(cells.contexts, dtype=object)[cells.context]
             return contexts_as_anndata(self, cells.user, table, pd.Series(names).value_counts(), asked)
+        if path is not None:
+            self._to_file(path, cells, perturbations, settings, ci, asked, overwrite)
+            return None
         if not single or return_anndata:
             n_bytes = len(cells) * len(perturbations) * len(self.gene_names) * 4 * (1 if ci is None else 3)
             if n_bytes > _MAX_BYTES:
                 raise ValueError(
                     f"`perturbation`: {len(perturbations)} perturbations of {len(cells)} cells would fill "
-                    f"{n_bytes / 2**30:.0f} GiB. Ask in parts with `iter_predictions`, or for "
-                    "`get_perturbation_effect`."
+                    f"{n_bytes / 2**30:.0f} GiB. Write them to a file with `out`, ask in parts with `iter_predictions`, or "
+                    "for `get_perturbation_effect`."
                 )
             predicted = predict_cells(self._predictor(cells, settings), perturbations, self._discrepancy, ci=ci)
             return self._as_anndata(cells, perturbations, predicted, asked)
@@ -755,12 +773,33 @@ class PerturbationModel(TrainableModel):
             **settings.changes,
         }
 
+    def _frame(self, cells: Query, perturbations: Sequence[Perturbation], asked: dict[str, Any]) -> AnnData:
+        discrepancy = self._discrepancy
+        table = np.array([[discrepancy.novelty(p, c) for c in cells.contexts] for p in perturbations], dtype=object)
+        return frame(self, cells.user, cells.rows, perturbations, table[:, cells.context], asked)
+
     def _as_anndata(
         self, cells: Query, perturbations: Sequence[Perturbation], predicted: Predicted, asked: dict[str, Any]
     ) -> AnnData:
-        discrepancy = self._discrepancy
-        table = np.array([[discrepancy.novelty(p, c) for c in cells.contexts] for p in perturbations], dtype=object)
-        return as_anndata(self, cells.user, cells.rows, perturbations, predicted, table[:, cells.context], asked)
+        return fill(self._frame(cells, perturbations, asked), predicted)
+
+    def _to_file(
+        self,
+        path: Path,
+        cells: Query,
+        perturbations: Sequence[Perturbation],
+        settings: Settings,
+        ci: float | None,
+        asked: dict[str, Any],
+        overwrite: bool,
+    ) -> None:
+        """Write the predictions of some cells to a file, with a progress bar."""
+        made = self._frame(cells, perturbations, asked)
+        file = PredictionFile(path, made, len(cells), fingerprint(self.module, asked, made), overwrite)
+        predictor = self._predictor(cells, settings)
+        blocks = predict_blocks(predictor, perturbations, self._discrepancy, ci=ci, first_cell=file.done)
+        n_blocks = -(-(len(cells) - file.done) // predictor.block_size)
+        file.write(track(blocks, total=n_blocks, description="Predicting", style="tqdm"))
 
     def _chunks(
         self, cells: Query, perturbations: Sequence[Perturbation], settings: Settings, ci: float | None, chunk_size: int

@@ -228,10 +228,10 @@ class Predictor:
         self._read = max(1, (settings.batch_size or 1) // self.block_size) * self.block_size
         self._actions: dict[Perturbation, Action] = {}
 
-    def blocks(self) -> Iterator[Block]:
-        """The cells, block by block."""
+    def blocks(self, first_cell: int = 0) -> Iterator[Block]:
+        """The cells, block by block, from one that begins a block."""
         rows = self.query.rows
-        for start in range(0, len(rows), self._read):
+        for start in range(first_cell, len(rows), self._read):
             tensors = self.query.dataset[Batch(rows[start : start + self._read], 0)]
             tensors.pop("n_pairs")
             n_read = len(tensors[KEYS.X])
@@ -303,6 +303,7 @@ def predict_blocks(
     *,
     ci: float | None,
     effects: EffectSums | None = None,
+    first_cell: int = 0,
 ) -> Iterator[Predicted]:
     """Summaries of cells, block by block; on the way `effects` is filled.
 
@@ -318,11 +319,13 @@ def predict_blocks(
         Level of the interval; `None` for none.
     effects
         Sums over the control cells.
+    first_cell
+        Where to begin, the start of a block.
     """
     query = predictor.query
     counted = np.isin(query.rows, query.controls_or_all().rows) if effects is not None else None
     widening = None if ci is None else _Widening(predictor, perturbations, discrepancy, ci)
-    for block in predictor.blocks():
+    for block in predictor.blocks(first_cell):
         parts: dict[str, list[Tensor]] = {"mean": [], "low": [], "high": [], "latent": []}
         own = block.own()
         weights = None if effects is None else add_control(effects, predictor, block, counted)

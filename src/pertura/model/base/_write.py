@@ -133,16 +133,15 @@ def write(
     user.uns[key] = provenance(model, wrote=wrote, **asked)
 
 
-def as_anndata(
+def frame(
     model: Any,
     user: AnnData,
     rows: NDArray[np.int64],
     perturbations: Sequence[Perturbation],
-    predicted: Predicted,
     novelty: NDArray[np.object_],
     asked: dict[str, Any],
 ) -> AnnData:
-    """New AnnData with one row per perturbation and cell, perturbations one after the other.
+    """New AnnData, without expression, with one row per perturbation and cell, perturbations one after the other.
 
     Parameters
     ----------
@@ -172,15 +171,21 @@ def as_anndata(
     if n > 1:
         suffix = labels + ("@" + doses if has_dose else "")
         obs.index = names.astype(str).astype(object) + "-" + suffix
-    flat = {name: array.reshape(-1, array.shape[-1]) for name, array in predicted.items()}
     genes = pd.Index(user.var_names.astype(str)).get_indexer(model.gene_names)
-    out = AnnData(X=flat["mean"], obs=obs, var=user.var.iloc[genes].copy())
+    out = AnnData(obs=obs, var=user.var.iloc[genes].copy())
+    out.uns[PREDICTION] = provenance(model, wrote=[], **asked)
+    return out
+
+
+def fill(out: AnnData, predicted: Predicted) -> AnnData:
+    """Put predictions into the AnnData that was made for them."""
+    flat = {name: array.reshape(-1, array.shape[-1]) for name, array in predicted.items()}
+    out.X = flat["mean"]
     for end in ("low", "high"):
         if end in flat:
             out.layers[end] = flat[end]
     out.obsm["X_latent"] = flat["latent"]
-    out.obsm["X_basal"] = np.tile(flat["basal"], (n, 1))
-    out.uns[PREDICTION] = provenance(model, wrote=[], **asked)
+    out.obsm["X_basal"] = np.tile(flat["basal"], (len(predicted.mean), 1))
     return out
 
 
