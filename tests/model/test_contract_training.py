@@ -148,6 +148,10 @@ def test_view_anndata_setup(trained, capsys):
     assert all(name in shown for name in (*trained.vocabulary.names, *trained.contexts))
 
 
+def monitored(spec) -> str:
+    return "prediction_validation" if spec.cls._predicts_in_training else "elbo_validation"
+
+
 def test_history_and_early_stopping(gradient_spec, screen):
     adata = screen()
     gradient_spec.setup(adata)
@@ -155,11 +159,33 @@ def test_history_and_early_stopping(gradient_spec, screen):
     gradient_spec.fit(
         model, max_epochs=30, early_stopping=True, early_stopping_patience=1, early_stopping_min_delta=1e6
     )
-    # no epoch improves by a million nats: the second validation stops it
-    assert len(model.history["elbo_validation"]) == len(model.history["elbo_train"]) == 2
-    assert np.isfinite(model.history["elbo_validation"].to_numpy(float)).all()
+    # no epoch improves by a million: the second validation stops it
+    for name in ("elbo_validation", "elbo_train", monitored(gradient_spec)):
+        assert len(model.history[name]) == 2
+        assert np.isfinite(model.history[name].to_numpy(float)).all()
     assert len(model.validation_indices) == round(0.1 * adata.n_obs)
     assert not set(model.validation_indices) & set(model.train_indices)
+
+
+def test_early_stopping_goes_back_to_the_best_prediction(gradient_spec, screen, monkeypatch):
+    """The second of five epochs is made the best one; by what is not monitored it is the third."""
+    adata = screen()
+    gradient_spec.setup(adata)
+    model, states = gradient_spec.make(adata), []
+
+    def judge(plan) -> None:
+        states.append(state(model))
+        for name in ("elbo_validation", "prediction_validation"):
+            plan.log(name, float(len(states) != (2 if name == monitored(gradient_spec) else 3)))
+
+    monkeypatch.setattr(gradient_spec.cls._training_plan_cls, "validation_step", lambda *_: None)
+    monkeypatch.setattr(gradient_spec.cls._training_plan_cls, "on_validation_epoch_end", judge)
+    gradient_spec.fit(model, max_epochs=9, early_stopping=True, early_stopping_patience=3)
+    assert len(states) == 5
+    trained = {name for name, _ in model.module.named_parameters()}
+    assert trained & set(differing(states[1], states[-1]))
+    # what is set when training ends is no parameter
+    assert not trained & set(differing(states[1], state(model)))
 
 
 def test_validation_where_cells_are_held_out(gradient_spec, screen):
@@ -279,8 +305,11 @@ def test_plan_is_told_of_max_epochs(gradient_spec, screen):
     adata = screen()
     gradient_spec.setup(adata)
     model = gradient_spec.make(adata)
-    assert 10 <= model._default_max_epochs(4) <= 400
-    assert model._default_max_epochs(10**6) == 10
+    assert 10 <= model._default_max_epochs(4) <= 500
+    # large data are seen often enough, very large ones no longer than 30,000 steps or the number that was asked for
+    assert 10 <= model._default_max_epochs(500) <= 60
+    assert model._default_max_epochs(10**4) == 3
+    assert model._default_max_epochs(10**6) == 1
 
 
 @pytest.mark.slow

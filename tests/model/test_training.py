@@ -14,10 +14,11 @@ import pandas as pd
 import pytest
 import scvi
 import torch
+from anndata import AnnData
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from pertura import datasets
-from pertura.model import SAMSVAE, PertVAE
+from pertura.model import CPA, CRADLEVAE, GPOVAE, SAMSVAE, PertVAE
 from pertura.model.base import _train as training
 
 N_EPOCHS = 4
@@ -37,11 +38,11 @@ def screen():
     )
 
 
-def make(cls, screen):
+def make(cls, screen, **options):
     adata = screen.copy()
     keys = {"perturbation_key": "perturbation", "control": "control", "layer": "counts", "context_key": "cell_type"}
     cls.setup_anndata(adata, **keys)
-    return cls(adata, n_latent=3)
+    return cls(adata, n_latent=3, **options)
 
 
 @pytest.fixture
@@ -315,3 +316,96 @@ def test_history_of_several_trainings(model):
     assert history["elbo_train"].index.tolist() == [0, 1, 2, 3, 4, 5]
     assert history["elbo_validation"].index.tolist() == [3, 5], "scvi-tools alone forgets what came later"
     assert all(values.index.name == "epoch" for values in history.values())
+
+
+# -- validation ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bulk():
+    """Two perturbations in two contexts, Gaussian; the effects are known."""
+    rng = np.random.default_rng(0)
+    rows = [(p, c) for p in ("control", "a", "b") for c in ("x", "y") for _ in range(8)]
+    obs = pd.DataFrame(rows, columns=["perturbation", "cell_type"], index=[f"cell {i}" for i in range(len(rows))])
+    adata = AnnData(rng.normal(size=(len(obs), 5)).astype(np.float32), obs=obs)
+    PertVAE.setup_anndata(adata, perturbation_key="perturbation", control="control", context_key="cell_type")
+    return PertVAE(adata, n_latent=3)
+
+
+def rows_of(model, label, context):
+    obs = model.adata.obs
+    return np.flatnonzero((obs["perturbation"] == label) & (obs["cell_type"] == context))
+
+
+def held_out(model, validation):
+    train = np.setdiff1d(np.arange(model.adata.n_obs), validation)
+    return model._data_module(train, np.sort(validation), 64, 0)
+
+
+def test_error_of_predictions(bulk, monkeypatch):
+    """Held-out cells of each condition against held-out controls, by precision; training controls where none are held out."""
+    parts = {
+        ("a", "x"): (rows_of(bulk, "a", "x")[:4], rows_of(bulk, "control", "x")[:4]),
+        ("b", "x"): (rows_of(bulk, "b", "x")[:1], rows_of(bulk, "control", "x")[:4]),
+        ("b", "y"): (rows_of(bulk, "b", "y")[:2], rows_of(bulk, "control", "y")),
+    }
+    validation = np.concatenate([*(treated for treated, _ in parts.values()), rows_of(bulk, "control", "x")[:4]])
+    asked = []
+
+    def predict(controls, perturbations, n_samples):
+        asked.append((set(controls.rows), [p.label for p in perturbations]))
+        return np.full((len(perturbations), 5), 0.5)
+
+    monkeypatch.setattr(bulk, "_effects_on", predict)
+    error = bulk._prediction_error(held_out(bulk, validation))
+    assert len(error) == 3
+    total = weight = 0.0
+    for treated, controls in parts.values():
+        own = 1 / (1 / len(treated) + 1 / len(controls))
+        effect = bulk.adata.X[treated].mean(0) - bulk.adata.X[controls].mean(0)
+        total, weight = total + own * np.mean((0.5 - effect) ** 2), weight + own
+    assert error() == pytest.approx(total / weight, rel=1e-5)
+    assert asked == [
+        (set(parts["a", "x"][1]), ["a", "b"]),
+        (set(parts["b", "y"][1]), ["b"]),
+    ]
+
+
+def test_error_of_predictions_leaves_random_states_alone(bulk):
+    error = bulk._prediction_error(held_out(bulk, np.arange(0, bulk.adata.n_obs, 2)))
+    before = torch.get_rng_state()
+    assert error() == error()
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_early_stopping_without_treated_validation_cells(bulk):
+    validation = rows_of(bulk, "control", "x")[:3]
+    train = np.setdiff1d(np.arange(bulk.adata.n_obs), validation)
+    split = {"external_indexing": [train, validation]}
+    fit(
+        bulk, 5, early_stopping=True, early_stopping_patience=1, early_stopping_min_delta=1e6, datasplitter_kwargs=split
+    )
+    assert "prediction_validation" not in bulk.history and len(bulk.history["elbo_validation"]) == 2
+
+
+def test_other_things_can_be_monitored(bulk):
+    options = {"early_stopping_monitor": "elbo_validation", "early_stopping_min_delta": 1e6}
+    fit(bulk, 5, early_stopping=True, early_stopping_patience=2, **options)
+    assert len(bulk.history["elbo_validation"]) == len(bulk.history["prediction_validation"]) == 3
+
+
+def test_default_length_of_training():
+    """Enough steps on small data, enough epochs on large ones, and an end on the largest."""
+    assert training.default_epochs(5, n_steps=1000, n_epochs=60) == 200
+    assert training.default_epochs(100, n_steps=1000, n_epochs=60) == 60
+    assert training.default_epochs(10_000, n_steps=1000, n_epochs=60) == 3
+    assert training.default_epochs(10_000, n_steps=100_000, n_epochs=60) == 10
+
+
+@pytest.mark.parametrize("cls", [SAMSVAE, CPA, PertVAE, CRADLEVAE, GPOVAE])
+def test_presets_take_the_steps_of_their_papers(screen, cls):
+    model = make(cls, screen, preset="paper")
+    assert model.options.n_steps >= 10_000
+    for n_batches in (2, 40):
+        assert abs(model._default_max_epochs(n_batches) * n_batches - model.options.n_steps) <= n_batches
+    assert model._default_max_epochs(2000) * 2000 >= model.options.n_steps

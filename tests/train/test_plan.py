@@ -55,12 +55,11 @@ class Module(PerturbationModule):
 
 @pytest.fixture
 def plan():
-    def make(max_epochs=10, epoch=0, **arguments):
+    def make(epoch=0, step=30, n_steps=120, **arguments):
         made = PyroPlan(Module(), loss_fn=FreeBitsELBO(), **arguments)
-        made._trainer = SimpleNamespace(
-            max_epochs=max_epochs, current_epoch=epoch, global_step=30, estimated_stepping_batches=120
-        )
+        made._trainer = SimpleNamespace(current_epoch=epoch, global_step=step, estimated_stepping_batches=n_steps)
         made.setup("fit")
+        made.on_train_start()
         return made
 
     return make
@@ -83,9 +82,9 @@ def test_groups_of_parameters(plan):
 
 
 def test_schedule(plan):
-    made = plan(max_epochs=4, lr=0.01, lr_schedule="cosine")
+    made = plan(n_steps=4, lr=0.01, lr_schedule="cosine")
     configured = made.configure_optimizers()
-    assert configured["lr_scheduler"]["interval"] == "epoch"
+    assert configured["lr_scheduler"]["interval"] == "step"
     scheduler, rates = configured["lr_scheduler"]["scheduler"], []
     for _ in range(4):
         configured["optimizer"].step()
@@ -93,16 +92,25 @@ def test_schedule(plan):
         rates.append(scheduler.get_last_lr()[0])
     assert rates == sorted(rates, reverse=True) and rates[-1] < 1e-9
     assert isinstance(plan(lr_schedule="constant").configure_optimizers(), torch.optim.AdamW)
+    endless = plan(n_steps=float("inf"), lr_schedule="cosine", n_epochs_kl_warmup=0.5)
+    assert isinstance(endless.configure_optimizers(), torch.optim.AdamW) and endless.kl_weight == 1.0
     with pytest.raises(ValueError, match="`lr_schedule` must be 'constant' or 'cosine', got 'linear'"):
         plan(lr_schedule="linear")
 
 
 @pytest.mark.parametrize(
-    ("warmup", "epoch", "weight"),
-    [(0.5, 0, 0.0), (0.5, 5, 0.5), (0.5, 10, 1.0), (0.5, 20, 1.0), (4, 2, 0.5), (None, 0, 1.0), (0.01, 1, 1.0)],
+    ("warmup", "epoch", "step", "weight"),
+    [
+        (0.5, 0, 0, 0.0),
+        (0.5, 0, 25, 0.25),
+        (0.5, 9, 100, 1.0),
+        (0.001, 0, 1, 1.0),
+        (4, 2, 0, 0.5),
+        (None, 0, 0, 1.0),
+    ],
 )
-def test_warm_up_in_epochs_or_fractions_of_them(plan, warmup, epoch, weight):
-    made = plan(max_epochs=20, epoch=epoch, n_epochs_kl_warmup=warmup)
+def test_warm_up_in_epochs_or_fractions_of_all_steps(plan, warmup, epoch, step, weight):
+    made = plan(epoch=epoch, step=step, n_steps=200, n_epochs_kl_warmup=warmup)
     batch = {KEYS.X: torch.zeros(2, 1)}
     made.loss_per_cell(batch, made.kl_weight)
     assert abs(made.module.weights[-1] - weight) < 1e-5

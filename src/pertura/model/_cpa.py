@@ -114,8 +114,8 @@ class CPA(PerturbationModel):
         Whether `lr` falls to zero along a cosine or stays.
     kl_warmup
         Share of the epochs in which the weight of divergences rises to 1; 0: none.
-    n_steps
-        Steps of training where ``train`` is given no number of epochs.
+    n_steps, n_epochs
+        Length of training where ``train`` is given no number of epochs: at least so many steps and so many epochs.
     preset
         ``"paper"``: sizes, weights and learning rates of the paper. Options given beside it win.
 
@@ -173,9 +173,6 @@ class CPA(PerturbationModel):
 
     def _default_batch_size(self, n_cells: int) -> int:
         return int(np.clip(n_cells // 20, 128, 512))
-
-    def _default_max_epochs(self, n_batches: int) -> int:
-        return int(np.clip(round(self.options.n_steps / n_batches), 10, 400))
 
     # -- what it learned --------------------------------------------------------------------------------------------
 

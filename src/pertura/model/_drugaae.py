@@ -132,8 +132,8 @@ class DrugAAE(PerturbationModel):
         :class:`pertura.train.AdversarialPlan`.
     kl_warmup
         Share of the epochs in which the weight of divergences rises to 1; 0: none.
-    n_steps
-        Steps of training where ``train`` is given no number of epochs.
+    n_steps, n_epochs
+        Length of training where ``train`` is given no number of epochs: at least so many steps and so many epochs.
     preset
         ``"paper"``: no effects in closed form, and no training on predicted effects. Of the paper only the abstract was
         available, which gives no sizes and no schedule: those stay. Options given beside it win.
@@ -231,9 +231,6 @@ class DrugAAE(PerturbationModel):
 
     def _plan_defaults(self) -> dict[str, Any]:
         return {**super()._plan_defaults(), "weight_decay": 1e-4}
-
-    def _default_max_epochs(self, n_batches: int) -> int:
-        return int(np.clip(round(self.options.n_steps / n_batches), 10, 400))
 
     # -- what is known of drugs and genes ---------------------------------------------------------------------------
 

@@ -108,8 +108,8 @@ class GPOVAE(ArtifactModel, GRNModel):
         Learning rate, and whether it falls to zero along a cosine or stays.
     kl_warmup
         Share of the epochs in which the weight of divergences rises to 1; 0: none.
-    n_steps
-        Steps of training where ``train`` is given no number of epochs.
+    n_steps, n_epochs
+        Length of training where ``train`` is given no number of epochs: at least so many steps and so many epochs.
     batch_size
         Cells per minibatch where ``train`` is given none; `None`: a twentieth of the cells, between 128 and 512.
     objective

@@ -22,10 +22,11 @@ from ._network_priors import embedding_table, gene_descriptions, known_table, la
 from .base import GeneNetwork, GRNModel, Options, option
 from .base._arguments import check_whole, resolve_seed
 from .base._predict import device_of, seeded
+from .base._train import default_epochs
 
 # alpha per gene where none is given: DeepSEM's 100 for the 821 genes of mouse dendritic cells
 _ALPHA_PER_GENE = 100 / 821
-_N_STEPS, _MAX_RESIDUAL_CELLS = 540, 2000
+_N_STEPS, _N_EPOCHS, _MAX_RESIDUAL_CELLS = 540, 10, 2000
 _MODULE_OPTIONS = (
     "n_ensemble",
     "posterior",
@@ -166,7 +167,7 @@ class InfoSEM(GRNModel):
     alternate
         Train encoder and decoder for one epoch and A for two, in turn.
     n_epochs
-        Passes over the data where ``train`` is given no number; `None`: as many as make 540 steps, between 10 and 400.
+        Passes over the data where ``train`` is given no number; `None`: at least 540 steps and 10 epochs.
     preset
         ``"paper"``: the InfoSEM paper's standard normal z, state-dependent variance and additive prior mean, without shrinkage,
         augmentation or delay, trained with DeepSEM's schedule; ``"deepsem"``: DeepSEM's own setting, which has a learned
@@ -305,6 +306,9 @@ class InfoSEM(GRNModel):
 
     # -- training ---------------------------------------------------------------------------------------------------
 
+    # a knock-out keeps what the network leaves unexplained of each gene, which is fitted when training ends
+    _predicts_in_training = False
+
     def _data_module(
         self, train_idx: NDArray[np.int64], val_idx: NDArray[np.int64], batch_size: int, seed: int
     ) -> PerturbationDataModule:
@@ -345,7 +349,7 @@ class InfoSEM(GRNModel):
         return 64
 
     def _default_max_epochs(self, n_batches: int) -> int:
-        return self.options.n_epochs or int(np.clip(round(_N_STEPS / n_batches), 10, 400))
+        return self.options.n_epochs or default_epochs(n_batches, _N_STEPS, _N_EPOCHS)
 
     # -- what it learned --------------------------------------------------------------------------------------------
 

@@ -55,6 +55,7 @@ class PerturbXOptions(Options):
     lr: float = option(3e-3, above=0)
     lr_schedule: Literal["cosine", "constant"] = option("cosine", one_of=("cosine", "constant"))
     n_steps: int = option(600, whole=1)
+    n_epochs: int = option(10, whole=1)
 
 
 # the paper states neither learning rate nor number of steps: those stay
@@ -141,8 +142,8 @@ class PerturbX(PerturbationModel):
         Principal components of the control profiles in the regression.
     lr, lr_schedule
         Learning rate, and whether it falls to zero along a cosine or stays.
-    n_steps
-        Steps of training where ``train`` is given no number of epochs.
+    n_steps, n_epochs
+        Length of training where ``train`` is given no number of epochs: at least so many steps and so many epochs.
     preset
         ``"paper"``: one neural network that decodes into all genes, no mean effect, no regression, no penalty but that of
         complexity, no dropout. Options given beside it win.
@@ -256,11 +257,11 @@ class PerturbX(PerturbationModel):
     def _trainer_defaults(self) -> dict[str, Any]:
         return {"gradient_clip_val": 100.0}
 
+    # contexts are described by bags of cells, and the regression gets its share, when training ends
+    _predicts_in_training = False
+
     def _default_batch_size(self, n_cells: int) -> int:
         return 16 * self.module.bag_size
-
-    def _default_max_epochs(self, n_batches: int) -> int:
-        return max(10, round(self.options.n_steps / n_batches))
 
     def _complete(self, table: ConditionTable) -> None:
         """Describe the training contexts by bags, and choose the shares of regression and neural networks."""

@@ -179,8 +179,8 @@ class PertVAE(PerturbationModel):
         Decoupled weight decay of the matrices of encoder and decoder.
     kl_warmup
         Share of the epochs in which the weight of divergences rises to 1; 0: none.
-    n_steps
-        Steps of training where ``train`` is given no number of epochs.
+    n_steps, n_epochs
+        Length of training where ``train`` is given no number of epochs: at least so many steps and so many epochs.
     preset
         ``"paper"``: settings of the paper (encoder 500-300 with the mean and scale of the guide beside 200 units that feed its
         flow, latent 100, two flow steps of 300 units, decoder 300-500, weight normalization, W of the cell's own state, Adam at a
@@ -331,9 +331,6 @@ class PertVAE(PerturbationModel):
             "loss_fn": FreeBitsELBO({"z1": options.free_nats, "z2": options.free_nats}),
             "weight_decay": options.weight_decay,
         }
-
-    def _default_max_epochs(self, n_batches: int) -> int:
-        return int(np.clip(round(self.options.n_steps / n_batches), 10, 1000))
 
     # -- prediction -------------------------------------------------------------------------------------------------
 

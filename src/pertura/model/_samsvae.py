@@ -126,8 +126,8 @@ class SAMSVAE(PerturbationModel):
         Learning rate, and whether it falls to zero along a cosine or stays.
     kl_warmup
         Share of the epochs in which the weight of divergences rises to 1; 0: none.
-    n_steps
-        Steps of training where ``train`` is given no number of epochs.
+    n_steps, n_epochs
+        Length of training where ``train`` is given no number of epochs: at least so many steps and so many epochs.
     preset
         ``"paper"``: settings and training schedule of the paper's combination screen. Options given beside it win.
 

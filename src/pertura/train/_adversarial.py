@@ -127,6 +127,8 @@ class AdversarialPlan(PyroPlan):
         self.module.adversary_share = self.adversary_share(self.annealing)
         loss, n_cells = self.loss_per_cell(batch, self.kl_weight)
         self._step(main, loss)
+        for scheduler in self._schedulers:
+            scheduler.step()
         cells = Cells.from_tensors(batch)
         with torch.no_grad():
             given = self.module.discriminator_input(cells)
@@ -150,12 +152,6 @@ class AdversarialPlan(PyroPlan):
         if self._clip["gradient_clip_val"] is not None:
             self.clip_gradients(optimizer, **self._clip)
         optimizer.step()
-
-    def on_train_epoch_end(self) -> None:
-        """Means of the epoch; learning rates fall with the epochs."""
-        super().on_train_epoch_end()
-        for scheduler in self._schedulers:
-            scheduler.step()
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """Everything else, as :class:`PyroPlan` has it, and the discriminator."""

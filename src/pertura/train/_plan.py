@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
 
 import pyro
@@ -63,21 +63,24 @@ class PyroPlan(LowLevelPyroTrainingPlan):
         Decoupled weight decay of matrices (not of biases, and not of parameters that the module names in
         `no_weight_decay`).
     n_epochs_kl_warmup
-        Epochs in which the weight of the divergences rises to 1; a fraction below 1 is one of `max_epochs`.
+        Epochs in which the weight of the divergences rises to 1; a fraction below 1 is one of all steps.
     n_steps_kl_warmup
         The same in steps, where `n_epochs_kl_warmup` is `None`.
     min_kl_weight, max_kl_weight
         First and last weight of the divergences; validation uses the last.
     lr_schedule
-        ``"cosine"`` lets the learning rate fall to zero over `max_epochs`, ``"constant"`` does not.
+        ``"cosine"`` lets the learning rate fall to zero step by step, ``"constant"`` does not.
 
     Attributes
     ----------
     annealed
         Share of the training that was done before, from 0 to 1; see :meth:`TrainingHooks.on_step`.
+    prediction_error
+        Measures how well validation cells are predicted; `None` where that is not known.
     """
 
     annealed: float = 0.0
+    prediction_error: Callable[[], float] | None = None
 
     def __init__(
         self,
@@ -99,7 +102,7 @@ class PyroPlan(LowLevelPyroTrainingPlan):
             loss_fn=Trace_ELBO() if loss_fn is None else loss_fn,
             optim=torch.optim.AdamW,
             optim_kwargs={"lr": lr},
-            n_epochs_kl_warmup=None if n_epochs_kl_warmup is None else int(n_epochs_kl_warmup),
+            n_epochs_kl_warmup=int(n_epochs_kl_warmup or 0) or None,
             n_steps_kl_warmup=n_steps_kl_warmup,
             min_kl_weight=min_kl_weight,
             max_kl_weight=max_kl_weight,
@@ -111,10 +114,19 @@ class PyroPlan(LowLevelPyroTrainingPlan):
         self._warmup_fraction = n_epochs_kl_warmup if n_epochs_kl_warmup and n_epochs_kl_warmup < 1 else None
 
     def setup(self, stage: str) -> None:
-        """Turn a fractional warm-up into epochs, tell the module the size of the data."""
-        if self._warmup_fraction and self.trainer.max_epochs and self.trainer.max_epochs > 0:
-            self.n_epochs_kl_warmup = max(1, round(self._warmup_fraction * self.trainer.max_epochs))
+        """Tell the module the size of the data."""
         self.module.n_train = self.n_obs_training or 1
+
+    def on_train_start(self) -> None:
+        """Turn a fractional warm-up into steps, whose number is known by now."""
+        if self._warmup_fraction and self._n_steps:
+            self.n_steps_kl_warmup = max(1, round(self._warmup_fraction * self._n_steps))
+
+    @property
+    def _n_steps(self) -> int | None:
+        """Number of all steps; `None` where training has no end."""
+        n = self.trainer.estimated_stepping_batches
+        return max(1, int(n)) if 0 < n < float("inf") else None
 
     def loss_per_cell(self, batch: dict[str, Tensor], kl_weight: float) -> tuple[Tensor, int]:
         """Negative ELBO per cell, and the number of cells.
@@ -185,6 +197,11 @@ class PyroPlan(LowLevelPyroTrainingPlan):
         loss, n_cells = self.loss_per_cell(batch, self.max_kl_weight)
         self._log("elbo_validation", loss, n_cells)
 
+    def on_validation_epoch_end(self) -> None:
+        """Error of predictions of held-out cells."""
+        if self.prediction_error is not None and not self.trainer.sanity_checking:
+            self.log("prediction_validation", self.prediction_error(), prog_bar=True, sync_dist=True)
+
     def _count(self, name: str, value: Tensor, n_cells: int) -> None:
         total, seen = self._totals.get(name, (0.0, 0))
         self._totals[name] = total + value * n_cells, seen + n_cells
@@ -199,7 +216,7 @@ class PyroPlan(LowLevelPyroTrainingPlan):
         scheduler = self._scheduler(optimizer)
         if scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch"}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _optimizer(self, named: list[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
         decay, plain, own = [], [], []
@@ -223,6 +240,6 @@ class PyroPlan(LowLevelPyroTrainingPlan):
         return self.optim([g for g in groups if g["params"]], **self.optim_kwargs)
 
     def _scheduler(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler | None:
-        if self.lr_schedule == "constant" or not self.trainer.max_epochs or self.trainer.max_epochs < 0:
+        if self.lr_schedule == "constant" or self._n_steps is None:
             return None
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=self.trainer.max_epochs)
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=self._n_steps)

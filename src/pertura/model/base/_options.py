@@ -61,6 +61,7 @@ class TrainingOptions(Options):
     lr_schedule: Literal["cosine", "constant"] = option("cosine", one_of=("cosine", "constant"))
     kl_warmup: float = option(0.2, least=0)
     n_steps: int = option(1500, whole=1)
+    n_epochs: int = option(60, whole=1)
 
 
 def _check(own: Field, value: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,6 +23,7 @@ from pertura.data._perturbation import Perturbation
 from pertura.effects import ConditionTable, calibrate
 from pertura.effects._table import Moments
 from pertura.module._base import PerturbationModule
+from pertura.train._best import KeepBest
 from pertura.train._plan import PyroPlan
 from pertura.train._progress import EpochProgress, Progress
 from pertura.train._trainer import TrainRunner, quiet
@@ -30,9 +32,12 @@ from ._arguments import check_flag, check_number, check_whole, resolve_seed
 from ._options import Options, TrainingOptions
 from ._predict import Settings, mean_effects, seeded
 from ._query import Query
+from ._validation import PredictionError, some_controls
 
 Rows = NDArray[np.int64]
 _MAX_CONTROLS = 200
+# of a default training that lasts for the number of epochs: a million cells take minutes to hours, not days
+_MAX_STEPS = 30_000
 
 
 class TrainableModel(BaseModelClass):
@@ -46,6 +51,8 @@ class TrainableModel(BaseModelClass):
     calibration_: dict[str, Any] | None
     _training_plan_cls: ClassVar[type] = PyroPlan
     _progress: Progress = Progress()
+    # whether predictions can be made before `_complete`
+    _predicts_in_training: ClassVar[bool] = True
     # what is measured beside the shared table; see `ConditionTable.measure`
     _table_options: ClassVar[dict[str, Any]] = {}
 
@@ -77,7 +84,8 @@ class TrainableModel(BaseModelClass):
         Parameters
         ----------
         max_epochs
-            Passes over the data; by default enough for a fixed number of steps.
+            Passes over the data. By default as many as give the model's ``n_steps`` steps and ``n_epochs`` epochs, both; for the
+            sake of epochs alone no more than 30,000 steps are taken.
         accelerator, devices
             As in :class:`lightning.pytorch.trainer.trainer.Trainer`.
         train_size, validation_size
@@ -86,7 +94,12 @@ class TrainableModel(BaseModelClass):
         batch_size
             Cells per minibatch.
         early_stopping
-            Stop when the ELBO of validation cells no longer improves; see :class:`scvi.train.Trainer` for its patience.
+            Stop when validation cells are no longer predicted better, and go back to the best epoch. What is monitored is
+            ``prediction_validation``: the squared error of predicted effects on the held-out controls of each context
+            against the held-out treated cells. Models that predict only when training has ended, and data without treated
+            validation cells, have ``elbo_validation`` in its place. ``early_stopping_monitor="elbo_validation"`` chooses it, and
+            ``early_stopping_patience`` sets the number of epochs without an improvement; see :class:`scvi.train.Trainer`.
+            Both are in ``history``.
         lr
             Learning rate; short for ``plan_kwargs={"lr": lr}``.
         seed
@@ -146,6 +159,16 @@ class TrainableModel(BaseModelClass):
                 self._check_trainable(train_idx)
                 batch_size = batch_size or self._default_batch_size(len(train_idx))
                 data = self._data_module(train_idx, val_idx, batch_size, seed)
+                error = self._prediction_error(data)
+                if early_stopping:
+                    trainer_kwargs.setdefault(
+                        "early_stopping_monitor", "elbo_validation" if error is None else "prediction_validation"
+                    )
+                    callbacks.append(
+                        KeepBest(
+                            trainer_kwargs["early_stopping_monitor"], trainer_kwargs.get("early_stopping_mode", "min")
+                        )
+                    )
                 runner = self._runner(
                     data,
                     plan_kwargs,
@@ -156,6 +179,7 @@ class TrainableModel(BaseModelClass):
                     callbacks=callbacks,
                     **trainer_kwargs,
                 )
+                runner.training_plan.prediction_error = error
                 table = self._measure(train_idx, data)
                 self._run(runner, data, table, seed)
                 self._finish(runner, train_idx, table)
@@ -348,22 +372,17 @@ class TrainableModel(BaseModelClass):
         return settings.batch_size
 
     def _default_max_epochs(self, n_batches: int) -> int:
-        if isinstance(self.options, TrainingOptions):
-            return max(10, round(self.options.n_steps / n_batches))
-        return int(np.clip(round(10_000 / n_batches), 10, 400))
+        return default_epochs(n_batches, self.options.n_steps, self.options.n_epochs)
 
     def _after_training(self, train_idx: Rows, table: ConditionTable) -> None:
         """Complete the module, and measure how far its effects are from those of the training data."""
         self.module.eval()
         self._complete(table)
         cells, rng = self._registered_cells(train_idx), np.random.default_rng(0)
-        scale = self.registered.default_scale
 
         def predict(context: int, perturbations: Sequence[Perturbation]) -> NDArray[np.float64]:
-            """Effects on some controls of a context."""
-            rows = cells.rows[cells.is_control & (cells.context == context)]
-            rows = rows if len(rows) <= _MAX_CONTROLS else np.sort(rng.choice(rows, _MAX_CONTROLS, replace=False))
-            return mean_effects(self._predictor(cells.at(rows), Settings(4, scale, 0)), perturbations)
+            rows = some_controls(cells, context, _MAX_CONTROLS, rng)
+            return self._effects_on(rows, perturbations, n_samples=4)
 
         # an effect has `n_latent` free coordinates for `n_genes` genes: as projections do, the model took up that share of
         # the noise of the measured effects
@@ -373,15 +392,40 @@ class TrainableModel(BaseModelClass):
             predict,
             self.registered.vocabulary,
             self.contexts,
-            scale=scale,
+            scale=self.registered.default_scale,
             # bulk: replicates are few, and a profile is a mean already
             min_cells=10 if self.registered.is_counts else 2,
             noise_share=share,
         )
 
+    def _prediction_error(self, data: PerturbationDataModule) -> PredictionError | None:
+        """What measures predictions of validation cells; `None` where there are none."""
+        if not data.n_val or not self._predicts_in_training:
+            return None
+        cells = self._registered_cells(np.sort(np.concatenate([data.train_idx, data.val_idx])))
+        measure = partial(
+            ConditionTable.measure, self.adata_manager, dataset=data.dataset, n_contexts=len(self.contexts)
+        )
+        error = PredictionError(
+            cells, np.isin(cells.rows, data.val_idx), self.registered.vocabulary, measure, self._effects_on
+        )
+        return error if len(error) else None
+
+    def _effects_on(
+        self, controls: Query, perturbations: Sequence[Perturbation], n_samples: int
+    ) -> NDArray[np.float64]:
+        """Mean effects on some control cells, on the default scale, ``(n_perturbations, n_genes)``."""
+        settings = Settings(n_samples, self.registered.default_scale, 0)
+        return mean_effects(self._predictor(controls, settings), perturbations)
+
     def _registered_cells(self, rows: Rows) -> Query:
         """Some of the model's own cells."""
         return Query(self.registered, self.adata_manager, self.adata, rows)
+
+
+def default_epochs(n_batches: int, n_steps: int, n_epochs: int) -> int:
+    """Epochs of so many steps, and no fewer than `n_epochs` while these do not take more than 30,000 steps."""
+    return max(1, round(max(n_steps, min(n_epochs * n_batches, _MAX_STEPS)) / n_batches))
 
 
 def _moments_of_log_counts(data: PerturbationDataModule) -> Moments:
