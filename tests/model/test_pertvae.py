@@ -206,6 +206,43 @@ def test_own_counts_come_back_and_effects_are_the_mean_change_of_controls(traine
     np.testing.assert_allclose(table.reindex(adata.var_names), change, atol=0.05)
 
 
+@pytest.mark.parametrize("likelihood", ["nb", "normal"])
+def test_errors_of_reconstruction_are_no_effects(likelihood):
+    """Of a model that reconstructs controls badly and learned no effect, neither the table nor predictions have one."""
+    adata = datasets.simulate(
+        n_cells_per_condition=15, n_perturbations=2, n_contexts=2, **{**SMALL, "n_truth_cells": 5}
+    )
+    adata.layers["bulk"] = np.log1p(adata.layers["counts"].toarray()).astype(np.float32)
+    layer = "counts" if likelihood == "nb" else "bulk"
+    PertVAE.setup_anndata(adata, **{**KEYS, "layer": layer})
+    model = PertVAE(adata, n_latent=3, encoder_hidden=(8,), likelihood=likelihood)
+    model.train(max_epochs=1, **QUIET)
+    with torch.no_grad():
+        model.module.likelihood.linear.bias += torch.randn(adata.n_vars)
+        for name, value in model.module.named_parameters():
+            if name in ("effect_U", "effect_b", "effect_common"):
+                value.zero_()
+    asked = {
+        "perturbation": model.vocabulary.names[0],
+        "indices": np.flatnonzero(adata.obs["perturbation"] == "control"),
+    }
+    table = model.get_perturbation_effect(**asked, n_samples=4)
+    np.testing.assert_allclose(table["lfc_mean"], 0.0, atol=1e-3)
+    treated = np.flatnonzero(adata.obs["perturbation"] == model.vocabulary.names[0])
+    np.testing.assert_allclose(
+        model.get_perturbation_effect(**asked | {"indices": treated})["lfc_mean"], 0.0, atol=1e-3
+    )
+    found = model.predict_perturbation(
+        model.vocabulary.names[0],
+        indices=asked["indices"],
+        return_anndata=True,
+        n_samples=4,
+        scale="layer" if likelihood == "normal" else "counts",
+    )
+    own = adata.layers[layer][asked["indices"]]
+    np.testing.assert_allclose(found.X, own.toarray() if sparse.issparse(own) else own, atol=2e-3)
+
+
 def test_log_likelihood_of_a_cell_knows_its_perturbation(trained):
     adata = trained.adata
     treated = np.flatnonzero(adata.obs["perturbation"] != "control")

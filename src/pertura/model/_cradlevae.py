@@ -92,9 +92,9 @@ class CRADLEVAE(ArtifactModel):
     preset
         ``"paper"``: settings and training schedule of the paper's combination screens. Its weight of the counterfactual
         loss, 0.1, counts the 512 cells of a minibatch, because the loss is their sum. The paper also stops early:
-        ``train(early_stopping=True, early_stopping_patience=50)``. Where its code is not well defined (whose cells are
-        counterfactual, a term that is not a valid divergence), the intended definitions are used. Options given beside
-        the preset win.
+        ``train(early_stopping=True, early_stopping_monitor="elbo_validation", early_stopping_patience=50)``. Where its code
+        is not well defined (whose cells are counterfactual, a term that is not a valid divergence), the intended
+        definitions are used. Options given beside the preset win.
 
     Examples
     --------

@@ -135,7 +135,8 @@ class GPOVAE(ArtifactModel, GRNModel):
         probability of edges.
     preset
         ``"paper"``: ``objective="hops"`` with settings and training schedule of the paper, which also stops early:
-        ``train(early_stopping=True, early_stopping_patience=30)``. Options given beside it win.
+        ``train(early_stopping=True, early_stopping_monitor="elbo_validation", early_stopping_patience=30)``.
+        Options given beside it win.
 
     Examples
     --------

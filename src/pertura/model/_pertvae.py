@@ -184,9 +184,9 @@ class PertVAE(PerturbationModel):
     preset
         ``"paper"``: settings of the paper (encoder 500-300 with the mean and scale of the guide beside 200 units that feed its
         flow, latent 100, two flow steps of 300 units, decoder 300-500, weight normalization, W of the cell's own state, Adam at a
-        constant rate, no warm-up). Options given beside it win. What it does not do: training does not stop on the
-        prediction loss of validation pairs, but after `n_steps` or with ``early_stopping=True`` on their ELBO; the rate and the
-        number of steps, which the paper does not give, are choices; one model holds all perturbations, the paper has one model for
+        constant rate, no warm-up). Options given beside it win. The paper stops on the prediction loss of validation pairs:
+        ``train(early_stopping=True)`` stops on the error of predicted effects of validation cells. The rate and the number of steps,
+        which the paper does not give, are choices; one model holds all perturbations, the paper has one model for
         each; the norms of weight normalization in the flow count masked weights, too.
 
     Examples
