@@ -132,6 +132,17 @@ def test_own_steps_set_warm_up_and_annealing(plan):
     assert module.weights == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1, 1, 1])
 
 
+def test_rates_fall_step_by_step_but_for_the_discriminator(plan):
+    made = plan(lr=0.01, lr_discriminator=0.5, lr_schedule="cosine")
+    rates = []
+    for i in range(10):
+        made.training_step(BATCH, i)
+        rates.append([optimizer.param_groups[0]["lr"] for optimizer in made.optimizers()])
+    main, other = zip(*rates, strict=True)
+    assert list(main) == sorted(main, reverse=True) and main[4] == pytest.approx(0.005) and main[-1] < 1e-9
+    assert set(other) == {0.5}
+
+
 def test_later_training_goes_on(plan):
     made = plan(warmup_start=0.2, warmup_end=0.6)
     made.annealed = 0.4
