@@ -403,6 +403,7 @@ class TrainableModel(BaseModelClass):
         if not data.n_val or not self._predicts_in_training:
             return None
         cells = self._registered_cells(np.sort(np.concatenate([data.train_idx, data.val_idx])))
+        cells = cells.at(cells.rows[~(cells.actions[0] == UNKNOWN).any(1)])
         measure = partial(
             ConditionTable.measure, self.adata_manager, dataset=data.dataset, n_contexts=len(self.contexts)
         )
