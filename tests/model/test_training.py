@@ -378,6 +378,15 @@ def test_error_of_predictions_leaves_random_states_alone(bulk):
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_error_of_predictions_falls_while_effects_are_learned(screen):
+    model = make(PertVAE, screen)
+    effect = model.module.effect_b
+    fit(model, 30, train_size=0.7, batch_size=60)
+    found = model.history["prediction_validation"]["prediction_validation"].to_numpy(float)
+    assert len(found) == 30 and float(effect.detach().abs().max()) > 0.1
+    assert found[-5:].mean() < 0.95 * found[0]
+
+
 def test_early_stopping_without_treated_validation_cells(bulk):
     validation = rows_of(bulk, "control", "x")[:3]
     train = np.setdiff1d(np.arange(bulk.adata.n_obs), validation)
