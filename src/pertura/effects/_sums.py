@@ -16,11 +16,13 @@ from pertura.data._constants import CONTROL_ONLY, KEYS
 Matrix = NDArray[np.float64]
 Values = NDArray | sparse.csr_matrix
 
-_TARGET_SUM = 1e4
+TARGET_SUM = 1e4
 _CHUNK_ENTRIES = 4_000_000  # stored numbers that are in memory at one time
 _MAX_CHUNK = 16_384  # cells
 # log library of a usual cell: about this origin, the square of the log library says something else than the log itself
 _LOG_LIBRARY = 8.0
+# counts that are recovered from a logarithm are whole, or they were none
+_MAX_TELLING, _MIN_TELLING, _TOLERANCE, _MAX_BROKEN = 20, 20, 0.02, 0.01
 
 
 class Chunk(NamedTuple):
@@ -35,7 +37,7 @@ class Chunk(NamedTuple):
 class Sums:
     """What is added up while cells pass by."""
 
-    def __init__(self, dataset: CellDataset, n_groups: int, n_batches: int, linear: bool) -> None:
+    def __init__(self, dataset: CellDataset, n_cells: int, n_groups: int, n_batches: int, linear: bool) -> None:
         self.dataset, n_genes = dataset, dataset.n_genes
         self.total, self.square = np.zeros((2 * n_groups, n_genes)), np.zeros((n_groups, n_genes))
         self.depth, self.depth_square = np.zeros((2 * n_groups, 2)), np.zeros((2, 2))
@@ -45,6 +47,7 @@ class Sums:
         self.linear_total = np.zeros((n_groups, n_genes)) if linear else None
         self.linear_square = np.zeros((n_groups, n_genes)) if linear else None
         self.unit = 0.0
+        self.log_library = np.full(n_cells, np.nan)
         self.sample_x: list[Values] = []
         self.sample_depth: list[Matrix] = []
 
@@ -58,8 +61,15 @@ class Sums:
     ) -> None:
         """Read the cells once."""
         part = group * 2 + half
+        counts, countable = self.dataset.expression.kind == "counts", True
         for positions, raw, x, library in chunks(self.dataset, rows):
             depth = np.log(library) - _LOG_LIBRARY
+            if counts:
+                self.log_library[positions] = np.log(library)
+            elif countable:
+                found = counts_of(raw)
+                countable = found is not None
+                self.log_library[positions] = np.log(TARGET_SUM / found[1]) if countable else np.nan
             depth = np.stack([depth, depth**2], axis=1)
             add_groups(self.total, part[positions], x)
             add_groups(self.square, group[positions], squared(x))
@@ -72,13 +82,15 @@ class Sums:
             self.raw += column_sums(raw)
             self.raw_square += column_sums(squared(raw))
             if self.linear_total is not None:
-                scaled = _scaled(raw, _TARGET_SUM / library)
-                self.unit += float((_TARGET_SUM / library).sum())
+                scaled = _scaled(raw, TARGET_SUM / library)
+                self.unit += float((TARGET_SUM / library).sum())
                 add_groups(self.linear_total, group[positions], scaled)
                 add_groups(self.linear_square, group[positions], squared(scaled))
             chosen = kept[positions]
             self.sample_x.append(x[chosen].astype(np.float32))
             self.sample_depth.append(depth[chosen])
+        if not countable:
+            self.log_library[:] = np.nan
 
     def sampled(self) -> Values:
         if not self.sample_x:
@@ -136,7 +148,7 @@ def chunks(dataset: CellDataset, rows: Rows) -> Iterator[Chunk]:
             yield Chunk(positions, part, part, np.ones(len(own)))
             continue
         library = _library(dataset, own, part)
-        x = _scaled(part, _TARGET_SUM / library)
+        x = _scaled(part, TARGET_SUM / library)
         if sparse.issparse(x):
             np.log1p(x.data, out=x.data)
         else:
@@ -156,6 +168,40 @@ def _scaled(x: Values, scale: NDArray) -> Values:
     if not sparse.issparse(x):
         return x * scale[:, None]
     return sparse.csr_matrix((x.data * np.repeat(scale, np.diff(x.indptr)), x.indices, x.indptr), shape=x.shape)
+
+
+def counts_of(x: Values) -> tuple[Values, NDArray[np.float64]] | None:
+    """Counts behind expression that is the log1p of counts times a number per cell.
+
+    The smallest positive value of a cell is taken for one count.
+
+    Returns
+    -------
+    Counts as stored in `x`, and their unit, ``(n_cells,)``: NaN in cells without any. `None` where the values are of another
+    kind: negative, scaled, corrected, or logarithms to another base.
+    """
+    stored = x.data if sparse.issparse(x) else x.ravel()
+    # counts per 10,000 or per million have smaller logarithms
+    if not len(stored) or not stored.min() >= 0 or stored.max() > 30:
+        return None
+    linear = np.expm1(stored.astype(np.float64))
+    start = x.indptr if sparse.issparse(x) else np.arange(len(x) + 1) * x.shape[1]
+    length = np.diff(start)
+    unit = np.full(len(length), np.nan)
+    some = np.flatnonzero(length)
+    unit[some] = np.minimum.reduceat(np.where(linear > 0, linear, np.inf), start[some])
+    unit[~np.isfinite(unit)] = np.nan
+    counts = np.nan_to_num(linear / np.repeat(unit, length))
+    whole = np.round(counts)
+    # the smallest value of a cell, and large ones, are near a whole number whatever they are
+    telling = (linear > 0) & (counts < _MAX_TELLING)
+    error = np.abs(counts - whole)[telling]
+    number = len(error) - np.isfinite(unit).sum()
+    if number < _MIN_TELLING or (error > _TOLERANCE).sum() > _MAX_BROKEN * number:
+        return None
+    if sparse.issparse(x):
+        return sparse.csr_matrix((whole, x.indices, x.indptr), shape=x.shape), unit
+    return whole.reshape(x.shape), unit
 
 
 def squared(x: Values) -> Values:

@@ -7,7 +7,8 @@ groups of cells, so that its size does not depend on their number, and sparse da
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,8 +21,9 @@ from pertura.data._cells import CellDataset, Rows
 from pertura.data._constants import CONTROL_ONLY, KEYS
 from pertura.data._vocabulary import dose_units
 
+from ._depth import Counted, Thinning, changes, counts_of
 from ._shrink import Halves, principal_programs
-from ._sums import Matrix, Sums, Values, codes_of
+from ._sums import TARGET_SUM, Matrix, Sums, Values, chunks, codes_of
 
 logger = logging.getLogger(__name__)
 
@@ -121,8 +123,8 @@ class ConditionTable:
         Number of cells in each batch, ``(n_conditions, 2, n_batches)``.
     control_context, control_batch
         Groups of controls: context and batch, ``(n_groups,)``.
-    control_n, control_mean, control_depth
-        As `n`, `mean` and `depth`, of these groups.
+    control_n, control_mean
+        As `n` and `mean`, of these groups.
     slope
         Change of expression with the depth regressors within conditions, ``(2, n_genes)``; 0 for other data than counts.
     spread
@@ -142,6 +144,13 @@ class ConditionTable:
         logarithm; `None` unless asked for.
     linear_unit
         Mean over cells of what one count is in counts per 10,000.
+    log_library, control_log_library
+        Mean log library of conditions, ``(n_conditions,)``, and of groups of controls, ``(n_groups,)``. Up to a constant for data
+        that are the logarithm of normalized counts; NaN where counts can not be recovered.
+    thinning
+        How deep conditions and controls are thinned for a comparison at equal depth; `None` where no depth is known.
+    thinned, control_thinned
+        What `mean` and `control_mean` change by: ``(n_conditions, 2, n_genes)`` and ``(n_steps, n_groups, 2, n_genes)``.
     """
 
     codes: NDArray[np.int64]
@@ -156,7 +165,6 @@ class ConditionTable:
     control_batch: NDArray[np.int64]
     control_n: NDArray[np.int64]
     control_mean: NDArray[np.float32]
-    control_depth: Matrix
     slope: Matrix
     spread: NDArray[np.float64]
     normalized: Moments
@@ -168,6 +176,11 @@ class ConditionTable:
     linear_mean: Matrix | None = None
     linear_within: Matrix | None = None
     linear_unit: float = 1.0
+    log_library: NDArray[np.float64] | None = None
+    control_log_library: NDArray[np.float64] | None = None
+    thinning: Thinning | None = None
+    thinned: NDArray[np.float32] | None = None
+    control_thinned: NDArray[np.float32] | None = None
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     # -- measuring --------------------------------------------------------------------------------------------------
@@ -184,7 +197,9 @@ class ConditionTable:
         linear: bool = False,
         dataset: CellDataset | None = None,
     ) -> ConditionTable:
-        """Measure conditions in one pass over cells; each is read once, in the order of `rows`.
+        """Measure conditions in one pass over cells, in the order of `rows`.
+
+        Cells of conditions that are sequenced more deeply than what they are compared with are read once more.
 
         Parameters
         ----------
@@ -223,7 +238,7 @@ class ConditionTable:
         kept = np.zeros(len(rows), dtype=bool)
         kept[np.argsort(hashed, kind="stable")[:_MAX_SAMPLE]] = True
 
-        sums = Sums(dataset, n_groups, n_batches, linear and dataset.expression.kind == "counts")
+        sums = Sums(dataset, len(rows), n_groups, n_batches, linear and dataset.expression.kind == "counts")
         sums.add_all(rows, group, half, batch, kept)
 
         n = np.bincount(group * 2 + half, minlength=2 * n_groups).reshape(n_groups, 2)
@@ -237,6 +252,14 @@ class ConditionTable:
         slope, spread = _regression(of_conditions, mean, within, sums)
         controls = np.flatnonzero(is_control[groups // n_batches])
         own = _Groups(n[controls], total[controls], depth[controls])
+        known = np.isfinite(sums.log_library)
+        log_library = (
+            np.bincount(group[known], sums.log_library[known], n_groups),
+            np.bincount(group[known], None, n_groups),
+        )
+        with np.errstate(invalid="ignore"):
+            of_condition = np.divide(*(np.add.reduceat(v, starts) for v in log_library))
+            of_controls = np.divide(*(v[controls] for v in log_library))
         linear_parts: dict[str, Any] = {}
         if sums.linear_total is not None:
             number = of_conditions.n.sum(1)[:, None]
@@ -248,7 +271,7 @@ class ConditionTable:
         overall = sums.total.sum(0) / n_cells
         batch_n = np.bincount(batch, minlength=n_batches)
         batch_mean = sums.by_batch / np.maximum(batch_n, 1)[:, None] if n_batches > 1 else overall[None]
-        return cls(
+        table = cls(
             codes=codes,
             dose=dose,
             context=context,
@@ -261,7 +284,6 @@ class ConditionTable:
             control_batch=groups[controls] % n_batches,
             control_n=own.n,
             control_mean=own.means().astype(np.float32),
-            control_depth=own.depths(),
             slope=slope,
             spread=spread,
             normalized=_moments(sums.total.sum(0), sums.square.sum(0), n_cells),
@@ -271,7 +293,46 @@ class ConditionTable:
             sample=Sample(sums.sampled(), np.concatenate(sums.sample_depth), condition[kept]),
             n_contexts=n_contexts,
             linear_unit=sums.unit / n_cells,
+            log_library=of_condition,
+            control_log_library=of_controls,
             **linear_parts,
+        )
+        place = np.full(n_groups, -1)
+        place[controls] = np.arange(len(controls))
+        return table._at_equal_depth(dataset, rows, condition, place[group], half)
+
+    def _at_equal_depth(
+        self, dataset: CellDataset, rows: Rows, condition: NDArray, control: NDArray, half: NDArray
+    ) -> ConditionTable:
+        """The table with what means change by at the depth of the shallower side; `control` is the group of controls of a cell."""
+        treated = self.treated
+        gap = np.zeros(len(treated))
+        for own, groups, weight, _ in self._comparisons(None):
+            gap[own] = self.log_library[treated[own]] - weight @ self.control_log_library[groups]
+        if not np.isfinite(self.log_library).any():
+            return self
+        plan = Thinning.of(np.nan_to_num(gap), self.context[treated], self.n_contexts)
+        log_p = np.zeros((len(self.codes), 1))
+        log_p[treated, 0] = plan.treated
+        deep = np.flatnonzero(log_p[condition, 0] < 0)
+        thinned = changes(
+            _counted(dataset, rows[deep]),
+            log_p[condition[deep]],
+            (condition * 2 + half)[deep],
+            self.n.size,
+            self.n_genes,
+        )
+        thinned = thinned.reshape(self.mean.shape) / np.maximum(self.n, 1)[..., None]
+        here = self.context[condition]
+        deep = np.flatnonzero((control >= 0) & (plan.step[here] < 0))
+        steps, part = plan.steps[here[deep]], (control * 2 + half)[deep]
+        of_controls = changes(_counted(dataset, rows[deep]), steps, part, self.control_n.size, self.n_genes)
+        of_controls = of_controls.reshape(-1, *self.control_mean.shape) / np.maximum(self.control_n, 1)[..., None]
+        return replace(
+            self,
+            thinning=plan,
+            thinned=thinned.astype(np.float32),
+            control_thinned=of_controls.astype(np.float32),
         )
 
     # -- what there is ----------------------------------------------------------------------------------------------
@@ -335,7 +396,7 @@ class ConditionTable:
         half
             0 or 1: of that half of the treated cells and of the controls; `None`: of all.
         adjust_depth
-            Whether to compare at equal depth: what expression changes with the library within conditions is taken off.
+            Whether to compare at equal depth: the deeper side is thinned in expectation to the depth of the other.
         """
         key = (half, adjust_depth)
         if key not in self._cache:
@@ -343,16 +404,34 @@ class ConditionTable:
         return self._cache[key]
 
     def _effects(self, half: int | None, adjust_depth: bool) -> Effects:
-        treated, slope = self.treated, self.slope if adjust_depth else None
-        n, mean = _part(self.n, self.mean, self.depth, half, slope, treated)
-        control_n, control_mean = _part(self.control_n, self.control_mean, self.control_depth, half, slope)
-        cells = self.per_batch[treated]
-        cells = cells.sum(1) if half is None else cells[:, half]
+        treated, plan = self.treated, self.thinning if adjust_depth else None
+        mean = _part(self.n, self.mean, half, treated)
+        control_mean = _part(self.control_n, self.control_mean, half)
+        if plan is not None:
+            mean = mean + _part(self.n, self.thinned, half, treated)
+            thinner = [_part(self.control_n, change, half) for change in self.control_thinned]
         effect, noise = np.zeros(mean.shape), np.full(len(treated), np.inf)
-        variance = self._variances(adjust_depth)
+        variance = self._variances()
         of_control = dict(zip(self.context[self.is_control], np.flatnonzero(self.is_control), strict=True))
         se = np.full(mean.shape, np.inf)
-        for context, at in of_control.items():
+        for own, groups, weight, n in self._comparisons(half):
+            of_controls = (weight**2 / n[groups]).sum(1)
+            effect[own] = mean[own] - weight @ control_mean[groups]
+            if plan is not None:
+                for share, change in zip(plan.weight[own].T, thinner, strict=True):
+                    effect[own] -= share[:, None] * (weight @ change[groups])
+            at, number = of_control[self.control_context[groups[0]]], _number(self.n, half, treated[own])
+            noise[own] = 1.0 / number + of_controls
+            se[own] = np.sqrt(variance[treated[own]] / number[:, None] + variance[at] * of_controls[:, None])
+        return Effects(effect, noise, se)
+
+    def _comparisons(self, half: int | None) -> Iterator[tuple[NDArray, NDArray, Matrix, NDArray]]:
+        """Per context: places of treated conditions, groups of controls, weights of these, and number of cells of all groups."""
+        treated = self.treated
+        n, control_n = _number(self.n, half, treated), _number(self.control_n, half)
+        cells = self.per_batch[treated]
+        cells = cells.sum(1) if half is None else cells[:, half]
+        for context in np.unique(self.context[self.is_control]):
             groups = np.flatnonzero((self.control_context == context) & (control_n > 0))
             own = np.flatnonzero((self.context[treated] == context) & (n > 0))
             if not len(groups) or not len(own):
@@ -361,23 +440,16 @@ class ConditionTable:
             weight = cells[own][:, self.control_batch[groups]] / n[own, None]
             # where a batch has no controls, all controls of the context stand in
             weight += (1.0 - weight.sum(1, keepdims=True)) * number / number.sum()
-            of_controls = (weight**2 / number).sum(1)
-            effect[own] = mean[own] - weight @ control_mean[groups]
-            noise[own] = 1.0 / n[own] + of_controls
-            se[own] = np.sqrt(variance[treated[own]] / n[own, None] + variance[at] * of_controls[:, None])
-        return Effects(effect, noise, se)
+            yield own, groups, weight, control_n
 
-    def _variances(self, adjust_depth: bool = False) -> Matrix:
+    def _variances(self) -> Matrix:
         """Moderated variance within each condition, ``(n_conditions, n_genes)``."""
         df = np.maximum(self.n.sum(1) - 1.0, 0.0)
         if not df.sum():
             logger.warning("No condition has replicates: the standard errors of the means are not known.")
             return np.zeros(self.within.shape)
         pooled = self.within.sum(0, dtype=np.float64) / df.sum()
-        variance = (self.within + _PRIOR_DF * pooled) / (df[:, None] + _PRIOR_DF)
-        if adjust_depth:
-            variance *= np.divide(self.spread**2, pooled, out=np.ones_like(pooled), where=pooled > 0)
-        return variance
+        return (self.within + _PRIOR_DF * pooled) / (df[:, None] + _PRIOR_DF)
 
     def pooled(
         self,
@@ -432,8 +504,7 @@ class ConditionTable:
     def condition_means(self) -> ConditionMeans:
         """Means of the conditions that have controls, and of the controls.
 
-        The difference of a condition to the controls of its context is the effect that compares within batches; it is not
-        adjusted to equal depth.
+        The difference of a condition to the controls of its context is the effect that compares within batches at equal depth.
 
         Raises
         ------
@@ -452,7 +523,7 @@ class ConditionTable:
             logger.warning("%d perturbed cells are in contexts without control cells: they are not used.", lost)
         treated = treated[kept]
         n, squared = self.n.sum(1)[:, None], self._variances()
-        control, found = self.controls, self.effects(adjust_depth=False)
+        control, found = self.controls, self.effects()
         mean = np.concatenate([control[self.context[treated]] + found.effect[kept], control])
         variance = np.zeros(mean.shape)
         variance[: len(treated)] = (squared / n)[treated]
@@ -558,14 +629,23 @@ def _regression(groups: _Groups, mean: Matrix, within: Matrix, sums: Sums) -> tu
     return slope, np.sqrt(np.maximum((within.sum(0) - (slope * qx).sum(0)) / freedom, 1e-8))
 
 
-def _part(
-    n: NDArray, mean: NDArray, depth: Matrix, half: int | None, slope: Matrix | None, at: Any = slice(None)
-) -> tuple[NDArray[np.float64], Matrix]:
-    """Number of cells and means of all cells or of one half, less what goes with depth."""
-    n, mean, depth = n[at].astype(np.float64), mean[at].astype(np.float64), depth[at]
+def _number(n: NDArray[np.int64], half: int | None, at: Any = slice(None)) -> NDArray[np.float64]:
+    """Number of all cells or of those of one half."""
+    return (n[at].sum(1) if half is None else n[at][:, half]).astype(np.float64)
+
+
+def _part(n: NDArray[np.int64], mean: NDArray, half: int | None, at: Any = slice(None)) -> Matrix:
+    """Means of all cells or of those of one half."""
+    n, mean = n[at].astype(np.float64), mean[at].astype(np.float64)
     if half is not None:
-        n, mean, depth = n[:, half], mean[:, half], depth[:, half]
-    else:
-        weight = (n / np.maximum(n.sum(1, keepdims=True), 1))[..., None]
-        n, mean, depth = n.sum(1), (weight * mean).sum(1), (weight * depth).sum(1)
-    return n, mean if slope is None else mean - depth @ slope
+        return mean[:, half]
+    return ((n / np.maximum(n.sum(1, keepdims=True), 1))[..., None] * mean).sum(1)
+
+
+def _counted(dataset: CellDataset, rows: Rows) -> Iterator[Counted]:
+    """Counts of some cells, recovered where normalized ones are registered."""
+    for chunk in chunks(dataset, rows):
+        if dataset.expression.kind == "counts":
+            yield Counted(chunk.positions, chunk.raw, TARGET_SUM / chunk.library)
+        elif (found := counts_of(chunk.raw)) is not None:
+            yield Counted(chunk.positions, *found)
