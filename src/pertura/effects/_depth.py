@@ -16,7 +16,9 @@ from numba import njit
 from numpy.typing import NDArray
 from scipy import sparse
 
-from ._sums import Matrix, Values, add_groups, counts_of
+from pertura.data._scale import counts_of
+
+from ._sums import Matrix, Values, add_groups
 
 _SAME_DEPTH = 0.01  # log ratio of depths below which nothing is done
 _STEP = math.log(1.25)  # controls are thinned in steps of at most this; in between, their mean is interpolated

@@ -12,6 +12,7 @@ from scvi.data import AnnDataManager
 
 from pertura.data._cells import CellDataset, Rows
 from pertura.data._constants import CONTROL_ONLY, KEYS
+from pertura.data._scale import counts_of
 
 Matrix = NDArray[np.float64]
 Values = NDArray | sparse.csr_matrix
@@ -21,8 +22,6 @@ _CHUNK_ENTRIES = 4_000_000  # stored numbers that are in memory at one time
 _MAX_CHUNK = 16_384  # cells
 # log library of a usual cell: about this origin, the square of the log library says something else than the log itself
 _LOG_LIBRARY = 8.0
-# counts that are recovered from a logarithm are whole, or they were none
-_MAX_TELLING, _MIN_TELLING, _TOLERANCE, _MAX_BROKEN = 20, 20, 0.02, 0.01
 
 
 class Chunk(NamedTuple):
@@ -168,40 +167,6 @@ def _scaled(x: Values, scale: NDArray) -> Values:
     if not sparse.issparse(x):
         return x * scale[:, None]
     return sparse.csr_matrix((x.data * np.repeat(scale, np.diff(x.indptr)), x.indices, x.indptr), shape=x.shape)
-
-
-def counts_of(x: Values) -> tuple[Values, NDArray[np.float64]] | None:
-    """Counts behind expression that is the log1p of counts times a number per cell.
-
-    The smallest positive value of a cell is taken for one count.
-
-    Returns
-    -------
-    Counts as stored in `x`, and their unit, ``(n_cells,)``: NaN in cells without any. `None` where the values are of another
-    kind: negative, scaled, corrected, or logarithms to another base.
-    """
-    stored = x.data if sparse.issparse(x) else x.ravel()
-    # counts per 10,000 or per million have smaller logarithms
-    if not len(stored) or not stored.min() >= 0 or stored.max() > 30:
-        return None
-    linear = np.expm1(stored.astype(np.float64))
-    start = x.indptr if sparse.issparse(x) else np.arange(len(x) + 1) * x.shape[1]
-    length = np.diff(start)
-    unit = np.full(len(length), np.nan)
-    some = np.flatnonzero(length)
-    unit[some] = np.minimum.reduceat(np.where(linear > 0, linear, np.inf), start[some])
-    unit[~np.isfinite(unit)] = np.nan
-    counts = np.nan_to_num(linear / np.repeat(unit, length))
-    whole = np.round(counts)
-    # the smallest value of a cell, and large ones, are near a whole number whatever they are
-    telling = (linear > 0) & (counts < _MAX_TELLING)
-    error = np.abs(counts - whole)[telling]
-    number = len(error) - np.isfinite(unit).sum()
-    if number < _MIN_TELLING or (error > _TOLERANCE).sum() > _MAX_BROKEN * number:
-        return None
-    if sparse.issparse(x):
-        return sparse.csr_matrix((whole, x.indices, x.indptr), shape=x.shape), unit
-    return whole.reshape(x.shape), unit
 
 
 def squared(x: Values) -> Values:

@@ -19,9 +19,10 @@ from scvi.data import AnnDataManager
 
 from pertura.data._cells import CellDataset, Rows
 from pertura.data._constants import CONTROL_ONLY, KEYS
+from pertura.data._scale import counts_of
 from pertura.data._vocabulary import dose_units
 
-from ._depth import Counted, Thinning, changes, counts_of
+from ._depth import Counted, Thinning, changes
 from ._shrink import Halves, principal_programs
 from ._sums import TARGET_SUM, Matrix, Sums, Values, chunks, codes_of
 
