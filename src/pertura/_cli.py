@@ -20,6 +20,7 @@ _COMMANDS = {
         "train a model on a small data set and show what it predicts (minutes, CPU)",
     ),
     "benchmark": ("pertura.benchmark.__main__", "score models on held-out conditions of a data set, or of your own"),
+    "check": ("pertura.pp._check", "tell what to know of an .h5ad file before training"),
     "datasets": ("pertura.datasets.__main__", "list the public data sets, or fill the cache from a folder"),
 }
 

@@ -9,13 +9,13 @@ from scipy import sparse
 Values = NDArray | sparse.csr_matrix
 
 # counts that are recovered from a logarithm are whole, or they were none
-_MAX_TELLING, _MIN_TELLING, _TOLERANCE, _MAX_BROKEN = 20, 20, 0.02, 0.01
+_MAX_TELLING, _MIN_TELLING, _TOLERANCE, _MAX_BROKEN, _MAX_SMALLEST = 20, 20, 0.02, 0.01, 3
 
 
 def counts_of(x: Values) -> tuple[Values, NDArray[np.float64]] | None:
     """Counts behind expression that is the log1p of counts times a number per cell.
 
-    The smallest positive value of a cell is taken for one count.
+    The smallest positive value of a cell is one count, or two or three where others are no multiples of it.
 
     Returns
     -------
@@ -33,13 +33,20 @@ def counts_of(x: Values) -> tuple[Values, NDArray[np.float64]] | None:
     some = np.flatnonzero(length)
     unit[some] = np.minimum.reduceat(np.where(linear > 0, linear, np.inf), start[some])
     unit[~np.isfinite(unit)] = np.nan
-    counts = np.nan_to_num(linear / np.repeat(unit, length))
-    whole = np.round(counts)
-    # the smallest value of a cell, and large ones, are near a whole number whatever they are
-    telling = (linear > 0) & (counts < _MAX_TELLING)
-    error = np.abs(counts - whole)[telling]
-    number = len(error) - np.isfinite(unit).sum()
-    if number < _MIN_TELLING or (error > _TOLERANCE).sum() > _MAX_BROKEN * number:
+    cell = np.repeat(np.arange(len(length)), length)
+    least = unit.copy()
+    for smallest in range(1, _MAX_SMALLEST + 1):
+        counts = np.nan_to_num(linear / unit[cell])
+        whole = np.round(counts)
+        # large values are near a whole number whatever they are
+        broken = (linear > 0) & (counts < _MAX_TELLING) & (np.abs(counts - whole) > _TOLERANCE)
+        if smallest == _MAX_SMALLEST or not broken.any():
+            break
+        again = np.unique(cell[broken])
+        unit[again] = least[again] / (smallest + 1)
+    # nor does the smallest value of a cell tell anything
+    number = ((linear > 0) & (counts < _MAX_TELLING)).sum() - np.isfinite(unit).sum()
+    if number < _MIN_TELLING or broken.sum() > _MAX_BROKEN * number:
         return None
     if sparse.issparse(x):
         return sparse.csr_matrix((whole, x.indices, x.indptr), shape=x.shape), unit

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from ._check import check
 from ._guides import call_guides
 from ._qc import qc_flags
 
-__all__ = ["call_guides", "qc_flags"]
+__all__ = ["call_guides", "check", "qc_flags"]

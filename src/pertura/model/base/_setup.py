@@ -13,6 +13,7 @@ from mudata import MuData
 from pertura.data import _mudata
 from pertura.data._cells import Expression
 from pertura.data._constants import KEYS
+from pertura.data._diagnostics import warn_at_setup
 from pertura.data._validation import (
     check_doses,
     check_expression,
@@ -50,7 +51,10 @@ def check_new(adata: AnnData, args: dict[str, Any], perturbation_optional: bool)
     check_size_factor(adata, args["size_factor_key"], kind)
     labels = () if key is None else adata.obs[key].astype(str).unique()
     names = sorted({m for label in labels for m in parse_label(label, control, delimiter)})
-    return check_features(adata, args["perturbation_features_key"], names)
+    features = check_features(adata, args["perturbation_features_key"], names)
+    if key is not None:
+        warn_at_setup(adata, args, kind)
+    return features
 
 
 def check_known(adata: AnnData, args: dict[str, Any], source: dict[str, Any]) -> pd.DataFrame | None:
