@@ -26,6 +26,7 @@ _NO_PERTURBATION = re.compile(
     re.IGNORECASE,
 )
 _MAX_RATIO = 1.5
+_ALL_GENES = 0.95  # share of the library from which on genes are all there are
 _MIN_ARM = 10  # cells of which the depth is told
 _SCALE_ROWS, _BLOCK = 2000, 4096
 _said: set[str] = set()
@@ -137,6 +138,28 @@ def log_libraries(cells: Cells, scale: str, size_factor: NDArray | None = None) 
         elif (found := counts_of(part)) is not None:
             result[own] = -np.log(found[1])
     return result
+
+
+def depth_of(
+    cells: Cells, scale: str, size_factor: NDArray | None = None
+) -> tuple[NDArray[np.float64] | None, float | None]:
+    """Log library of each cell, of all genes where the data tell it, and the share that the genes of `adata` have in it.
+
+    The whole library is told by ``raw``, or by a log-normalized ``X`` beside counts.
+    """
+    own = log_libraries(cells, scale, size_factor)
+    if scale != "counts" or size_factor is not None:
+        return own, None
+    adata, whole = cells.adata, None
+    if adata.raw is not None and adata.raw.n_vars > adata.n_vars and scale_of(adata.raw.X, cells.rows) == "counts":
+        whole = log_libraries(cells._replace(adata=adata.raw, layer=None), "counts")
+    elif cells.layer is not None and adata.X is not None and scale_of(adata.X, cells.rows) == "log1p":
+        whole = log_libraries(cells._replace(layer=None), "log1p") + np.log(1e4)
+    if whole is None:
+        return own, None
+    share = float(np.exp(np.nanmedian(own - whole)))
+    # normalized to another total than 10,000, the share is not told
+    return (whole, share) if share < _ALL_GENES else (own, share if share <= 1.001 else None)
 
 
 def _values(adata: AnnData, layer: str | None) -> Any:
@@ -258,7 +281,7 @@ def warn_at_setup(adata: AnnData, args: dict[str, Any], kind: str, max_cells: in
     where = f"adata.obs[{key!r}]"
     findings = [
         check_scale(cells, scale),
-        check_depth(cells, log_libraries(cells, scale, size_factor)),
+        check_depth(cells, depth_of(cells, scale, size_factor)[0]),
         check_controls(label, context, control, where),
         check_non_targeting(pd.Index(label.unique()), control, args["delimiter"], where),
     ]

@@ -23,7 +23,7 @@ from ._sums import Matrix, Values, add_groups
 _SAME_DEPTH = 0.01  # log ratio of depths below which nothing is done
 _STEP = math.log(1.25)  # controls are thinned in steps of at most this; in between, their mean is interpolated
 _MAX_STEPS = 8
-_MAX_SUMMED = 48  # larger counts vary little around their mean: two terms of the Taylor series
+_MAX_SUMMED = 128  # larger counts vary little around their mean: two terms of the Taylor series
 _CELLS = 4096
 
 

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from anndata import AnnData
 
@@ -127,22 +126,20 @@ def _expression(cells: Cells, size_factor_key: str | None) -> Iterator[Finding]:
         )
         yield found
         sizes = adata.obs[size_factor_key].to_numpy() if found.status == "ok" else None
-    library = diagnose.log_libraries(cells, scale, sizes)
-    yield _library(cells, scale, library, size_factor_key)
+    library, share = diagnose.depth_of(cells, scale, sizes)
+    yield _library(cells, scale, share, size_factor_key)
     yield diagnose.check_depth(cells, library)
 
 
-def _library(cells: Cells, scale: str, log_library: Any, size_factor_key: str | None) -> Finding:
+def _library(cells: Cells, scale: str, share: float | None, size_factor_key: str | None) -> Finding:
     """What the library of a cell is, and whether the genes are all of it."""
     adata = cells.adata
     if size_factor_key is not None:
         return Finding("library", "ok", f"adata.obs[{size_factor_key!r}]", "size factors; only their ratios matter")
-    if scale != "counts" or log_library is None:
+    if scale != "counts":
         return Finding("library", "ok", cells.where, "not used: only counts are divided by it")
-    median = np.exp(np.median(log_library))
-    found = f"total counts of the {adata.n_vars:,} genes, median {median:,.0f}"
-    share = _share_of_genes(cells, log_library)
-    if share is not None and share < 0.95:
+    found = f"total counts of the {adata.n_vars:,} genes"
+    if share is not None and share < diagnose._ALL_GENES:
         return Finding(
             "library",
             "warning",
@@ -151,21 +148,6 @@ def _library(cells: Cells, scale: str, log_library: Any, size_factor_key: str | 
             "Keep the total counts of all genes in a column and name it `size_factor_key`, so that expression is per 10,000 of the whole.",
         )
     return Finding("library", "ok", cells.where, found)
-
-
-def _share_of_genes(cells: Cells, log_library: np.ndarray) -> float | None:
-    """Share of the registered genes in the whole library, where `adata.raw` or a normalized ``X`` tells it."""
-    adata, some = cells.adata, cells.rows[:2000]
-    own = log_library[: len(some)]
-    if adata.raw is not None and adata.raw.n_vars > adata.n_vars and diagnose.scale_of(adata.raw.X, some) == "counts":
-        whole = diagnose.log_libraries(cells._replace(adata=adata.raw, layer=None, rows=some), "counts")
-        return float(np.exp(np.median(own - whole)))
-    if cells.layer is None or adata.X is None or diagnose.scale_of(adata.X, some) != "log1p":
-        return None
-    whole = diagnose.log_libraries(cells._replace(layer=None, rows=some), "log1p") + np.log(1e4)
-    share = float(np.exp(np.nanmedian(own - whole)))
-    # normalized to another total than 10,000, nothing is told
-    return share if 0 < share <= 1.001 else None
 
 
 # -- labels ---------------------------------------------------------------------------------------------------------------
