@@ -7,7 +7,7 @@ from anndata import AnnData
 from scipy import sparse
 from scipy.stats import binom
 
-from pertura import baseline, datasets, model
+from pertura import baseline, datasets, metrics, model
 from pertura.data._scale import counts_of
 from pertura.effects._depth import Thinning, change_at_depth, equal_depth_changes
 
@@ -152,6 +152,11 @@ def test_means_of_groups_are_changed_alike(thinned, measure, deep):
     # log libraries are averaged over the same cells: the same to the rounding of the values
     np.testing.assert_allclose(found, table.effects().effect, atol=0.01)
     assert equal_depth_changes(-adata.X, group, reference) is None
+    measured = metrics.measured_effect(adata, "stim", **KANG).pivot(index="context", columns="gene", values="effect")
+    np.testing.assert_allclose(measured.sort_index()[adata.var_names], found, atol=1e-5)
+    # the profile that predictions are scored against
+    table = pd.DataFrame((mean + change)[1::2], names[1::2].reorder_levels([1, 0]), adata.var_names)
+    assert metrics.evaluate(table, adata, metrics=["mse"], **KANG)["value"].max() < 1e-10
 
 
 @pytest.mark.parametrize(
@@ -159,7 +164,7 @@ def test_means_of_groups_are_changed_alike(thinned, measure, deep):
     [
         (baseline.MeanEffect, {}, {}, "ctrl"),
         (baseline.MeanEffect, {}, {}, "stim"),
-        (model.SAMSVAE, {"n_hidden": 16, "n_latent": 4}, {"max_epochs": 2}, "stim"),
+        pytest.param(model.SAMSVAE, {"n_hidden": 16, "n_latent": 4}, {"max_epochs": 2}, "stim", marks=pytest.mark.slow),
     ],
 )
 def test_predictions_are_at_equal_depth(thinned, cls, options, train, deep):

@@ -116,12 +116,13 @@ def test_labels(kang, caplog):
     labels.iloc[:40] = "non-targeting_1"
     labels.iloc[40:80] = "NTC-2"
     labels.iloc[80:120] = "NT5E"
+    labels.iloc[120:123] = "IFNB1"
     kang.obs["condition"] = labels
     status, text, do = found(kang, "non-targeting", layer="counts")
     assert status == "warning" and "NTC-2, non-targeting_1" in text and "NT5E" not in text and "'ctrl'" in do
     assert "non-targeting_1" in warned(kang, caplog, layer="counts")
     few = found(kang, "cells", layer="counts")
-    assert few[0] == "warning" and "fewer than 10" in few[1]
+    assert few[0] == "warning" and "fewer than 10: " in few[1] and "IFNB1" in few[1]
     labels.iloc[:3] = np.nan
     kang.obs["condition"] = labels
     status, text, do = found(kang, "labels", layer="counts")

@@ -9,7 +9,7 @@ import pandas as pd
 from anndata import AnnData
 from scipy.stats import norm
 
-from ._pseudobulk import expression, moments
+from ._pseudobulk import at_equal_depth, expression, moments
 
 LEVELS = tuple(np.round(np.linspace(0.05, 0.95, 19), 2))
 
@@ -23,7 +23,10 @@ def measured_effect(
     context_key: str | None = None,
     layer: str | None = None,
 ) -> pd.DataFrame:
-    """Difference of means between perturbed and control cells, gene by gene, with its standard error.
+    """Difference of means between perturbed and control cells at equal sequencing depth, gene by gene, with its standard error.
+
+    Of the two the deeper cells are thinned in expectation. This needs log1p of normalized counts; of other values, the plain
+    difference is returned.
 
     Parameters
     ----------
@@ -55,7 +58,8 @@ def measured_effect(
         perturbation = others[0]
     keep = np.flatnonzero(np.isin(label, [perturbation, control]))
     codes, groups = pd.MultiIndex.from_arrays([label[keep], context[keep]]).factorize()
-    values = moments(expression(adata, layer, "adata")[keep], codes, groups)
+    x = expression(adata, layer, "adata")[keep]
+    values = at_equal_depth(moments(x, codes, groups), x, codes, control)
     se2 = values.var / values.n[:, None]
     tables = []
     for name in pd.unique(context[keep]):

@@ -12,7 +12,7 @@ from anndata import AnnData
 from numpy.typing import ArrayLike
 
 from ._arrays import Floats
-from ._pseudobulk import ALL, Moments, conditions, expression, moments, perturbed_mean, welch
+from ._pseudobulk import ALL, Moments, at_equal_depth, conditions, expression, moments, perturbed_mean, welch
 from ._registry import DEFAULT_TOP, Metric, get_metric
 from ._response import de_weights
 
@@ -57,7 +57,8 @@ def evaluate(
 ) -> pd.DataFrame:
     """Score predictions against measured cells, condition by condition.
 
-    All expression is on one scale, normally log1p of counts per 10,000. The control is always the measured
+    All expression is on one scale, normally log1p of counts per 10,000. Measured means are at the sequencing depth of the controls,
+    where the values tell counts. The control is always the measured
     one of `truth`, for prediction and truth alike; control cells in `pred` are ignored.
 
     Parameters
@@ -111,7 +112,8 @@ def evaluate(
     if context_key is None and not isinstance(pred, AnnData) and isinstance(pred.index, pd.MultiIndex):
         raise ValueError("`pred` is indexed by (perturbation, context); name the `context_key` of `truth`.")
     codes, groups = conditions(truth, perturbation_key, context_key, "truth")
-    true = moments(expression(truth, layer, "truth"), codes, groups)
+    true_x = expression(truth, layer, "truth")
+    true = at_equal_depth(moments(true_x, codes, groups), true_x, codes, control)
     genes = truth.var_names
     if isinstance(pred, AnnData):
         order = _gene_order(pred.var_names, genes, "pred")
@@ -153,7 +155,6 @@ def evaluate(
             if not isinstance(pred, AnnData):
                 raise ValueError(f"`metrics`: {metric.name!r} reads cells, but `pred` holds means; pass an AnnData.")
             options = {k: v for k, v in {"max_cells": max_cells, "seed": seed}.items() if k in metric.parameters}
-            true_x = expression(truth, layer, "truth")
             pairs = zip(pred_groups.get_indexer(keys), groups.get_indexer(keys), strict=True)
             values = [
                 metric(pred_x[np.flatnonzero(pred_codes == i)], true_x[np.flatnonzero(codes == j)], **options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ import scipy.sparse as sp
 from anndata import AnnData
 from numpy.typing import NDArray
 from scipy.stats import false_discovery_control, ttest_ind_from_stats
+
+from pertura.effects._depth import equal_depth_changes
 
 from ._arrays import Floats
 
@@ -108,6 +110,25 @@ def moments(x: Any, codes: NDArray[np.intp], groups: pd.Index) -> Moments:
     return Moments(groups, n, found.layers["mean"], np.where(n[:, None] > 1, found.layers["var"], np.nan))
 
 
+def at_equal_depth(found: Moments, x: Any, codes: NDArray[np.intp], control: str) -> Moments:
+    """Moments whose differences to the controls of a context are those at equal sequencing depth.
+
+    Means of groups that were sequenced more deeply than their controls are those of thinned counts. Where the controls are the
+    deeper ones, the means change by as much in the other direction. Nothing changes where `x` does not tell counts.
+
+    Parameters
+    ----------
+    found, x, codes
+        Moments of the groups, cells and group of each, as for :func:`moments`; groups are (condition, context).
+    control
+        Label of the controls.
+    """
+    context = found.groups.get_level_values(1)
+    reference = found.groups.get_indexer(pd.MultiIndex.from_arrays([[str(control)] * len(context), context]))
+    change = equal_depth_changes(x, codes, reference)
+    return found if change is None else replace(found, mean=found.mean + change)
+
+
 def welch(a: Moments, b: Moments) -> tuple[Floats, Floats]:
     """Welch t statistics and Benjamini-Hochberg p values (groups, genes); no evidence gives 0 and 1."""
     n_a, n_b = a.n[:, None], b.n[:, None]
@@ -147,5 +168,7 @@ def perturbed_mean(
     perturbed = np.asarray(groups.get_level_values("condition") != str(control))
     if not perturbed.any():
         raise ValueError(f"`adata` has no cells other than the control {control!r}.")
-    means = pd.DataFrame(moments(expression(adata, layer, "adata"), codes, groups).mean, groups, adata.var_names)
+    x = expression(adata, layer, "adata")
+    found = at_equal_depth(moments(x, codes, groups), x, codes, control)
+    means = pd.DataFrame(found.mean, groups, adata.var_names)
     return means[perturbed].groupby(level="context").mean()
