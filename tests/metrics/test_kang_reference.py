@@ -49,7 +49,8 @@ def scores(kang):
 
 @pytest.mark.parametrize(
     ("model", "pearson", "r2", "mse"),
-    [("mean", 0.878, 0.51, 0.095), ("weighted", 0.927, 0.76, 0.048), ("ceiling", 0.977, 0.95, 0.024)],
+    # against effects that are not at equal depth, the correlations are 0.878 and 0.927, and r2 of the mean is 0.51
+    [("mean", 0.8865, 0.528, 0.095), ("weighted", 0.933, 0.765, 0.048), ("ceiling", 0.977, 0.95, 0.024)],
 )
 def test_reference_numbers(scores, model, pearson, r2, mse):
     assert scores.loc["pearson_effect_top", model] == pytest.approx(pearson, abs=1e-3)
