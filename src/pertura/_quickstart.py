@@ -103,19 +103,24 @@ def _load(data: str, fast: bool) -> tuple[Dataset, str]:
 
 def _run(dataset: Dataset, about: str, context: str, out: Path, options: argparse.Namespace) -> None:
     from pertura.benchmark import baselines, make_splits
+    from pertura.benchmark._controls import divide_controls
     from pertura.benchmark._score import ask, make_tasks
 
     (split,) = make_splits(dataset, "unseen_context", contexts=[context])
-    (task,) = make_tasks(dataset, split, max_controls=2000, seed=0, with_reference=False)
+    divided = divide_controls(dataset, split, max_controls=2000)
+    (task,) = make_tasks(dataset, split, divided)
     ((perturbation, _),) = task.conditions
-    train = dataset.rows(split.train)
+    train = dataset.rows(divided.train)
     print(f"Data      {about}: {dataset.adata.n_obs:,} cells x {dataset.adata.n_vars:,} genes")
-    print(f"Held out  the {len(split.test)} treated cells of {context}; training on the other {train.n_obs:,} cells\n")
+    print(
+        f"Held out  the {len(split.test)} treated cells of {context}, and {len(divided.reference[context])} of its controls,"
+    )
+    print(f"          which the measured effect is against; training on the other {train.n_obs:,} cells\n")
     model = _train(train, dataset, options)
     asked = {"level": LEVEL, "seed": options.seed, "options": {}, "intervals": True}
     predictions = {"PertVAE": ask(model, task, cells=True, **asked)}
     for name, spec in baselines().items():
-        fitted = spec(dataset.rows(split.train), setup=dataset.keys, seed=options.seed)
+        fitted = spec(dataset.rows(divided.train), setup=dataset.keys, seed=options.seed)
         predictions[name] = ask(fitted, task, cells=False, **asked)
     scores = _scores(predictions, task)
     _print_scores(scores, predictions["PertVAE"], task, context)
@@ -150,14 +155,19 @@ def _train(train: AnnData, dataset: Dataset, options: argparse.Namespace) -> Any
 
 def _scores(predictions: dict[str, Prediction], task: Task) -> pd.DataFrame:
     """Metric, model, mean, low, high; intervals are of a bootstrap over genes, the same genes for all models."""
+    from pertura.metrics._ceiling import halves
+
     label = task.truth.obs["perturbation"].to_numpy(dtype=str)
     is_control = label == task.dataset.control
-    treated, control = task.truth.X[~is_control], _mean(task.truth.X[is_control])
-    truth = _mean(treated)
+    treated, controls = task.truth.X[~is_control], task.truth.X[is_control]
+    truth, control, start = _mean(treated)[None], _mean(controls)[None], task.start.to_numpy()
     rng = np.random.default_rng(0)
-    halves, others = _halves(treated, rng)
-    profiles = {name: (p.mean.to_numpy(), truth[None]) for name, p in predictions.items()}
-    profiles["ceiling"] = (halves, others)
+    # predicted and true mean, and the controls of either
+    profiles = {name: (p.mean.to_numpy(), truth, control, start) for name, p in predictions.items()}
+    one, other = halves(treated, "cells", N_HALVES, rng)
+    own, against = halves(controls, "control", N_HALVES, rng)
+    profiles["ceiling"] = (one, other, against, own)
+    truth, control = truth[0], control[0]
     strongest = np.argsort(-np.abs(truth - control), kind="stable")[:TOP]
     genes = np.arange(len(truth))
     drawn = {
@@ -167,7 +177,9 @@ def _scores(predictions: dict[str, Prediction], task: Task) -> pd.DataFrame:
     }
     rows: list[dict[str, Any]] = []
     for metric, at in drawn.items():
-        rows += _with_gaps(metric, {name: _boot(metric, x, y, control, at) for name, (x, y) in profiles.items()})
+        rows += _with_gaps(
+            metric, {name: _boot(metric, *p, at=at, full_size=name == "ceiling") for name, p in profiles.items()}
+        )
     return pd.DataFrame(rows)
 
 
@@ -199,28 +211,28 @@ def _mean(x: Any) -> NDArray[np.float64]:
     return np.asarray(x.mean(axis=0), dtype=np.float64).ravel()
 
 
-def _halves(treated: Any, rng: np.random.Generator) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Means of random halves of the cells and of the other halves, (halvings, genes)."""
-    n = treated.shape[0]
-    half = rng.permuted(np.tile(np.arange(n) < n // 2, (N_HALVES, 1)), axis=1).astype(np.float64)
-    one = np.asarray((treated.T @ half.T).T) / half.sum(1, keepdims=True)
-    return one, (_mean(treated) * n - one * (n // 2)) / (n - n // 2)
-
-
 def _draw_genes(genes: NDArray[np.intp], rng: np.random.Generator) -> NDArray[np.intp]:
     """The genes themselves, then resamples of them."""
     return np.concatenate([genes[None], rng.choice(genes, (N_BOOT, len(genes)))])
 
 
-def _boot(
-    metric: str, predicted: NDArray[np.float64], truth: NDArray[np.float64], control: NDArray[np.float64], at: Any
-) -> NDArray[np.float64]:
-    """Scores on each set of genes, averaged over the rows (halvings)."""
+def _boot(metric: str, *profiles: NDArray[np.float64], at: Any, full_size: bool = False) -> NDArray[np.float64]:
+    """Scores on each set of genes, averaged over the rows of predicted and true means and the controls of truth and prediction.
+
+    `full_size`: rows are of halves of the cells, and values are extended to all of them where there is a rule for that.
+    """
     from pertura.metrics import get_metric
+    from pertura.metrics._ceiling import full_size as extend
 
     # The sets are of the top genes already.
     function = get_metric(metric.removesuffix("_top"))
-    return np.mean([function(x[at], y[at], control[at]) for x, y in zip(predicted, truth, strict=True)], axis=0)
+    given = [name for name in ("control", "predicted_control") if name in function.parameters]
+    values = []
+    for x, y, *controls in zip(*profiles, strict=True):
+        options = dict(zip(given, (c[at] for c in controls), strict=False))
+        values.append(function(x[at], y[at], **options))
+    known = full_size and function.duplicate is not None
+    return np.mean(extend(np.stack(values), function) if known else values, axis=0)
 
 
 def _print_scores(scores: pd.DataFrame, prediction: Prediction, task: Task, context: str) -> None:
@@ -229,7 +241,7 @@ def _print_scores(scores: pd.DataFrame, prediction: Prediction, task: Task, cont
     effect, se = (table.to_numpy()[0] for table in task.effects)
     low, high = prediction.low.to_numpy()[0], prediction.high.to_numpy()[0]
     top = np.argsort(-np.abs(effect), kind="stable")[:TOP]
-    print(f"\nTreated {context}, predicted from their {task.controls.n_obs} own control cells, against the measured:\n")
+    print(f"\nTreated {context}, predicted from {task.controls.n_obs} of their control cells, against the measured:\n")
     models = list(dict.fromkeys(scores["model"]))
     width = max(map(len, models)) + 2
     print(" " * width + "".join(f"{title.format(len(top)):>24}" for title in _COLUMNS.values()))
@@ -246,10 +258,10 @@ def _print_scores(scores: pd.DataFrame, prediction: Prediction, task: Task, cont
     )
     print(
         f"""
-r: correlation of predicted and measured effect on the {len(top)} genes that change most; R2: of mean expression on
-them; MSE: over all genes; gap closed (of r): 0 is the mean effect of the other cell types, 1 the ceiling:
-one half of the treated cells as a prediction of the other. In brackets: {LEVEL:.0%} interval, from a
-bootstrap over genes.
+r: correlation of predicted and measured effect, each against control cells of its own, on the {len(top)} genes that
+change most; R2: of mean expression on them; MSE: over all genes; gap closed (of r): 0 is the mean effect of the
+other cell types, 1 the ceiling: one half of the held-out cells as a prediction of the other, r and MSE extended
+to all of them. In brackets: {LEVEL:.0%} interval, from a bootstrap over genes.
 
 PertVAE's {LEVEL:.0%} intervals hold the measured effect of {everywhere:.0%} of all genes, and of {strongest:.0%} of
 the {len(top)} that change most."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -9,6 +10,7 @@ import pytest
 from pertura import benchmark as bm
 from pertura import data, datasets
 from pertura import metrics as mt
+from pertura.benchmark._controls import divide_controls
 from pertura.benchmark._resources import Resources
 
 KEYS = {"perturbation_key": "perturbation", "control": "control", "context_key": "cell_type"}
@@ -17,7 +19,17 @@ FAST = {"baselines": False, "progress": False, "seeds": 1}
 
 def mean(adata, perturbation, context):
     keep = (adata.obs["perturbation"] == perturbation) & (adata.obs["cell_type"] == context)
-    return np.asarray(adata[keep.to_numpy()].X.mean(axis=0), dtype=np.float64).ravel()
+    return of_rows(adata, keep.to_numpy())
+
+
+def of_rows(adata, rows):
+    return np.asarray(adata[rows].X.mean(axis=0), dtype=np.float64).ravel()
+
+
+def halves(adata, split=None):
+    """How the controls of a split are divided."""
+    dataset = bm.Dataset.of(adata)
+    return divide_controls(dataset, split or bm.make_splits(dataset, "unseen_context")[0], max_controls=2000)
 
 
 @pytest.mark.parametrize("kind", ["unseen_context", "unseen_perturbation", "unseen_combination", "held_out_cells"])
@@ -29,8 +41,13 @@ def test_held_out_cells_never_reach_the_model(screen, shift, kind):
     bm.run(dataset, {"spy": spy}, splits=splits, metrics="mse", n_halves=0, **FAST)
     assert len(spy.trained_on) == len(splits)
     for split, seen in zip(splits, spy.trained_on, strict=True):
-        assert set(seen.obs_names) == set(screen.obs_names[split.train])
+        divided = divide_controls(dataset, split, max_controls=2000)
+        reference = set(screen.obs_names[np.concatenate(list(divided.reference.values()))])
+        assert set(seen.obs_names) == set(screen.obs_names[split.train]) - reference
         assert not set(seen.obs_names) & set(screen.obs_names[split.test])
+        # of this split: what is asked about is the reference of none of its contexts
+        asked = {name for rows in divided.asked.values() for name in screen.obs_names[rows]}
+        assert not asked & reference and any(set(q.obs_names) <= asked for _, q, _ in spy.asked)
         # Nothing that was computed from all cells, the simulator's truth included.
         assert not seen.uns and not seen.obsm and not seen.varm and not seen.varp and not seen.obsp
         assert not seen.is_view
@@ -46,7 +63,8 @@ def test_validation_rows_are_not_trained_on(screen, shift):
     spy = shift(0.0)
     splits = data.leave_context_out(screen, **KEYS, val_fraction=0.3)
     bm.run(screen, {"spy": spy}, splits=splits[:1], metrics="mse", n_halves=0, **FAST)
-    assert set(spy.trained_on[0].obs_names) == set(screen.obs_names[splits[0].train])
+    assert set(spy.trained_on[0].obs_names) == set(screen.obs_names[halves(screen, splits[0]).train])
+    assert not set(spy.trained_on[0].obs_names) & set(screen.obs_names[splits[0].val])
 
 
 def test_changing_the_model_s_copy_changes_nothing(screen):
@@ -68,38 +86,122 @@ def test_changing_the_model_s_copy_changes_nothing(screen):
     split = bm.make_splits(bm.Dataset.of(screen), "unseen_context")[0]
     table = bm.run(screen, {"vandal": Vandal()}, splits=split, metrics="mse", n_halves=0, **FAST)
     (context,) = split.held_out
+    control = of_rows(before, halves(before, split).asked[context])
     for row in table.itertuples():
-        truth, control = mean(before, row.perturbation, context), mean(before, "control", context)
+        truth = mean(before, row.perturbation, context)
         assert row.value == pytest.approx(mt.mse(control, truth), rel=1e-4)
     assert (screen.X != before.X).nnz == 0
     assert (screen.layers["counts"] != before.layers["counts"]).nnz == 0
     assert screen.obs.equals(before.obs)
 
 
-def test_scores_are_those_of_the_definitions(screen, shift):
+@pytest.mark.parametrize("controls", ["halves", "shared"])
+def test_scores_are_those_of_the_definitions(screen, shift, controls):
     effect = np.random.default_rng(0).normal(0, 0.3, screen.n_vars)
     names = ["pearson_effect_top20", "r2_top20", "mse", "interval_coverage", "interval_coverage_top20"]
-    table = bm.run(screen, {"shift": shift(effect, 0.2)}, metrics=names, n_halves=0, **FAST)
+    model = {"shift": shift(effect, 0.2)}
+    table = bm.run(screen, model, metrics=names, n_halves=0, controls=controls, **FAST)
     assert len(table) == 3 * 5 * len(names)  # contexts, perturbations
+    splits = {s.held_out[0]: s for s in bm.make_splits(bm.Dataset.of(screen), "unseen_context")}
     for (perturbation, context), rows in table.groupby(["perturbation", "context"]):
-        truth, control = mean(screen, perturbation, context), mean(screen, "control", context)
+        divided = divide_controls(bm.Dataset.of(screen), splits[context], controls, max_controls=2000)
+        asked, reference = divided.asked[context], divided.reference[context]
+        assert (len(asked), len(reference)) == ((15, 15) if controls == "halves" else (30, 30))
+        truth, control, start = (
+            mean(screen, perturbation, context),
+            of_rows(screen, reference),
+            of_rows(screen, asked),
+        )
         value = rows.set_index("metric")["value"]
-        x = control + effect
-        assert value["pearson_effect_top20"] == pytest.approx(mt.pearson_effect(x, truth, control, top=20), abs=1e-5)
+        x = start + effect
+        expected = mt.pearson_effect(x, truth, control, start, top=20)
+        assert value["pearson_effect_top20"] == pytest.approx(expected, abs=1e-5)
+        # the predicted effect is what the model added, whatever cells it was asked with
+        top = np.argsort(-np.abs(truth - control))[:20]
+        assert expected == pytest.approx(np.corrcoef(effect[top], (truth - control)[top])[0, 1], abs=1e-6)
         assert value["r2_top20"] == pytest.approx(mt.r2(x, truth, control, top=20), abs=1e-5)
         assert value["mse"] == pytest.approx(mt.mse(x, truth), rel=1e-5)
-        measured = mt.measured_effect(
-            screen[(screen.obs["cell_type"] == context).to_numpy()], perturbation, **KEYS
-        ).set_index("gene")
+        treated = np.flatnonzero((screen.obs["perturbation"] == perturbation) & (screen.obs["cell_type"] == context))
+        own = screen[np.concatenate([treated, reference])]
+        measured = mt.measured_effect(own, perturbation, **KEYS).set_index("gene")
         low, high, se = effect - 0.2, effect + 0.2, measured["se"].to_numpy()
         coverage = mt.interval_coverage(low, high, measured["effect"], truth_se=se)
         assert value["interval_coverage"] == pytest.approx(coverage)
-        top = np.argsort(-np.abs(measured["effect"].to_numpy()))[:20]
         coverage = mt.interval_coverage(low[top], high[top], measured["effect"].to_numpy()[top], truth_se=se[top])
         assert value["interval_coverage_top20"] == pytest.approx(coverage)
-    assert set(table["n_cells"]) == {20}
+    assert set(table["n_cells"]) == {20} and set(table["controls"]) == {controls}
     assert (table["seconds"] >= 0).all() and (table["peak_mb"] > 10).all()
     assert set(table["split"]) == {"unseen_context"} and set(table["dataset"]) == {"simulated"}
+
+
+def test_noise_of_the_controls_does_not_pass_for_an_effect(screen):
+    """A model that takes the noise off the control cells it is asked with predicts no effect at all."""
+    # the same cells for all: no perturbation does anything
+    rng = np.random.default_rng(0)
+    screen.X = rng.normal(size=screen.shape)
+    screen.layers.pop("counts")
+    dataset = bm.Dataset(screen, "noise", "perturbation", "control", context_key="cell_type")
+
+    class Zero:
+        def predict_perturbation(self, perturbation, *, adata, **options):
+            return adata.__class__(np.zeros(adata.shape), obs=adata.obs.copy(), var=adata.var.copy())
+
+    given = {"metrics": "pearson_effect", **FAST}
+    found = {
+        controls: bm.run(dataset, {"zero": lambda adata, **_: Zero()}, controls=controls, **given)
+        for controls in ("shared", "halves")
+    }
+    value = {k: v.groupby("model")["value"].mean() for k, v in found.items()}
+    # minus the noise of the controls is in the truth of the same controls
+    assert value["shared"]["zero"] > 0.4 and value["shared"]["ceiling"] > 0.25
+    assert abs(value["halves"]["zero"]) < 0.15 and abs(value["halves"]["ceiling"]) < 0.15
+
+
+@pytest.mark.parametrize("kind", ["unseen_context", "unseen_perturbation", "held_out_cells"])
+def test_controls_are_divided_by_context_and_batch(screen, kind):
+    screen.obs["plate"] = np.where(np.arange(screen.n_obs) % 3 == 0, "one", "two")
+    dataset = bm.Dataset.of(screen, setup={"batch_key": "plate"})
+    options = {"held_out_cells": {"fraction": 0.4}, "unseen_perturbation": {"n_folds": 3}}.get(kind, {})
+    (split, *_) = bm.make_splits(dataset, kind, **options)
+    divided = divide_controls(dataset, split, max_controls=2000)
+    is_control = (screen.obs["perturbation"] == "control").to_numpy()
+    held = set(dataset.contexts[np.setdiff1d(split.test, np.flatnonzero(is_control))])
+    assert set(divided.asked) == held == set(divided.reference)
+    assert (len(held) == 1) == (kind == "unseen_context")
+    for name in held:
+        asked, reference = divided.asked[name], divided.reference[name]
+        own = np.flatnonzero(is_control & (dataset.contexts == name))
+        np.testing.assert_array_equal(np.union1d(asked, reference), own)
+        assert not set(asked) & set(reference) and divided.protocol(name) == "halves"
+        assert set(asked) <= set(divided.train) and not set(reference) & set(divided.train)
+        if kind == "held_out_cells":  # the split has divided them
+            assert set(reference) <= set(split.test)
+        else:
+            number = pd.crosstab(screen.obs["plate"].iloc[own], np.isin(own, asked))
+            assert (number[True] - number[False]).abs().max() <= 1
+    others = is_control & ~np.isin(dataset.contexts, list(held))
+    assert set(np.intersect1d(np.flatnonzero(others), split.train)) <= set(divided.train)
+    again = divide_controls(dataset, split, max_controls=2000)
+    assert all((again.asked[n] == divided.asked[n]).all() for n in held)
+    if kind != "held_out_cells":
+        other = divide_controls(dataset, replace(split, seed=7), max_controls=2000)
+        assert any((other.asked[n] != divided.asked[n]).any() for n in held)
+
+
+def test_few_controls_are_shared_and_it_is_said(screen, shift, caplog):
+    contexts = screen.obs["cell_type"].astype(str)
+    is_control = (screen.obs["perturbation"] == "control").to_numpy()
+    few = np.flatnonzero(is_control & (contexts == contexts.unique()[0]).to_numpy())[19:]
+    adata = screen[np.setdiff1d(np.arange(screen.n_obs), few)].copy()
+    spy = shift(0.1)
+    with caplog.at_level(logging.WARNING):
+        table = bm.run(adata, {"spy": spy}, metrics=["mse", "pearson_effect"], n_halves=3, **FAST)
+    assert "19 control cells, too few for halves" in caplog.text
+    found = table.groupby("context")["controls"].agg(set)
+    assert found.pop(contexts.unique()[0]) == {"shared"} and (found == {"halves"}).all()
+    assert {19, 15} == {query.n_obs for _, query, _ in spy.asked}
+    with pytest.raises(ValueError, match="`controls`"):
+        bm.run(adata, {"spy": spy}, metrics="mse", controls="both", **FAST)
 
 
 def test_interval_metrics_are_nan_without_intervals(screen):
@@ -115,16 +217,26 @@ def test_interval_metrics_are_nan_without_intervals(screen):
     assert len(table) == 30
 
 
-def test_ceiling_is_the_split_half_of_the_held_out_cells(screen, shift):
-    table = bm.run(screen, {"shift": shift(0.0)}, metrics=["mse", "interval_width"], n_halves=7, **FAST)
-    row = table[(table["model"] == "ceiling") & (table["metric"] == "mse")].iloc[0]
+@pytest.mark.parametrize("controls", ["halves", "shared"])
+def test_ceiling_is_the_split_half_of_the_held_out_cells(screen, shift, controls):
+    names = ["mse", "pearson_effect", "r2_top20", "interval_width"]
+    table = bm.run(screen, {"shift": shift(0.0)}, metrics=names, n_halves=7, controls=controls, **FAST)
+    ceiling = table[table["model"] == "ceiling"]
+    row = ceiling.iloc[0]
     keep = (screen.obs["perturbation"] == row["perturbation"]) & (screen.obs["cell_type"] == row["context"])
     cells = screen[keep.to_numpy()].X
-    control = mean(screen, "control", row["context"])
-    expected = mt.split_half_ceiling(cells, control, "mse", n_splits=7).mean()["mse"]
+    splits = {s.held_out[0]: s for s in bm.make_splits(bm.Dataset.of(screen), "unseen_context")}
+    rows = halves(screen, splits[row["context"]]).reference[row["context"]]
+    own = screen[rows].X if controls == "halves" else mean(screen, "control", row["context"])
+    full = controls == "halves"
+    expected = mt.split_half_ceiling(cells, own, names[:2], n_splits=7, spearman_brown=full).mean()
+    found = ceiling[ceiling["perturbation"] == row["perturbation"]]
+    found = found[found["context"] == row["context"]].set_index("metric")["value"]
     # Rows of the same cells in another order are halved otherwise: close, not equal.
-    assert row["value"] == pytest.approx(expected, rel=0.15)
-    assert table.loc[(table["model"] == "ceiling") & (table["metric"] == "interval_width"), "value"].isna().all()
+    assert found["mse"] == pytest.approx(expected["mse"], rel=0.15)
+    assert found["pearson_effect"] == pytest.approx(expected["pearson_effect"], abs=0.05)
+    assert np.isfinite(found["r2_top20"])  # no rule extends it: that of the halves
+    assert ceiling.loc[ceiling["metric"] == "interval_width", "value"].isna().all()
 
 
 def test_metrics_of_cells_get_draws(screen, shift):
@@ -143,7 +255,10 @@ def test_metrics_across_conditions_and_against_the_reference(screen, shift):
     train = data.leave_context_out(screen, **KEYS)[0].train
     reference = mt.perturbed_mean(screen[train], **KEYS).mean(axis=0).to_numpy()
     row = table[(table["metric"] == names[1])].iloc[0]
-    truth, control = mean(screen, row["perturbation"], row["context"]), mean(screen, "control", row["context"])
+    truth, control = (
+        mean(screen, row["perturbation"], row["context"]),
+        of_rows(screen, halves(screen).asked[row["context"]]),
+    )
     expected = mt.pearson_effect_vs_reference(control + 0.3, truth, reference)
     assert row["value"] == pytest.approx(expected, abs=1e-4)
 
@@ -165,18 +280,21 @@ def test_doses_are_asked_one_by_one(shift):
 
 
 def test_held_out_controls_are_the_reference_where_there_are_some(screen, shift):
-    spy = shift(0.0)
-    split = bm.make_splits(bm.Dataset.of(screen), "held_out_cells")
-    bm.run(screen, {"spy": spy}, splits=split, metrics="mse", n_halves=0, **FAST)
-    test = set(screen.obs_names[split[0].test])
-    assert all(set(query.obs_names) <= test for _, query, _ in spy.asked)
+    spy, shared = shift(0.0), shift(0.0)
+    (split,) = data.held_out_cells(screen, perturbation_key="perturbation", context_key="cell_type", fraction=0.4)
+    options = {"splits": split, "metrics": "mse", "n_halves": 0, **FAST}
+    bm.run(screen, {"spy": spy}, **options)
+    assert set(spy.trained_on[0].obs_names) == set(screen.obs_names[split.train])
+    assert all(set(query.obs_names) <= set(screen.obs_names[split.train]) for _, query, _ in spy.asked)
+    bm.run(screen, {"spy": shared}, controls="shared", **options)
+    assert all(set(query.obs_names) <= set(screen.obs_names[split.test]) for _, query, _ in shared.asked)
 
 
 def test_control_cells_are_subsampled(screen, shift):
     spy = shift(0.0)
     table = bm.run(screen, {"spy": spy}, metrics="mse", n_halves=0, max_controls=10, **FAST)
     assert {query.n_obs for _, query, _ in spy.asked} == {10}
-    # No change is scored against the same ten control cells.
+    # no change is those ten cells
     row = table.iloc[0]
     query = spy.asked[0][1]
     assert row["perturbation"] == spy.asked[0][0]
@@ -301,7 +419,7 @@ def test_genes_that_respond_in_training(screen, shift):
     ]
     genes = np.argsort(-np.mean(trained, axis=0))[:10]
     truth = mean(screen, perturbation, held)[genes]
-    predicted = mean(screen, "control", held)[genes] + 0.3
+    predicted = of_rows(screen, halves(screen, split).asked[held])[genes] + 0.3
     own = table[(table["perturbation"] == perturbation) & (table["context"] == held) & (table["model"] == "shift")]
     value = own.set_index("metric")["value"]
     assert value["mse_top_train"] == pytest.approx(((predicted - truth) ** 2).mean(), rel=1e-3)

@@ -35,6 +35,23 @@ def test_spearman_brown_predicts_the_correlation_of_full_size_duplicates():
     assert abs(corrected - target) < 0.03 < abs(half - target)
 
 
+def test_halves_of_controls_share_no_noise():
+    """Cells without an effect: only shared controls make the halves agree."""
+    rng = np.random.default_rng(0)
+    cells, controls = rng.normal(size=(40, 500)), rng.normal(size=(40, 500))
+    shared = mt.split_half_ceiling(cells, controls.mean(0), "pearson_effect", n_splits=20)["pearson_effect"].mean()
+    own = mt.split_half_ceiling(cells, controls, "pearson_effect", n_splits=20)["pearson_effect"].mean()
+    # correlation is the share of the variance that is of controls: 1/40 of 1/40 + 1/20
+    assert shared == pytest.approx(1 / 3, abs=0.05)
+    assert own == pytest.approx(0.0, abs=0.05)
+    effect = 0.3 * rng.normal(size=500)
+    cells, again = (effect + rng.normal(size=(40, 500)) for _ in range(2))
+    other = rng.normal(size=(40, 500))
+    full = mt.pearson_effect(again.mean(0), cells.mean(0), controls.mean(0), other.mean(0))
+    ceiling = mt.split_half_ceiling(cells, sp.csr_matrix(controls), "pearson_effect", spearman_brown=True)
+    assert ceiling["pearson_effect"].mean() == pytest.approx(full, abs=0.05)
+
+
 def test_split_half_halves_are_disjoint_and_seeded():
     cells = np.diag(np.arange(1.0, 6.0))  # each cell has its own gene: halves share none
     table = mt.split_half_ceiling(cells, np.zeros(5), "mse", n_splits=20, seed=1)
@@ -50,6 +67,7 @@ def test_split_half_errors():
     cells = np.random.default_rng(0).normal(size=(10, 4))
     for call, word in (
         (lambda: mt.split_half_ceiling(cells[:3], cells[0]), "`cells`"),
+        (lambda: mt.split_half_ceiling(cells, cells[:3]), "`control`"),
         (lambda: mt.split_half_ceiling(cells, cells[0], "energy_distance"), "mean profiles"),
         (lambda: mt.split_half_ceiling(cells, cells[0], "pearson_effect_vs_reference"), "reference"),
         (lambda: mt.split_half_ceiling(cells, cells[0], n_splits=0), "`n_splits`"),

@@ -1,5 +1,7 @@
 """`evaluate` against the metrics called by hand, on planted data."""
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -110,15 +112,47 @@ def test_means_and_cells_give_the_same_profile_scores(truth, pred):
     pd.testing.assert_frame_equal(mt.evaluate(swapped, truth, context_key="cell_type", **KEYS), same)
 
 
-def test_control_of_the_truth_is_used_and_predicted_controls_are_ignored(truth, pred):
-    wrong = make(1, CONDITIONS, CONTEXTS, n=50)
-    control = (wrong.obs["perturbation"] == "ctrl").to_numpy()
-    wrong.X = sp.csr_matrix(np.where(control[:, None], 7.0, wrong.X.toarray()))
-    metrics = ["pearson_effect", "mse"]
-    table = mt.evaluate(wrong, truth, context_key="cell_type", metrics=metrics, **KEYS)
-    assert "ctrl" not in set(table["condition"])
-    x, t, c = mean(wrong, "g1", "B"), mean(truth, "g1", "B"), mean(truth, "ctrl", "B")
-    assert value(table, "pearson_effect") == pytest.approx(mt.pearson_effect(x, t, c))
+EFFECT_METRICS = ["pearson_effect", "spearman_effect", "r2_effect", "weighted_r2", "direction_match", "de_overlap"]
+
+
+def test_predicted_effects_are_against_the_controls_of_the_prediction(truth, pred):
+    own = make(1, CONDITIONS, CONTEXTS, n=50)
+    control = (own.obs["perturbation"] == "ctrl").to_numpy()
+    own.X = sp.csr_matrix(np.where(control[:, None], own.X.toarray() + np.linspace(0, 1, N_GENES), own.X.toarray()))
+    options = {"context_key": "cell_type", "metrics": [*EFFECT_METRICS, "mse", "r2_top", "discrimination_score_l2"]}
+    table = mt.evaluate(own, truth, **options, **KEYS)
+    assert "ctrl" not in set(table["condition"]) and table.attrs["controls"] == "own"
+    x, t, c, start = mean(own, "g1", "B"), mean(truth, "g1", "B"), mean(truth, "ctrl", "B"), mean(own, "ctrl", "B")
+    for metric in EFFECT_METRICS[:3]:
+        assert value(table, metric) == pytest.approx(mt.get_metric(metric)(x, t, c, start))
+        assert abs(value(table, metric) - mt.get_metric(metric)(x, t, c)) > 1e-3
+    assert value(table, "mse") == pytest.approx(mt.mse(x, t)) and value(table, "r2_top") > 0
+    # means with rows of controls say the same
+    pd.testing.assert_frame_equal(
+        mt.evaluate(means(own).sort_index(), truth, **options, **KEYS).sort_values(["metric", "condition", "context"]),
+        table.sort_values(["metric", "condition", "context"]),
+        check_like=True,
+    )
+    shared = mt.evaluate(own, truth, controls="shared", **options, **KEYS)
+    without = mt.evaluate(own[~control].copy(), truth, **options, **KEYS)
+    pd.testing.assert_frame_equal(shared, without)
+    assert shared.attrs["controls"] == without.attrs["controls"] == "shared"
+    assert value(shared, "pearson_effect") == pytest.approx(mt.pearson_effect(x, t, c))
+    with pytest.raises(ValueError, match="`pred` has no control cells.*'B'"):
+        mt.evaluate(own[~(control & (own.obs["cell_type"] == "B").to_numpy())].copy(), truth, **options, **KEYS)
+    with pytest.raises(ValueError, match="`controls`"):
+        mt.evaluate(own, truth, controls="both", **options, **KEYS)
+
+
+@pytest.mark.parametrize("metric", [*EFFECT_METRICS, "r2_on_effect"])
+def test_metrics_of_effects_take_both_controls(metric):
+    """Moving the prediction and its controls together changes no effect; without the controls it does."""
+    rng = np.random.default_rng(0)
+    t, c, x, start, other = rng.normal(size=(5, 200))
+    function = partial(mt.r2, on="effect") if metric == "r2_on_effect" else mt.get_metric(metric)
+    assert function(x + other, t, c, start + other) == pytest.approx(function(x, t, c, start))
+    assert function(x, t, c, c) == pytest.approx(function(x, t, c))
+    assert abs(function(x, t, c, start) - function(x, t, c)) > 1e-3
 
 
 def test_retrieval_is_within_context_and_leaves_all_targets_out(truth, pred):

@@ -11,7 +11,7 @@ import pandas as pd
 
 from pertura.datasets import DataNotAvailable
 
-from ._dataset import ALIASES, KINDS, Dataset
+from ._dataset import ALIASES, KINDS, Dataset, make_splits
 from ._grn import beeline_data, grn_models, run_grn, summarize_grn
 from ._phases import run_phases
 from ._runner import DEFAULT_METRICS, run
@@ -55,6 +55,19 @@ def _parser() -> argparse.ArgumentParser:
         default=DEFAULT_METRICS,
         help="names of pertura.metrics.list_metrics() (default: " + " ".join(DEFAULT_METRICS) + ")",
     )
+    parser.add_argument(
+        "--controls",
+        choices=("halves", "shared"),
+        default="halves",
+        help="whether models start from other control cells than those that the truth is measured against, or from the same "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--split-seed",
+        type=int,
+        default=0,
+        help="seed of the split and of the halves of controls (default: %(default)s)",
+    )
     parser.add_argument("--out", metavar="CSV", help="file of results; runs that are in it are not repeated")
     parser.add_argument("--plot", metavar="PNG", help="file of a figure of the summary")
     parser.add_argument("--skip-errors", action="store_true", help="leave out models that cannot answer a split")
@@ -73,11 +86,13 @@ def _conditions(options: argparse.Namespace) -> pd.DataFrame:
     keys = {k: getattr(options, k) for k in ("perturbation_key", "control", "context_key", "dose_key", "layer")}
     dataset = Dataset.of(options.data, **keys)
     several = dataset.context_key is not None and len(set(dataset.contexts)) > 1
+    kind = options.task or ("unseen_context" if several else "held_out_cells")
     table = summarize(
         run(
             dataset,
             models,
-            splits=options.task or ("unseen_context" if several else "held_out_cells"),
+            splits=make_splits(dataset, kind, seed=options.split_seed),
+            controls=options.controls,
             seeds=options.seeds,
             metrics=options.metrics,
             out=options.out,

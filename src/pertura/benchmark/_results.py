@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-_TEXT = ("dataset", "split", "held_out", "perturbation", "dose", "context", "model", "metric", "settings", "versions")
+_TEXT = ("dataset", "split", "held_out", "perturbation", "dose", "context", "controls", "model", "metric")
+_TEXT += ("settings", "versions")
 COLUMNS = [
     "dataset",
     "split",
@@ -18,6 +19,7 @@ COLUMNS = [
     "perturbation",
     "dose",
     "context",
+    "controls",
     "model",
     "seed",
     "metric",
@@ -45,7 +47,7 @@ class Results:
     ----------
     table
         DataFrame with the columns ``dataset``, ``split`` (the task), ``held_out`` (the split's name), ``perturbation``,
-        ``dose``, ``context``, ``model``, ``seed``, ``metric``, ``value``, ``n_cells``, ``seconds``, ``peak_mb``,
+        ``dose``, ``context``, ``controls`` (shared by predictions and truth, or halves), ``model``, ``seed``, ``metric``, ``value``, ``n_cells``, ``seconds``, ``peak_mb``,
         ``settings`` (fingerprint of how the run was made) and ``versions`` of pertura, scvi-tools and torch.
 
     Raises
@@ -63,11 +65,13 @@ class Results:
 
     def __init__(self, path: str | Path | None = None) -> None:
         self.path = None if path is None else Path(path)
-        self.table = pd.DataFrame(columns=COLUMNS)
+        self.table, self._rewrite = pd.DataFrame(columns=COLUMNS), False
         if self.path is not None and self.path.exists():
             # a perturbation may be called "NA"; an empty number is missing
             numbers = {c: [""] for c in COLUMNS if c not in _TEXT}
             table = pd.read_csv(self.path, dtype=dict.fromkeys(_TEXT, str), keep_default_na=False, na_values=numbers)
+            self._rewrite = "controls" not in table  # a file of an older version
+            table = table.assign(controls="") if self._rewrite else table
             lacking = [c for c in COLUMNS if c not in table]
             if lacking:
                 raise ValueError(f"`out`: {str(self.path)!r} is no benchmark result, it lacks {lacking}.")
@@ -122,7 +126,8 @@ class Results:
         self.table = pd.concat([old, new], ignore_index=True) if len(old) else new
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            append = self.path.exists() and not replaced
+            append = self.path.exists() and not replaced and not self._rewrite
+            self._rewrite = False
             (new if append else self.table).to_csv(
                 self.path, mode="a" if append else "w", header=not append, index=False
             )

@@ -9,13 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 from anndata import AnnData
+from numpy.typing import NDArray
 from scvi.utils import track
 
 from pertura.data import Split
 from pertura.metrics import Metric
 
+from ._controls import divide_controls
 from ._dataset import Dataset, resolve_splits
 from ._resources import Resources
 from ._results import Results
@@ -56,16 +59,17 @@ def run(
     n_halves: int = 50,
     max_controls: int = 2000,
     max_asked: int | None = None,
+    controls: Literal["halves", "shared"] = "halves",
     out: str | Path | None = None,
     on_error: Literal["raise", "skip"] = "raise",
     progress: bool = True,
 ) -> pd.DataFrame:
     """Train models on what a split leaves, predict what it holds out, and score it.
 
-    A model gets an AnnData with the training rows of the split and nothing else: held-out cells are not in it.
-    It is then asked for every held-out condition, starting from control cells of its context, and the mean of
-    its predictions is compared with the mean of the held-out cells. Effects are against the same measured
-    control cells for prediction and truth; counts are scored as log1p of counts per 10,000.
+    A model gets an AnnData with the training rows of the split, less the reference controls, and nothing else. It is then
+    asked for every held-out condition, starting from control cells of its context, and the mean of its predictions is compared
+    with the mean of the held-out cells. The predicted effect is the mean prediction less the mean of the cells it started from; the
+    true effect is against the reference controls, which no model has seen. Counts are scored as log1p of counts per 10,000.
 
     Parameters
     ----------
@@ -94,12 +98,19 @@ def run(
     level
         Level of intervals.
     n_halves
-        Random halvings of the held-out cells for the rows with model ``"ceiling"``; 0 leaves them out.
+        Random halvings of the held-out cells and of the reference controls for the rows with model ``"ceiling"``: one half as
+        a prediction of the other, extended to the full number of cells for correlations (Spearman-Brown) and squared errors. 0
+        leaves them out.
     max_controls
         Start from a random subset of the control cells of a context that has more.
     max_asked
         Ask models for their effects (``get_perturbation_effect``) on so many of these, all perturbations at once, instead of for the
-        means of predicted cells. An effect shares no noise of the held-out control cells with the measured one, and asking is faster.
+        means of predicted cells, which takes longer. The predicted effect is then that of the model's own table.
+    controls
+        ``"halves"``: one half of the controls of a context with held-out cells, random by context and batch from the seed of the
+        split, trains and is what predictions start from; the other half is the reference. Controls that a split holds out are
+        the reference as they are. Contexts with fewer than 20 controls have ``"shared"`` ones: predictions start from the
+        reference, and what is predicted from the noise of these cells passes for agreement with the truth.
     out
         CSV file to write after every run; runs that are in it already are not repeated.
     on_error
@@ -111,8 +122,8 @@ def run(
     Returns
     -------
     One row per held-out condition, model, seed and metric: ``dataset, split`` (the question), ``held_out`` (name
-    of the split), ``perturbation, dose, context, model, seed, metric, value, n_cells`` (held-out cells of the
-    condition), ``seconds`` (training and prediction of the run) and ``peak_mb`` (largest resident memory of the
+    of the split), ``perturbation, dose, context, controls`` (``"halves"`` or ``"shared"``), ``model, seed, metric, value,
+    n_cells`` (held-out cells of the condition), ``seconds`` (training and prediction of the run) and ``peak_mb`` (largest resident memory of the
     process during it, in MiB), ``settings`` (fingerprint of how it was made), ``versions`` of the packages.
 
     Raises
@@ -144,9 +155,15 @@ def run(
         raise ValueError(f"`on_error` must be 'raise' or 'skip', got {on_error!r}.")
     results = Results(out)
     protocol = (dataset.keys, top, level, max_controls, n_halves, *([] if max_asked is None else [max_asked]))
+    protocol += () if controls == "shared" else (controls,)
     plan: list[tuple[Split, str, int, str]] = []
     for split in chosen_splits:
-        held = (split.kind, split.test.tobytes(), split.train.tobytes())
+        held = (
+            split.kind,
+            split.test.tobytes(),
+            split.train.tobytes(),
+            *([] if controls == "shared" else [split.seed]),
+        )
         for name, model in chosen.items():
             stochastic = not isinstance(model, ModelSpec) or model.stochastic
             mark = digest(model, protocol, held)
@@ -156,16 +173,17 @@ def run(
     names = [m.name for m in wanted]
     plan = [p for p in plan if not results.has(_run(dataset, *p[:3]), settings=p[3], metrics=names)]
     tasks: list[Task] = []
-    current = None
+    train = current = None
     options = {"top": top, "level": level, "n_halves": n_halves}
     for split, name, seed, mark in track(plan, description="Benchmark", disable=not progress):
         if split is not current:
             with_reference = any("reference" in m.parameters for m in wanted)
+            divided = divide_controls(dataset, split, controls, max_controls=max_controls)
+            train = divided.train
             tasks = make_tasks(
                 dataset,
                 split,
-                max_controls=max_controls,
-                seed=0,
+                divided,
                 with_reference=with_reference,
                 with_train=any(m.name.endswith(TRAIN) for m in wanted),
                 max_asked=max_asked,
@@ -173,7 +191,7 @@ def run(
             current = split
         try:
             with quiet():
-                table = _one(chosen.get(name), dataset, split, tasks, wanted, seed, **options)
+                table = _one(chosen.get(name), dataset, train, tasks, wanted, seed, **options)
         except (ValueError, RuntimeError) as error:
             if on_error == "raise":
                 raise
@@ -192,7 +210,7 @@ def _run(dataset: Dataset, split: Split, model: str, seed: int) -> dict[str, Any
 def _one(
     factory: Factory | None,
     dataset: Dataset,
-    split: Split,
+    train: NDArray[np.intp],
     tasks: Sequence[Task],
     metrics: Sequence[Metric],
     seed: int,
@@ -206,7 +224,7 @@ def _one(
         if factory is None:
             frames = [score_ceiling(task, metrics, top=top, n_halves=n_halves, seed=seed) for task in tasks]
         else:
-            model = factory(dataset.rows(split.train), setup=dataset.keys, seed=seed)
+            model = factory(dataset.rows(train), setup=dataset.keys, seed=seed)
             asked = {
                 "level": level,
                 "seed": seed,
@@ -221,6 +239,7 @@ def _one(
     for frame, task in zip(frames, tasks, strict=True):
         key = zip(frame["condition"], frame["context"], strict=True)
         frame["n_cells"] = [task.n_cells[k] for k in key]
+        frame["controls"] = frame["context"].map(task.protocol)
         frame["dose"] = task.dose
     table = pd.concat(frames, ignore_index=True).rename(columns={"condition": "perturbation"})
     return table.assign(seconds=round(used.seconds, 3), peak_mb=round(used.peak_mb, 1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,10 +17,9 @@ from pertura.metrics import METRICS, Metric, evaluate, get_metric, perturbed_mea
 from pertura.metrics._arrays import top_weights
 from pertura.metrics._pseudobulk import moments
 
+from ._controls import Controls
 from ._dataset import Dataset
 from ._spec import Predictor
-
-logger = logging.getLogger(__name__)
 
 INTERVAL = ("interval_coverage", "interval_width", "interval_score")
 LIKELIHOOD = Metric(
@@ -65,10 +63,16 @@ class Task:
     Attributes
     ----------
     truth
-        Held-out perturbed cells and the control cells that predictions start from, on the scale of the
-        evaluation; ``obs``: ``perturbation``, ``context``.
+        Held-out perturbed cells and the reference controls, on the scale of the evaluation; ``obs``: ``perturbation``,
+        ``context``.
     controls
-        The same control cells as models see them.
+        The controls that predictions start from, as models see them.
+    context
+        Context of each of these.
+    start
+        Mean of these by context, contexts x genes, on the scale of the evaluation: what predicted effects are against.
+    protocol
+        By context: ``"halves"`` or ``"shared"``; see :func:`~pertura.benchmark._controls.divide_controls`.
     dose
         As text; empty without doses.
     reference
@@ -78,12 +82,15 @@ class Task:
     rows
         Positions of the cells of `truth` in the data set.
     asked
-        Ask for effects on these of the control cells; `None`: for the means of predictions from all of them.
+        Ask for effects on these of `controls`; `None`: for the means of predictions from all of them.
     """
 
     dataset: Dataset
     truth: AnnData
     controls: AnnData
+    context: NDArray[np.str_]
+    start: pd.DataFrame
+    protocol: dict[str, str]
     dose: str
     reference: pd.DataFrame | None
     train_effect: pd.DataFrame | None = None
@@ -104,7 +111,7 @@ class Task:
 
     @cached_property
     def effects(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Measured effects and their standard errors, (perturbation, context) x genes."""
+        """Effects against the reference controls and their standard errors, (perturbation, context) x genes."""
         codes, groups = pd.MultiIndex.from_frame(self.truth.obs[[_LABEL, _CONTEXT]]).factorize()
         m = moments(self.truth.X, codes, groups)
         keys = pd.MultiIndex.from_tuples(self.conditions, names=[_LABEL, _CONTEXT])
@@ -123,60 +130,61 @@ class Task:
 def make_tasks(
     dataset: Dataset,
     split: Split,
+    divided: Controls,
     *,
-    max_controls: int,
-    seed: int,
-    with_reference: bool,
+    with_reference: bool = False,
     with_train: bool = False,
     max_asked: int | None = None,
 ) -> list[Task]:
     """Tasks of a split, one per dose.
 
-    Control cells are those held out in the context, or, where the split holds out none, those it trains on.
+    Parameters
+    ----------
+    dataset, split
+        Cells, and those that are held out.
+    divided
+        Controls to start from, and those to compare with.
+    with_reference, with_train
+        Whether to measure the mean perturbed profile and the effects in training.
+    max_asked
+        See :func:`~pertura.benchmark.run`.
     """
     label, context, dose = dataset.labels, dataset.contexts, dataset.doses
-    is_control = label == dataset.control
-    test = np.zeros(len(label), dtype=bool)
-    test[split.test] = True
-    known = np.zeros(len(label), dtype=bool)
-    known[split.train] = True
-    rng = np.random.default_rng(seed)
-    reference = None
-    if with_reference:
-        train = _labelled(dataset, split.train)
-        reference = perturbed_mean(train, perturbation_key=_LABEL, context_key=_CONTEXT, control=dataset.control)
-    train_effect = _train_effect(_labelled(dataset, split.train), dataset.control) if with_train else None
-    controls: dict[str, NDArray[np.intp]] = {}
-    for name in np.unique(context[test & ~is_control]):
-        own = is_control & (context == name)
-        rows = np.flatnonzero(own & test) if (own & test).any() else np.flatnonzero(own & known)
-        if len(rows) > max_controls:
-            rows = np.sort(rng.choice(rows, max_controls, replace=False))
-        if len(rows) < 2:
-            logger.warning("Context %r of split %r has no control cells: it is not scored.", name, split.name)
-            continue
-        controls[name] = rows
+    held = np.zeros(len(label), dtype=bool)
+    held[split.test] = True
+    held &= (label != dataset.control) & np.isin(context, list(divided.asked))
+    rng = np.random.default_rng(0)
+    train = _labelled(dataset, divided.train) if with_reference or with_train else None
+    keys = {"perturbation_key": _LABEL, "context_key": _CONTEXT, "control": dataset.control}
+    about = {
+        "reference": perturbed_mean(train, **keys) if with_reference else None,
+        "train_effect": _train_effect(train, dataset.control) if with_train else None,
+        "protocol": {name: divided.protocol(name) for name in divided.asked},
+    }
     tasks = []
-    for value in np.unique(dose[test & ~is_control]):
-        own = test & ~is_control & (dose == value) & np.isin(context, list(controls))
-        if not own.any():
-            continue
-        base = np.sort(np.concatenate([controls[c] for c in np.unique(context[own])]))
-        rows = np.concatenate([np.flatnonzero(own), base])
+    for value in np.unique(dose[held]):
+        own = held & (dose == value)
+        there = np.unique(context[own])
+        start, reference = (
+            np.sort(np.concatenate([part[c] for c in there])) for part in (divided.asked, divided.reference)
+        )
+        rows = np.concatenate([np.flatnonzero(own), reference])
+        codes, names = pd.factorize(context[start])
         tasks.append(
             Task(
                 dataset=dataset,
                 truth=_labelled(dataset, rows),
-                controls=dataset.rows(base),
+                controls=dataset.rows(start),
+                context=context[start],
+                start=pd.DataFrame(
+                    moments(dataset.expression(start), codes, names).mean, names, dataset.adata.var_names
+                ),
                 dose=str(value),
-                reference=reference,
-                train_effect=train_effect,
                 rows=rows,
-                asked=None if max_asked is None else _some_of_each(context[base], max_asked, rng),
+                asked=None if max_asked is None else _some_of_each(context[start], max_asked, rng),
+                **about,
             )
         )
-    if not tasks:
-        raise ValueError(f"`splits`: no held-out context of {split.name!r} has control cells to start from.")
     return tasks
 
 
@@ -231,12 +239,10 @@ def ask(
         return replace(_ask_effects(model, task, level, asked, cells), log_likelihood=known)
     intervals = intervals and hasattr(model, "get_perturbation_effect")
     genes = task.truth.var_names
-    context = task.truth.obs[_CONTEXT].reindex(task.controls.obs_names).to_numpy(dtype=str)
     mean, low, high, drawn = {}, {}, {}, []
     for perturbation, name in task.conditions:
         key = (perturbation, name)
-        here = context == name
-        query = task.controls[here].copy()
+        query = task.controls[task.context == name].copy()
         predicted = model.predict_perturbation(perturbation, adata=query, return_anndata=True, ci=None, **asked)
         mean[key] = np.asarray(predicted.to_df()[genes].mean(axis=0), dtype=np.float64)
         if intervals:
@@ -260,19 +266,16 @@ def ask(
 def _ask_effects(model: Any, task: Task, level: float, asked: dict[str, Any], cells: bool) -> Prediction:
     """Effects of all perturbations at once, from some control cells of each context."""
     genes = task.truth.var_names
-    context = task.truth.obs[_CONTEXT].reindex(task.controls.obs_names).to_numpy(dtype=str)
-    control = task.truth[task.controls.obs_names].X
     frames, drawn = {"lfc_mean": [], "ci_low": [], "ci_high": []}, []
     for name in dict.fromkeys(c for _, c in task.conditions):
-        here = context == name
-        query = task.controls[here & task.asked].copy()
+        query = task.controls[(task.context == name) & task.asked].copy()
         names = [p for p, c in task.conditions if c == name]
         table = model.get_perturbation_effect(names, adata=query, ci=level, **asked)
         keys = pd.MultiIndex.from_product([names, [name]], names=[_LABEL, _CONTEXT])
         for column, found in frames.items():
             wide = table.pivot(index=_LABEL, columns="gene", values=column).loc[names, genes]
             found.append(pd.DataFrame(wide.to_numpy(), keys, genes))
-        frames["lfc_mean"][-1] += np.asarray(control[here].mean(axis=0)).ravel()
+        frames["lfc_mean"][-1] += task.start.loc[name]
         if cells:
             draw = model.predict_perturbation(
                 names, adata=query, return_anndata=True, ci=None, **{**asked, "n_samples": 1}
@@ -308,7 +311,7 @@ def score(prediction: Prediction, task: Task, metrics: Sequence[Metric], *, top:
     for needs_cells in (False, True):
         own = [m for m in metrics if not _is_special(m) and (m.needs == "cells") == needs_cells]
         if own:
-            predicted = prediction.cells if needs_cells else prediction.mean
+            predicted = prediction.cells if needs_cells else _with_start(prediction.mean, task)
             frames.append(evaluate(predicted, task.truth, **keys, metrics=own, top=top, reference=task.reference))
     frames += _score_train(prediction, task, [m for m in metrics if m.name.endswith(TRAIN)], top, keys)
     own = [m for m in metrics if _is_interval(m)]
@@ -321,6 +324,12 @@ def score(prediction: Prediction, task: Task, metrics: Sequence[Metric], *, top:
         lines = {"condition": keys.get_level_values(0), "context": keys.get_level_values(1)}
         frames.append(pd.DataFrame({**lines, "metric": LIKELIHOOD.name, "value": value}))
     return pd.concat(frames, ignore_index=True)
+
+
+def _with_start(predicted: pd.DataFrame, task: Task) -> pd.DataFrame:
+    """Predicted means and, as those of controls, the means of the cells that they started from."""
+    keys = pd.MultiIndex.from_product([[task.dataset.control], task.start.index], names=predicted.index.names)
+    return pd.concat([predicted, task.start.set_axis(keys)])
 
 
 def _is_interval(metric: Metric) -> bool:
@@ -353,7 +362,7 @@ def _score_train(
         obs = task.truth.obs
         rows = (obs[_CONTEXT] == context) & obs[_LABEL].isin([perturbation, task.dataset.control])
         truth = task.truth[rows.to_numpy(), genes].copy()
-        predicted = prediction.mean.loc[[(perturbation, context)], truth.var_names]
+        predicted = _with_start(prediction.mean.loc[[(perturbation, context)]], task)[truth.var_names]
         frames.append(evaluate(predicted, truth, **keys, metrics=metrics, top=top, reference=None))
     return frames
 
@@ -384,23 +393,33 @@ def _score_intervals(
 
 
 def score_ceiling(task: Task, metrics: Sequence[Metric], *, top: int, n_halves: int, seed: int) -> pd.DataFrame:
-    """Split-half scores of the held-out cells; NaN for metrics and conditions that have none."""
+    """Split-half scores of the held-out cells; NaN for metrics and conditions that have none.
+
+    The held-out cells and their reference controls are halved, and correlations and squared errors are extended to the full
+    number of cells (Spearman-Brown). Where controls are shared, both halves are compared with all of them, and nothing is
+    extended.
+    """
     own = [m for m in metrics if m.needs == "mean" and "reference" not in m.required]
     label, context = (task.truth.obs[k].to_numpy(dtype=str) for k in (_LABEL, _CONTEXT))
     rows = []
     for perturbation, name in task.conditions:
         treated = task.truth.X[np.flatnonzero((label == perturbation) & (context == name))]
         control = task.truth.X[np.flatnonzero((label == task.dataset.control) & (context == name))]
+        shared = task.protocol[name] == "shared"
         values: dict[str, float] = {}
-        base = np.asarray(control.mean(axis=0)).ravel()
         genes = task.top_in_training(perturbation, top)
         for special in (False, True):
             chosen = [m for m in own if m.name.endswith(TRAIN) == special]
             if not chosen or treated.shape[0] < 4 or (special and genes is None):
                 continue
-            at = genes if special else np.ones(len(base), dtype=bool)
-            halves = split_half_ceiling(treated[:, at], base[at], chosen, n_splits=n_halves, seed=seed)
-            values |= halves.mean().to_dict()
+            at = np.flatnonzero(genes if special else np.ones(treated.shape[1], dtype=bool))
+            base = np.asarray(control.mean(axis=0)).ravel()[at] if shared else control[:, at]
+            given = {"n_splits": n_halves, "seed": seed}
+            for full in (False, True):
+                extended = [m for m in chosen if (m.duplicate is not None and not shared) == full]
+                if extended:
+                    halves = split_half_ceiling(treated[:, at], base, extended, spearman_brown=full, **given)
+                    values |= halves.mean().to_dict()
         rows += [
             {
                 "condition": perturbation,

@@ -19,7 +19,7 @@ DEFAULT_CEILING = ("pearson_effect", "pearson_effect_top", "r2_top", "mse", "mae
 
 def split_half_ceiling(
     cells: Any,
-    control: ArrayLike,
+    control: Any,
     metrics: str | Metric | Sequence[str | Metric] = DEFAULT_CEILING,
     *,
     reference: ArrayLike | None = None,
@@ -36,7 +36,8 @@ def split_half_ceiling(
     cells
         Cells of one condition ``(cells, genes)``, dense or sparse, on the scale of the evaluation.
     control
-        Mean control profile ``(genes,)``.
+        Control cells ``(cells, genes)``, which are halved as well: either half of the cells then has an effect against controls
+        of its own, and the noise of controls is not mistaken for agreement. Or one mean profile ``(genes,)`` for both halves.
     metrics
         Names (also with ``"_top"``) or metrics that read mean profiles.
     reference
@@ -59,22 +60,18 @@ def split_half_ceiling(
     -------
     DataFrame ``(n_splits, metrics)``; ``.mean()`` is the ceiling.
     """
-    x = sp.csr_matrix(cells) if sp.issparse(cells) else np.asarray(cells, dtype=np.float64)
-    if x.ndim != 2 or x.shape[0] < 4:
-        raise ValueError(f"`cells` must be a matrix (cells, genes) with at least 4 cells, got shape {x.shape}.")
     if n_splits < 1:
         raise ValueError(f"`n_splits` must be at least 1, got {n_splits}.")
-    n = x.shape[0]
     rng = np.random.default_rng(seed)
-    first = rng.permuted(np.tile(np.arange(n) < n // 2, (n_splits, 1)), axis=1).astype(np.float64)
-    sum_first = np.asarray((x.T @ first.T).T)
-    total = np.asarray(x.sum(axis=0), dtype=np.float64).ravel()
-    half, other = sum_first / (n // 2), (total - sum_first) / (n - n // 2)
+    half, other = halves(cells, "cells", n_splits, rng)
+    own = control = control if sp.issparse(control) else np.asarray(control, dtype=np.float64)
+    if control.ndim > 1:
+        own, control = halves(control, "control", n_splits, rng)
     chosen = [get_metric(m, top=top) for m in ([metrics] if isinstance(metrics, str | Metric) else metrics)]
     wrong = [m.name for m in chosen if m.needs != "mean"]
     if wrong:
         raise ValueError(f"`metrics`: {wrong} do not read mean profiles; a split-half ceiling is not defined for them.")
-    given = {"control": control, "reference": reference, "weights": weights}
+    given = {"control": control, "predicted_control": own, "reference": reference, "weights": weights}
     columns: dict[str, Floats] = {}
     for metric in chosen:
         options = {k: v for k, v in given.items() if k in metric.parameters and v is not None}
@@ -83,11 +80,23 @@ def split_half_ceiling(
             raise ValueError(f"`metrics`: {metric.name!r} also needs {sorted(lacking)}; pass it.")
         columns[metric.name] = np.asarray(metric(half, other, **options))
         if spearman_brown:
-            columns[metric.name] = _full_size(columns[metric.name], metric)
+            columns[metric.name] = full_size(columns[metric.name], metric)
     return pd.DataFrame(columns, index=pd.RangeIndex(n_splits, name="split"))
 
 
-def _full_size(values: Floats, metric: Metric) -> Floats:
+def halves(cells: Any, name: str, n_splits: int, rng: np.random.Generator) -> tuple[Floats, Floats]:
+    """Means of random halves of the cells and of the other halves, ``(n_splits, genes)`` each."""
+    x = sp.csr_matrix(cells) if sp.issparse(cells) else np.asarray(cells, dtype=np.float64)
+    if x.ndim != 2 or x.shape[0] < 4:
+        raise ValueError(f"`{name}` must be a matrix (cells, genes) with at least 4 cells, got shape {x.shape}.")
+    n = x.shape[0]
+    first = rng.permuted(np.tile(np.arange(n) < n // 2, (n_splits, 1)), axis=1).astype(np.float64)
+    sum_first = np.asarray((x.T @ first.T).T)
+    total = np.asarray(x.sum(axis=0), dtype=np.float64).ravel()
+    return sum_first / (n // 2), (total - sum_first) / (n - n // 2)
+
+
+def full_size(values: Floats, metric: Metric) -> Floats:
     if metric.duplicate == "spearman_brown":
         # The formula assumes a reliability; for r <= 0 there is none to extend.
         return np.where(values > 0, 2 * values / (1 + np.maximum(values, 0.0)), values)

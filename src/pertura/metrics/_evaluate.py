@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -45,6 +45,7 @@ def evaluate(
     context_key: str | None = None,
     layer: str | None = None,
     pred_layer: str | None = None,
+    controls: Literal["own", "shared"] | None = None,
     reference: AnnData | pd.DataFrame | pd.Series | ArrayLike | None = None,
     metrics: Sequence[str | Metric] | None = None,
     top: int = DEFAULT_TOP,
@@ -58,15 +59,17 @@ def evaluate(
     """Score predictions against measured cells, condition by condition.
 
     All expression is on one scale, normally log1p of counts per 10,000. Measured means are at the sequencing depth of the controls,
-    where the values tell counts. The control is always the measured
-    one of `truth`, for prediction and truth alike; control cells in `pred` are ignored.
+    where the values tell counts. Means are compared as they are (``"mse"``, ``"r2_top"``).
+    The true effect is the mean of perturbed less that of control cells in `truth`. The predicted effect is the predicted
+    mean less that of the control cells in `pred`, where there are some. Put there the cells that the prediction started from, and
+    other control cells in `truth`: where both effects are against the same cells, the noise of these passes for agreement.
 
     Parameters
     ----------
     pred
         Predicted cells (AnnData with the same `perturbation_key` and `context_key` in ``obs``), or predicted
         means: a DataFrame of genes in columns, indexed by perturbation, or by (perturbation, context) with a
-        `context_key`.
+        `context_key`. Cells or rows labelled `control` are what predicted effects are against; see `controls`.
     truth
         Measured cells, with the control cells of every context that is scored.
     perturbation_key, context_key
@@ -75,6 +78,9 @@ def evaluate(
         Label of control cells in `perturbation_key`.
     layer, pred_layer
         Layers of `truth` and `pred` to score; default ``X``.
+    controls
+        What predicted effects are against: ``"own"``, the controls in `pred`, of every context that is scored; ``"shared"``, those
+        in `truth`. `None`: ``"own"`` where `pred` has any.
     reference
         Mean perturbed profile of the *training* data: training cells (AnnData with the same keys), a
         DataFrame (contexts, genes) as :func:`~pertura.metrics.perturbed_mean` returns, or one profile. A
@@ -87,7 +93,7 @@ def evaluate(
     top
         Number of genes meant by ``"_top"`` and used by ``"de_overlap"``.
     fdr
-        Genes with a Benjamini-Hochberg adjusted p below this (Welch t test, measured cells against control)
+        Genes with a Benjamini-Hochberg adjusted p below this (Welch t test, measured cells against control in `truth`)
         count as truly changed in ``"direction_match"``.
     low, high
         Bounds of the predicted means, shaped like a DataFrame `pred`; add the interval metrics. Coverage
@@ -99,7 +105,7 @@ def evaluate(
 
     Returns
     -------
-    DataFrame with columns ``condition, context, metric, value``. Conditions that were predicted but not
+    DataFrame with columns ``condition, context, metric, value``, and in ``attrs["controls"]`` which controls. Conditions that were predicted but not
     measured are left out. Weighted metrics weigh genes by their t statistic against all other cells of the
     context.
 
@@ -124,6 +130,9 @@ def evaluate(
         predicted = _means(pred, genes, perturbation_key, context_key, "pred")
     keys = _scored(predicted.index, groups, str(control))
     data = _Arrays(true, keys, predicted.loc[keys].to_numpy(), str(control), fdr)
+    controls = _which_controls(controls, predicted.index, str(control))
+    if controls == "own":
+        data.predicted_controls = _own_controls(predicted, keys, str(control))
     bounds = None
     if low is not None or high is not None:
         if low is None or high is None:
@@ -167,7 +176,9 @@ def evaluate(
                 f"`metrics`: {metric.name!r} (needs {metric.needs}) cannot be computed from what was passed."
             )
         frames.append(pd.DataFrame({"metric": metric.name, "value": np.asarray(values, dtype=np.float64)}, index=keys))
-    return pd.concat(frames).reset_index()[["condition", "context", "metric", "value"]]
+    table = pd.concat(frames).reset_index()[["condition", "context", "metric", "value"]]
+    table.attrs["controls"] = controls
+    return table
 
 
 class _Arrays:
@@ -180,6 +191,7 @@ class _Arrays:
         context = keys.get_level_values("context")
         control_keys = pd.MultiIndex.from_arrays([[control] * len(keys), context], names=keys.names)
         self.controls = true.take(control_keys)
+        self.predicted_controls: Floats = self.controls.mean
         self.reference: Floats | None = None
         self.fdr = fdr
         self._cache: dict[str, Floats] = {}
@@ -198,6 +210,7 @@ class _Arrays:
     def score_means(self, metric: Metric, top: int) -> Any:
         given: dict[str, Callable[[], Any]] = {
             "control": lambda: self.controls.mean,
+            "predicted_control": lambda: self.predicted_controls,
             "reference": lambda: self.reference,
             "weights": lambda: self._lazy("weights", self._weights),
             "de": lambda: self._lazy("de", lambda: welch(self.true, self.controls)[1]) < self.fdr,
@@ -213,7 +226,7 @@ class _Arrays:
         measured = self.all.groups
         for context in self.keys.get_level_values("context").unique():
             rows = np.flatnonzero(self.keys.get_level_values("context") == context)
-            control = self.controls.mean[rows[0]]
+            control, own = self.controls.mean[rows[0]], self.predicted_controls[rows[0]]
             inside = (measured.get_level_values("context") == context) & ~measured.isin(self.keys)
             others = self.all.mean[inside & (measured.get_level_values("condition") != self.control_label)] - control
             if len(rows) + len(others) < 2:
@@ -224,7 +237,7 @@ class _Arrays:
                 named = measured[measured.get_level_values("context") == context].get_level_values("condition")
                 targets = genes.get_indexer(sorted({part for name in named for part in name.split("+")}))
                 options["exclude"] = targets[targets >= 0]
-            values[rows] = metric(self.predicted[rows] - control, self.true.mean[rows] - control, **options)
+            values[rows] = metric(self.predicted[rows] - own, self.true.mean[rows] - control, **options)
         return values
 
     def score_intervals(self, metric: Metric, bounds: list[Floats], level: float) -> list[float]:
@@ -294,6 +307,26 @@ def _scored(predicted: pd.MultiIndex, measured: pd.MultiIndex, control: str) -> 
     if bare:
         raise ValueError(f"`control`: `truth` has no cells labelled {control!r} in context(s) {bare}.")
     return keys
+
+
+def _which_controls(controls: str | None, predicted: pd.MultiIndex, control: str) -> str:
+    if controls not in (None, "own", "shared"):
+        raise ValueError(f"`controls` must be 'own', 'shared' or None, got {controls!r}.")
+    there = control in predicted.get_level_values("condition")
+    return controls or ("own" if there else "shared")
+
+
+def _own_controls(predicted: pd.DataFrame, keys: pd.MultiIndex, control: str) -> Floats:
+    """Mean of the controls of `pred` in the context of each scored condition (conditions, genes)."""
+    context = keys.get_level_values("context")
+    own = pd.MultiIndex.from_arrays([[control] * len(keys), context], names=keys.names)
+    bare = context[~own.isin(predicted.index)].unique()
+    if len(bare):
+        raise ValueError(
+            f"`pred` has no control cells labelled {control!r} in context(s) {list(bare)}. Add the cells that its "
+            "predictions started from, or pass controls='shared' to compare with the controls of `truth`."
+        )
+    return predicted.loc[own].to_numpy()
 
 
 def _reference(

@@ -1,9 +1,10 @@
 r"""Scores of a predicted mean profile.
 
 Notation, shared by every function: `predicted` :math:`x`, `truth` :math:`t` and `control` :math:`c` are mean
-profiles (pseudobulks) over the same genes and on the same scale, normally log1p of counts per 10,000. The
-control is the *measured* one, the same for prediction and truth: effects from each model's own controls are
-not comparable.
+profiles (pseudobulks) over the same genes and on the same scale, normally log1p of counts per 10,000. Effects are
+:math:`t - c` and :math:`x - c_x`, where `predicted_control` :math:`c_x` is the mean of the control cells that the prediction
+started from. These should be other cells than those of `control`: the noise of the same cells is in both effects, and their
+correlation counts it as agreement. Without `predicted_control` it is `control`.
 
 Arrays are ``(genes,)``, giving a float, or ``(conditions, genes)``, giving one value per condition. `top`
 restricts a score to the genes of largest \|t - c\|; genes tied at the cut share the remaining places, so the
@@ -22,9 +23,12 @@ from ._arrays import Floats, gene_weights, profiles, result, rms, top_weights, w
 from ._registry import DEFAULT_TOP, register
 
 
-def _effects(predicted: ArrayLike, truth: ArrayLike, control: ArrayLike) -> tuple[Floats, Floats, Floats, Floats]:
-    x, t, c = profiles(predicted=predicted, truth=truth, control=control)
-    return x - c, t - c, t, c
+def _effects(
+    predicted: ArrayLike, truth: ArrayLike, control: ArrayLike, predicted_control: ArrayLike | None
+) -> tuple[Floats, Floats, Floats, Floats]:
+    own = control if predicted_control is None else predicted_control
+    x, t, c, c_x = profiles(predicted=predicted, truth=truth, control=control, predicted_control=own)
+    return x - c_x, t - c, t, c
 
 
 @register(best_value=1.0, higher_is_better=True, needs="mean", duplicate="spearman_brown")
@@ -32,6 +36,7 @@ def pearson_effect(
     predicted: ArrayLike,
     truth: ArrayLike,
     control: ArrayLike,
+    predicted_control: ArrayLike | None = None,
     *,
     top: int | None = None,
     genes: ArrayLike | None = None,
@@ -45,6 +50,8 @@ def pearson_effect(
     ----------
     predicted, truth, control
         Mean profiles ``(genes,)`` or ``(conditions, genes)``.
+    predicted_control
+        Mean of the control cells that the prediction started from; default `control`.
     top
         Only the genes of largest true absolute effect.
     genes
@@ -55,7 +62,7 @@ def pearson_effect(
     float or array of shape ``(conditions,)``
         0 for a prediction without any effect, NaN where the truth has none.
     """
-    e, d, t, c = _effects(predicted, truth, control)
+    e, d, t, c = _effects(predicted, truth, control, predicted_control)
     return result(weighted_pearson(e, d, gene_weights(t, c, top=top, genes=genes), scale=rms(t)))
 
 
@@ -99,6 +106,7 @@ def spearman_effect(
     predicted: ArrayLike,
     truth: ArrayLike,
     control: ArrayLike,
+    predicted_control: ArrayLike | None = None,
     *,
     top: int | None = None,
     genes: ArrayLike | None = None,
@@ -107,10 +115,10 @@ def spearman_effect(
 
     Parameters
     ----------
-    predicted, truth, control, top, genes
+    predicted, truth, control, predicted_control, top, genes
         As in :func:`pearson_effect`; ranks are taken among the chosen genes, ties get their average rank.
     """
-    e, d, t, c = _effects(predicted, truth, control)
+    e, d, t, c = _effects(predicted, truth, control, predicted_control)
     weights = np.broadcast_to(gene_weights(t, c, top=top, genes=genes), np.broadcast_shapes(e.shape, d.shape))
     # Effects that are single-precision rounding of "no effect" would otherwise get a random but full ranking.
     e = np.where(np.abs(e) <= 1e-6 * rms(t)[..., None], 0.0, e)
@@ -123,6 +131,7 @@ def r2(
     predicted: ArrayLike,
     truth: ArrayLike,
     control: ArrayLike | None = None,
+    predicted_control: ArrayLike | None = None,
     *,
     on: Literal["mean", "effect"] = "mean",
     top: int | None = None,
@@ -135,10 +144,12 @@ def r2(
     predicted, truth, control
         Mean profiles ``(genes,)`` or ``(conditions, genes)``; `control` is needed with `top` or
         ``on="effect"``.
+    predicted_control
+        As in :func:`pearson_effect`; only matters with ``on="effect"``.
     on
         ``"mean"`` (the usual definition in the field) compares post-perturbation means, so differences
         *between genes* count as explained and the value over all genes is close to 1 for any predictor; use
-        it with `top`. ``"effect"`` compares ``x - c`` with ``t - c``.
+        it with `top`. ``"effect"`` compares the effects.
     top, genes
         As in :func:`pearson_effect`.
 
@@ -149,15 +160,14 @@ def r2(
     """
     if on not in ("mean", "effect"):
         raise ValueError(f"`on` must be 'mean' or 'effect', got {on!r}.")
-    if control is None:
-        if on == "effect":
+    if on == "effect":
+        if control is None:
             raise ValueError("`on='effect'` needs `control`.")
-        x, t = profiles(predicted=predicted, truth=truth)
-        c = None
-    else:
-        x, t, c = profiles(predicted=predicted, truth=truth, control=control)
-    weights = gene_weights(t, c, top=top, genes=genes)
-    return result(_r2(x, t, weights) if on == "mean" else _r2(x - c, t - c, weights))
+        e, d, t, c = _effects(predicted, truth, control, predicted_control)
+        return result(_r2(e, d, gene_weights(t, c, top=top, genes=genes)))
+    given = {} if control is None else {"control": control}
+    x, t, *c = profiles(predicted=predicted, truth=truth, **given)
+    return result(_r2(x, t, gene_weights(t, *(c or [None]), top=top, genes=genes)))
 
 
 @register("r2_effect", best_value=1.0, higher_is_better=True, needs="mean")
@@ -165,6 +175,7 @@ def r2_effect(
     predicted: ArrayLike,
     truth: ArrayLike,
     control: ArrayLike,
+    predicted_control: ArrayLike | None = None,
     *,
     top: int | None = None,
     genes: ArrayLike | None = None,
@@ -173,10 +184,10 @@ def r2_effect(
 
     Parameters
     ----------
-    predicted, truth, control, top, genes
+    predicted, truth, control, predicted_control, top, genes
         As in :func:`r2`, of which this is ``on="effect"``.
     """
-    return r2(predicted, truth, control, on="effect", top=top, genes=genes)
+    return r2(predicted, truth, control, predicted_control, on="effect", top=top, genes=genes)
 
 
 def _r2(x: Floats, t: Floats, weights: Floats) -> Floats:
@@ -302,15 +313,24 @@ def wmse(
 
 
 @register(best_value=1.0, higher_is_better=True, needs="mean")
-def weighted_r2(predicted: ArrayLike, truth: ArrayLike, control: ArrayLike, *, weights: ArrayLike | None = None) -> Any:
+def weighted_r2(
+    predicted: ArrayLike,
+    truth: ArrayLike,
+    control: ArrayLike,
+    predicted_control: ArrayLike | None = None,
+    *,
+    weights: ArrayLike | None = None,
+) -> Any:
     """Coefficient of determination of the effect with genes weighted as in :func:`wmse`.
 
     Parameters
     ----------
     predicted, truth, control, weights
         As in :func:`wmse`.
+    predicted_control
+        As in :func:`pearson_effect`.
     """
-    e, d, t, c = _effects(predicted, truth, control)
+    e, d, t, c = _effects(predicted, truth, control, predicted_control)
     return result(_r2(e, d, _resolve_weights(weights, t, c)))
 
 
@@ -319,6 +339,7 @@ def direction_match(
     predicted: ArrayLike,
     truth: ArrayLike,
     control: ArrayLike,
+    predicted_control: ArrayLike | None = None,
     *,
     de: ArrayLike | None = None,
     top: int | None = None,
@@ -327,8 +348,8 @@ def direction_match(
 
     Parameters
     ----------
-    predicted, truth, control
-        Mean profiles ``(genes,)`` or ``(conditions, genes)``.
+    predicted, truth, control, predicted_control
+        As in :func:`pearson_effect`.
     de
         Boolean mask of the truly differentially expressed genes, ``(genes,)`` or ``(conditions, genes)``;
         default all genes whose true effect is not zero.
@@ -340,7 +361,7 @@ def direction_match(
     float or array; a predicted effect of exactly zero counts one half (the expectation of a coin toss), NaN
     where no gene changed.
     """
-    e, d, t, c = _effects(predicted, truth, control)
+    e, d, t, c = _effects(predicted, truth, control, predicted_control)
     weights = gene_weights(t, c, top=top)
     if de is not None:
         mask = np.asarray(de)
@@ -352,18 +373,25 @@ def direction_match(
 
 
 @register(best_value=1.0, higher_is_better=True, needs="mean")
-def de_overlap(predicted: ArrayLike, truth: ArrayLike, control: ArrayLike, *, k: int = DEFAULT_TOP) -> Any:
+def de_overlap(
+    predicted: ArrayLike,
+    truth: ArrayLike,
+    control: ArrayLike,
+    predicted_control: ArrayLike | None = None,
+    *,
+    k: int = DEFAULT_TOP,
+) -> Any:
     """Overlap of the k genes of largest predicted and largest true absolute effect, divided by k.
 
     Parameters
     ----------
-    predicted, truth, control
-        Mean profiles ``(genes,)`` or ``(conditions, genes)``.
+    predicted, truth, control, predicted_control
+        As in :func:`pearson_effect`.
     k
         Size of both sets (at most the number of genes). Ties at the cut are counted in expectation, so that a
         prediction without effect scores ``k / genes``.
     """
-    e, d, t, _ = _effects(predicted, truth, control)
+    e, d, t, _ = _effects(predicted, truth, control, predicted_control)
     e = np.where(np.abs(e) <= 1e-6 * rms(t)[..., None], 0.0, e)
     chosen = [top_weights(np.abs(v), k) for v in (e, d)]
     return result((chosen[0] * chosen[1]).sum(-1) / min(k, t.shape[-1]))
