@@ -188,7 +188,7 @@ class PerturbX(PerturbationModel):
 
     def _data_module(self, train_idx: Rows, val_idx: Rows, batch_size: int, seed: int) -> PerturbationDataModule:
         size = self.module.bag_size
-        bags = {"bag_size": size, "bags_per_batch": max(1, batch_size // (2 * size)), "seed": seed}
+        bags = {"bag_size": size, "bags_per_batch": max(1, batch_size // (3 * size)), "seed": seed}
         train = self._sampler(train_idx, shuffle=True, **bags)
         if not train.n_bags:
             raise ValueError(
@@ -206,7 +206,13 @@ class PerturbX(PerturbationModel):
         present = (codes >= 0) & (dose > 0)
         keys = [np.where(present, codes, -1), np.where(present, dose, 0.0), cells.context[:, None]]
         condition = np.unique(np.concatenate(keys, axis=1), axis=0, return_inverse=True)[1].ravel()
-        return BagSampler(rows, np.where(present.any(1), condition, -1), cells.context, **options)
+        half = self._halves(cells.at(rows[~present.any(1)]))
+        return BagSampler(rows, np.where(present.any(1), condition, -1), cells.context, half, **options)
+
+    def _halves(self, controls: Query) -> Rows:
+        """Half of each control cell, by context and batch, as in the table of conditions."""
+        batch = codes_of(controls.dataset, KEYS.BATCH, controls.rows)
+        return halves(self.adata_manager, controls.rows, controls.context, batch)
 
     def _initialize(self, data: PerturbationDataModule, table: ConditionTable) -> None:
         module = self.module
@@ -261,7 +267,7 @@ class PerturbX(PerturbationModel):
     _predicts_in_training = False
 
     def _default_batch_size(self, n_cells: int) -> int:
-        return 16 * self.module.bag_size
+        return 24 * self.module.bag_size
 
     def _complete(self, table: ConditionTable) -> None:
         """Describe the training contexts by bags, and choose the shares of regression and neural networks."""
@@ -269,9 +275,7 @@ class PerturbX(PerturbationModel):
         module.on_step(1.0)
         cells = self._registered_cells(self.train_indices)
         controls = cells.at(cells.rows[cells.is_control])
-        batch = codes_of(controls.dataset, KEYS.BATCH, controls.rows)
-        half = halves(self.adata_manager, controls.rows, controls.context, batch)
-        module.keep_bags(*self._bags(controls, len(self.contexts), half))
+        module.keep_bags(*self._bags(controls, len(self.contexts), self._halves(controls)))
         if not module.residual:
             return
         parts = module.bag.tensor_split(2, dim=1)

@@ -282,10 +282,11 @@ class PerturbX(AddedEffectModule):
     def _get_fn_args_from_batch(self, batch: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         cells, n_control, size = Cells.from_tensors(batch), int(batch["n_pairs"]), self.bag_size
         x = self.normalized(cells)
-        control, treated = (v.unflatten(0, (-1, size)) for v in (x[:n_control], x[n_control:]))
+        # the effect is against other control cells than those that predict it
+        control, other, treated = (v.unflatten(0, (-1, size)) for v in x.tensor_split([n_control // 2, n_control]))
         first = slice(n_control, None, size)  # a cell of each bag
         action, context = cells.action[first], cells.context[first]
-        effect = treated.mean(1) - control.mean(1)
+        effect = treated.mean(1) - other.mean(1)
         mean = self._mean_of_others(action, context) if self.residual else torch.zeros_like(effect)
         return (self.standardized(control), self.indicator(action), context, effect, mean), {}
 
