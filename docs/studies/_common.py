@@ -48,6 +48,15 @@ def options_of(text: Sequence[str] | None, default: Mapping[str, Any]) -> dict[s
     return dict(default) if text is None else dict(benchmark.parse_model(t) for t in text)
 
 
+def held_out_controls(dataset: benchmark.Dataset, seed: int, by: str | None = None) -> NDArray[np.bool_]:
+    """A random half of the controls of each context, and of each value of a column of ``obs``."""
+    rows = np.random.default_rng(seed).permutation(np.flatnonzero(dataset.labels == dataset.control))
+    strata = [dataset.contexts[rows]] + ([] if by is None else [dataset.adata.obs[by].astype(str).to_numpy()[rows]])
+    there = np.zeros(dataset.adata.n_obs, dtype=bool)
+    there[rows[pd.Series(rows).groupby(strata).cumcount().to_numpy() % 2 == 1]] = True
+    return there
+
+
 # -- estimates without a model -----------------------------------------------------------------------------------------
 
 
@@ -159,6 +168,8 @@ def table_model(estimate: Callable[[Measured], Any]) -> Callable[..., EffectTabl
 
 # -- screens of bulk expression ----------------------------------------------------------------------------------------
 
+#: layer with profiles as in ``X``, but against other controls; what both say of a compound shares no noise
+OTHER_CONTROLS = "other controls"
 LEVELS = {"Low": 0.04, "Middle": 0.2, "High": 1.0}
 """Nominal doses of TG-GATEs, in units of a compound's highest."""
 
@@ -171,10 +182,11 @@ class Screen:
     ----------
     adata
         Profiles with ``obs["perturbation"]`` and ``obs["condition"]`` (empty in controls).
+        ``layers[OTHER_CONTROLS]`` has treated profiles against other controls, where there are some.
     name
         Name of the data set.
     effects
-        Measured effects by condition, compounds x genes; all conditions, asked or not.
+        Measured effects by condition, compounds x genes, against other controls than the profiles; all conditions, asked or not.
     descriptions
         Conditions whose effects describe compounds, by name of the description; none: texts.
     reproducible
@@ -199,27 +211,33 @@ class Screen:
 def tggates(*, every: bool = False) -> Screen:
     """Open TG-GATEs hepatocytes: the high dose after 24 hours, or every dose and time.
 
-    Profiles are moved by the mean control of their experiment and time, so that the controls of all experiments agree.
+    Treated profiles are moved by the second control of their experiment and time, so that the controls of all experiments agree.
+    Effects that describe a compound, and doses that foretell another one, are against the first.
     """
     from pertura.datasets import tggates_hepatocytes
 
     adata = tggates_hepatocytes()
     obs, x = adata.obs.copy(), np.asarray(adata.X, dtype=np.float64)
     is_control = (obs["perturbation"].astype(str) == CONTROL).to_numpy()
-    paired = pd.DataFrame(x - x[adata.obs_names.get_indexer(obs["paired_control_index"])], columns=adata.var_names)
+    group = obs.groupby(["exp_id", "time"], observed=True).ngroup().to_numpy()
+    order = np.lexsort((obs["replicate"].to_numpy(), group))
+    order = order[is_control[order]]
+    # experiments have two controls at a time: of both, of the first and of the second
+    rank = pd.Series(order).groupby(group[order]).cumcount().to_numpy()
+    parts = (order, order[rank == 0], order[rank == 1])
+    both, first, second = (x - pd.DataFrame(x[own]).groupby(group[own]).mean().loc[group].to_numpy() for own in parts)
     level, compound = obs["dose_level"].astype(str), obs["compound"].astype(str).to_numpy()
     names = [f"{t:g}h {lv}" for lv, t in zip(level, obs["time"], strict=True)]
     condition = np.where(is_control, "", names)
     obs["condition"], obs["level"] = condition, level.map(LEVELS).fillna(0.0).to_numpy(float)
     obs["hours"] = pd.Categorical([f"{t:g}h" for t in obs["time"]])
-    effects = {n: paired[condition == n].groupby(compound[condition == n]).mean() for n in np.unique(condition) if n}
+    described = pd.DataFrame(first, columns=adata.var_names)
+    effects = {n: described[condition == n].groupby(compound[condition == n]).mean() for n in np.unique(condition) if n}
     high = condition == "24h High"
-    replicates = _replicates(paired[high], compound[high])
-    group = obs.groupby(["exp_id", "time"], observed=True).ngroup().to_numpy()
-    base = pd.DataFrame(x[is_control]).groupby(group[is_control]).mean()
-    by_time = pd.DataFrame(x[is_control]).groupby(obs["time"].to_numpy()[is_control]).mean().loc[obs["time"]]
-    centered = (x - base.loc[group].to_numpy() + by_time.to_numpy()).astype(np.float32)
-    centered = AnnData(centered, obs=obs, var=adata.var.copy())
+    replicates = _replicates(pd.DataFrame(both[high]), compound[high])
+    by_time = pd.DataFrame(x[is_control]).groupby(obs["time"].to_numpy()[is_control]).mean().loc[obs["time"]].to_numpy()
+    values, other = ((np.where(is_control[:, None], both, v) + by_time).astype(np.float32) for v in (second, first))
+    centered = AnnData(values, obs=obs, var=adata.var.copy(), layers={OTHER_CONTROLS: other})
     if every:
         setup = {"dose_key": "level", "context_key": "hours"}
         descriptions = {"text": (), "8h High": ("8h High",)}
@@ -230,7 +248,10 @@ def tggates(*, every: bool = False) -> Screen:
 
 
 def ht115() -> Screen:
-    """L1000 of HT115, each profile moved by the DMSO of its plate; most replicates do not agree."""
+    """L1000 of HT115, each profile moved by the DMSO of its plate; most replicates do not agree.
+
+    Where half of the controls of each plate are held out, what they were moved by cancels.
+    """
     from pertura.datasets import lincs_l1000_ht115
 
     adata = lincs_l1000_ht115()

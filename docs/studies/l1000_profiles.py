@@ -1,6 +1,7 @@
 """First table of the PertVAE paper on public L1000 profiles: does a prediction beat the unchanged profile.
 
-Held-out treated profiles are predicted from their own paired control profile. The profiles of a compound with two or more go to
+Held-out treated profiles are predicted from a control profile of their plate. True effects are against the mean of the other
+half of the plate's controls, which neither train nor predict. The profiles of a compound with two or more go to
 different folds, so that the compound of a held-out profile is always in training; compounds with one profile always train.
 """
 
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from _common import CONTROL, options_of, parser, show, start
+from _common import CONTROL, held_out_controls, options_of, parser, show, start
 from anndata import AnnData
 from numpy.typing import NDArray
 from scipy.stats import mannwhitneyu
@@ -41,19 +42,32 @@ def compound_folds(perturbation: NDArray[np.str_], n_folds: int, *, seed: int = 
 
 
 class Profiles:
-    """Treated profiles and their controls as arrays."""
+    """Treated profiles and their controls as arrays.
+
+    Half of the controls of each plate are the reference of true effects. A profile that was paired with one of them gets
+    another control of its plate.
+    """
 
     def __init__(self, adata: AnnData) -> None:
         self.adata, self.x = adata, np.asarray(adata.X, dtype=np.float64)
         self.perturbation = adata.obs["perturbation"].astype(str).to_numpy(dtype=str)
         self.dose = adata.obs["dose"].to_numpy(dtype=np.float64)
-        self.control = adata.obs_names.get_indexer(adata.obs["paired_control_index"].astype(str))
+        paired = adata.obs_names.get_indexer(adata.obs["paired_control_index"].astype(str))
+        plate = adata.obs["batch"].astype(str).to_numpy() if "batch" in adata.obs else np.zeros(adata.n_obs)
+        dataset = benchmark.Dataset(adata, "", "perturbation", CONTROL)
+        self.is_reference = held_out_controls(dataset, 0, "batch" if "batch" in adata.obs else None)
+        self.control, self.reference = paired.copy(), np.empty_like(self.x)
+        for name in np.unique(plate[paired]):  # over the plates of controls
+            own, is_own = plate[paired] == name, (self.perturbation == CONTROL) & (plate == name)
+            self.reference[own] = self.x[is_own & self.is_reference].mean(axis=0)
+            lost = np.flatnonzero(own & self.is_reference[paired] & ~self.is_reference)
+            self.control[lost] = np.resize(np.flatnonzero(is_own & ~self.is_reference), len(lost))
 
     def _part(self, rows: NDArray[np.intp]) -> AnnData:
         """Some profiles; a treated profile carries the identifier of its control, as a control does."""
         own = self.adata[rows]
         part = AnnData(own.X.copy(), obs=own.obs.copy(), var=own.var.copy())
-        part.obs[PAIR] = part.obs["paired_control_index"].astype(str)
+        part.obs[PAIR] = self.adata.obs_names.to_numpy()[self.control[rows]]
         return part
 
     def baselines(self, test: NDArray[np.intp]) -> dict[str, NDArray[np.float64]]:
@@ -75,7 +89,7 @@ class Profiles:
         takes = inspect.signature(spec.cls.setup_anndata).parameters
         if "pair_key" in takes:
             setup["pair_key"] = PAIR
-        model: Any = spec(self._part(np.setdiff1d(np.arange(len(self.x)), test)), setup=setup, seed=seed)
+        model: Any = spec(self._part(np.setdiff1d(np.flatnonzero(~self.is_reference), test)), setup=setup, seed=seed)
         query = self._part(np.unique(self.control[test]))
         has_noise = "noise" in inspect.signature(model.predict_perturbation).parameters
         answers = {name: {"noise": "own"} if has_noise else {}}
@@ -108,7 +122,7 @@ class Profiles:
         for model, predicted in predictions.items():
             scores = {
                 "spearman": spearman_effect(predicted, truth, np.zeros_like(truth)),
-                "pearson_effect": pearson_effect(predicted, truth, base),
+                "pearson_effect": pearson_effect(predicted, truth, self.reference[test], base),
             }
             about = {"context": self.adata.obs_names[test], "perturbation": self.perturbation[test], "model": model}
             about["dose"] = self.dose[test].astype(str)

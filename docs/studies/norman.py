@@ -1,7 +1,7 @@
 """CRISPR activation of one and two genes in K562 (Norman et al. 2019).
 
 ``pairs``: pairs whose members were seen alone. ``singles``: genes that were never perturbed in training, from embeddings.
-One half of the controls trains and the other is the truth's: they must not share the noise of the same cells.
+One half of the controls trains and is what predictions start from, the other is what the true effects are measured against.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from _common import parser, show, start
+from _common import held_out_controls, parser, show, start
 from anndata import AnnData
-from numpy.typing import NDArray
 
 from pertura import baseline, benchmark, model
 from pertura.data import Split
@@ -43,14 +42,6 @@ def screen(embedding: str | None = None, *, n_components: int = 10) -> benchmark
         adata.uns[FEATURES] = table.loc[(table != 0).any(axis=1)]
         setup = {"perturbation_features_key": FEATURES}
     return benchmark.Dataset(adata, "norman_2019", "perturbation", "control", setup=setup)
-
-
-def held_out_controls(dataset: benchmark.Dataset, seed: int) -> NDArray[np.bool_]:
-    """A random half of the controls."""
-    rows = np.random.default_rng(seed).permutation(np.flatnonzero(dataset.labels == dataset.control))
-    there = np.zeros(dataset.adata.n_obs, dtype=bool)
-    there[rows[1::2]] = True
-    return there
 
 
 def pairs_split(dataset: benchmark.Dataset, seed: int = 0) -> list[Split]:

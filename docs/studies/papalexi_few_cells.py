@@ -1,7 +1,7 @@
 """Knock-outs measured in few cells: which estimate of their effect is closest to that of other cells.
 
 Papalexi et al. 2021, confidently assigned cells. One half of the cells trains, thinned to so many of each knock-out; the other
-half is the truth.
+half, controls included, is the truth.
 """
 
 from __future__ import annotations

@@ -127,7 +127,8 @@ def profiles():
     """Twelve compounds with two profiles, two with one; every compound has an effect of its own."""
     rng = np.random.default_rng(0)
     n_genes, names = 50, [f"drug{i}" for i in range(12) for _ in range(2)] + ["single1", "single2"]
-    controls = 8 + 2 * rng.normal(size=(4, n_genes))
+    # of one plate
+    controls = 8 + 2 * rng.normal(size=n_genes) + 0.1 * rng.normal(size=(4, n_genes))
     effect = {name: rng.normal(size=n_genes) + 0.7 for name in dict.fromkeys(names)}
     own = rng.integers(4, size=len(names))
     x = [controls[c] + effect[n] + 0.1 * rng.normal(size=n_genes) for c, n in zip(own, names, strict=True)]
@@ -185,14 +186,24 @@ def test_l1000(profiles, tmp_path):
     found = study.study(profiles, models, seeds=1, n_folds=3, results=Results(path))
     held = found.groupby("held_out")["context"].agg(set)
     assert set().union(*held) == set(profiles.obs_names[4:28]) and sum(map(len, held)) == 24
+    data = study.Profiles(profiles)
+    reference = set(profiles.obs_names[data.is_reference])
+    assert len(reference) == 2 and reference < set(profiles.obs_names[:4])
     for seen, out in zip(Spy.seen, held, strict=True):
-        assert not seen & out and seen | out == set(profiles.obs_names)
+        assert not seen & out and seen | out == set(profiles.obs_names) - reference
     # values are those of the definition, from the profile's own control
     for row in found.query("metric == 'spearman' and model in ['spy', 'identity']").itertuples():
         truth = profiles[row.context].X.ravel()
-        own = profiles[profiles.obs.loc[row.context, "paired_control_index"]].X.ravel()
+        paired = profiles.obs_names[data.control[profiles.obs_names.get_loc(row.context)]]
+        assert paired not in reference
+        if profiles.obs.loc[row.context, "paired_control_index"] not in reference:
+            assert paired == profiles.obs.loc[row.context, "paired_control_index"]
+        own = profiles[paired].X.ravel()
         own = own + np.arange(50) * (row.model == "spy")
         assert row.value == pytest.approx(spearmanr(own, truth).statistic, abs=1e-6)
+    for row in found.query("metric == 'pearson_effect' and model == 'spy'").itertuples():
+        truth = profiles[row.context].X.ravel() - profiles[data.is_reference].X.mean(0)
+        assert row.value == pytest.approx(np.corrcoef(np.arange(50), truth)[0, 1], abs=1e-5)
     effect = found[found["metric"] == "pearson_effect"].groupby("model")["value"].mean()
     assert effect["identity"] == 0 and effect["compound_mean_effect"] > 0.95 > effect["mean_effect"]
     study.study(profiles, models, seeds=1, n_folds=3, results=Results(path))
@@ -220,3 +231,51 @@ def test_l1000_without_measurement_noise(profiles):
     # hardly trained, the decoder gives the mean profile: noise is taken out and not put back
     assert wide["PertVAE mean"].mean() == pytest.approx(wide["PertVAE reconstruction"].mean(), abs=0.1)
     assert (wide["PertVAE mean"] != wide["PertVAE"]).any()
+
+
+def test_descriptions_and_doses_have_other_controls_than_the_truth(monkeypatch):
+    """Profiles that are nothing but the noise of their controls: effects, descriptions and doses have none of it in common."""
+    import compounds as study
+    from _common import CONTROL, OTHER_CONTROLS, tggates
+
+    from pertura import datasets
+
+    rng = np.random.default_rng(0)
+    rows = [
+        (CONTROL if lv == "Control" else f"d{e}", f"d{e}", lv, t, r, e)
+        for e in range(40)
+        for t in (8.0, 24.0)
+        for lv in ("Control", "Low", "Middle", "High")
+        for r in (1, 2)
+    ]
+    obs = pd.DataFrame(rows, columns=["perturbation", "compound", "dose_level", "time", "replicate", "exp_id"])
+    obs.index = [f"p{i}" for i in range(len(obs))]
+    x = np.where((obs["perturbation"] == CONTROL).to_numpy()[:, None], rng.normal(size=(len(obs), 60)), 0.0)
+    monkeypatch.setattr(datasets, "tggates_hepatocytes", lambda: AnnData(x.astype(np.float32), obs=obs.copy()))
+    screen = tggates()
+    treated = (screen.adata.obs["perturbation"] != CONTROL).to_numpy()
+    label = screen.adata.obs["perturbation"].to_numpy()[treated]
+    asked = pd.DataFrame(np.asarray(screen.adata.X)[treated]).groupby(label).mean()
+    described = screen.effects["24h Middle"].loc[asked.index]
+    alike = [np.corrcoef(asked.loc[n], described.loc[n])[0, 1] for n in asked.index]
+    assert abs(np.mean(alike)) < 0.1
+    other = pd.DataFrame(screen.adata.layers[OTHER_CONTROLS][treated]).groupby(label).mean()
+    np.testing.assert_allclose(other - other.mean(), described.to_numpy() - described.to_numpy().mean(0), atol=1e-5)
+    monkeypatch.setattr(study, "_run", lambda data, *rest: pd.DataFrame({"x": [data.adata]}))
+    every = tggates(every=True)
+    ((adata,),) = study.study_dose(every, {}, seeds=1).to_numpy()
+    held = (adata.obs["level"] == 0.2).to_numpy()
+    assert (adata.X[held] == every.adata.X[held]).all()
+    assert (adata.X[~held] == every.adata.layers[OTHER_CONTROLS][~held]).all()
+
+
+def test_controls_of_each_batch_are_halved():
+    from _common import CONTROL, held_out_controls
+
+    from pertura.benchmark import Dataset
+
+    obs = pd.DataFrame({"perturbation": [CONTROL] * 20 + ["a"] * 20, "batch": ["x", "x", "y", "y"] * 10})
+    obs.index = obs.index.astype(str)
+    adata = AnnData(np.zeros((40, 2), np.float32), obs=obs)
+    there = held_out_controls(Dataset(adata, "", "perturbation", CONTROL), 3, "batch")
+    assert obs[there].value_counts().to_dict() == {(CONTROL, "x"): 5, (CONTROL, "y"): 5}
