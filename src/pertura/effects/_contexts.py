@@ -194,7 +194,14 @@ def ridge_weights(
     return weights + slope - slope.mean()
 
 
-def choose_strength(conditions: Conditions, effect: NDArray, gram: NDArray[np.float64], n_components: int) -> float:
+def choose_strength(
+    conditions: Conditions,
+    effect: NDArray,
+    gram: NDArray[np.float64],
+    n_components: int,
+    *,
+    contexts: NDArray[np.bool_] | None = None,
+) -> float:
     """Strength of :func:`ridge_weights` that predicts the effects of each context best from the other contexts'.
 
     Parameters
@@ -208,10 +215,14 @@ def choose_strength(conditions: Conditions, effect: NDArray, gram: NDArray[np.fl
         Inner products of the control profiles, ``(n_contexts, n_contexts)``, or one table for each split.
     n_components
         Number of components.
+    contexts
+        Which contexts choose, ``(n_contexts,)``; default: all.
     """
     keys = np.concatenate([conditions.codes, conditions.dose], axis=1)
-    _, group, number = np.unique(keys, axis=0, return_inverse=True, return_counts=True)
-    groups = np.flatnonzero(number > 2)
+    group = np.unique(keys, axis=0, return_inverse=True)[1].ravel()
+    if contexts is not None:
+        group = np.where(contexts[conditions.context], group, -1)
+    groups = np.flatnonzero(np.bincount(group[group >= 0], minlength=1) > 2)
     if not len(groups):
         return np.inf
     chosen = groups[np.unique(np.linspace(0, len(groups) - 1, _MAX_GROUPS).round().astype(int))]
@@ -219,7 +230,7 @@ def choose_strength(conditions: Conditions, effect: NDArray, gram: NDArray[np.fl
     for effects, products in zip(
         np.reshape(effect, (-1, *effect.shape[-2:])), np.reshape(gram, (-1, *gram.shape[-2:])), strict=True
     ):
-        for rows in (np.flatnonzero(group.ravel() == g) for g in chosen):
+        for rows in (np.flatnonzero(group == g) for g in chosen):
             own = effects[rows].astype(np.float64)
             error += _left_out_errors(
                 own @ own.T, products[np.ix_(conditions.context[rows], conditions.context[rows])], n_components

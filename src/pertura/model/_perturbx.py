@@ -17,7 +17,7 @@ from pertura.data._constants import KEYS
 from pertura.data._datamodule import PerturbationDataModule
 from pertura.data._pairs import embed
 from pertura.effects import ConditionTable
-from pertura.effects._sums import codes_of
+from pertura.effects._sums import Values, codes_of
 from pertura.effects._table import halves
 from pertura.module._added_effects import set_buffer, split_controls
 from pertura.module._perturbx import PerturbX as Module
@@ -238,10 +238,14 @@ class PerturbX(PerturbationModel):
         chosen = np.sort(np.argsort(-score, kind="stable")[: len(module.candidates)])
         module.candidates.copy_(torch.as_tensor(chosen))
         if module.rank is not None:
-            _, axes = embed(table.sample.x, False, module.rank, return_basis=True)
-            basis = np.zeros((module.n_genes, module.rank), dtype=np.float32)
-            basis[:, : len(axes)] = axes.T
-            set_buffer(module.regression, "basis", basis)
+            set_buffer(module.regression, "basis", self._basis(table.sample.x))
+
+    def _basis(self, x: Values) -> NDArray[np.float32]:
+        """Principal axes of cells, ``(n_genes, rank)``; 0 where there are fewer."""
+        _, axes = embed(x, False, self.module.rank, return_basis=True)
+        basis = np.zeros((self.module.n_genes, self.module.rank), dtype=np.float32)
+        basis[:, : len(axes)] = axes.T
+        return basis
 
     def _effect_sd(self) -> NDArray[np.float32]:
         """Residual standard deviations of the effect of a bag: what the loss weighs genes by."""
@@ -280,7 +284,12 @@ class PerturbX(PerturbationModel):
             return
         parts = module.bag.tensor_split(2, dim=1)
         splits = split_controls(module.means, table)
-        module.stack([Split(*split, bag) for split, bag in zip(splits, parts, strict=True)])
+        bases = []
+        if module.rank is not None and module.n_folds > 1:
+            sample = table.sample
+            fold = module.fold.cpu().numpy()[table.context[sample.condition]]
+            bases = [self._basis(sample.x[fold != f]) for f in range(module.n_folds)]
+        module.stack([Split(*split, bag) for split, bag in zip(splits, parts, strict=True)], bases)
 
     def _bags(self, controls: Query, n_contexts: int, half: Rows | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Chosen genes of some control cells of each context, drawn with replacement; first those of half 0, then of half 1."""

@@ -437,17 +437,26 @@ class PerturbX(AddedEffectModule):
     # -- how much of what is believed -------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def stack(self, splits: list[Split]) -> None:
+    def stack(self, splits: list[Split], bases: list[NDArray[np.float64]]) -> None:
         """Strength of the regression, and shares of regression and bags, by what they say of left-out contexts.
 
         Each training condition is predicted from the other contexts: by the regression without it, and by the members that
         did not see its context. What predicts and what is predicted have different halves of the controls: the noise of a
         control profile is in the effect as well, with the opposite sign, and would be mistaken for a relation.
+
+        Parameters
+        ----------
+        splits
+            Control profiles and bags of one half of the controls, and effects against the other.
+        bases
+            Of each fold, a basis of cells that are not of its contexts, ``(n_genes, rank)``: what the basis of all cells does not
+            span has lost what the left-out effects happened to be. Empty without a basis.
         """
         regression, conditions = self.regression, self.conditions
         grams = np.stack([regression.products(s.control, s.control, self.means) for s in splits])
         effects = np.stack([regression.project(s.effect) for s in splits])
-        regression.strength.fill_(choose_strength(conditions, effects, grams, regression.n_components))
+        given = (conditions, effects, grams, regression.n_components)
+        regression.strength.fill_(choose_strength(*given))
         number = [
             (conditions.curves_per_context(conditions.label == label) > 0).sum()
             for label in range(len(conditions.labels))
@@ -458,30 +467,32 @@ class PerturbX(AddedEffectModule):
             return
         asked = [conditions.ask(conditions.codes[i], conditions.dose[i]) for i in rows]
         context = conditions.context[rows]
+        # of the strengths the best would look better than it is on the contexts that chose it
+        fold = self.fold.cpu().numpy()
+        nested = [choose_strength(*given, contexts=fold != number) for number in range(self.n_folds)]
         parts: list[tuple[NDArray, ...]] = []
         for split, gram in zip(splits, grams, strict=True):
             mean, linear = (
                 np.stack(
                     [
-                        regression.weights(self.means, gram, a, int(c), gram[c], strength)
+                        regression.weights(self.means, gram, a, int(c), gram[c], strengths[fold[c]])
                         for a, c in zip(asked, context, strict=True)
                     ]
                 )
                 @ split.effect
-                for strength in (np.inf, None)
+                for strengths in ([np.inf] * self.n_folds, nested)
             )
             parts.append((split.effect[rows], mean, linear, self._held_out(asked, context, split.bag)))
         measured, mean, linear, bags = (np.concatenate(part) for part in zip(*parts, strict=True))
         project = regression.project
-        share = stack_shares(
-            project(measured - mean), [project(linear - mean), project(bags)], np.tile(context, len(splits))
-        )
-        closed, own = (torch.as_tensor(v) for v in (mean + share[0] * (linear - mean), measured))
-        rest = 1.0
-        if regression.basis.shape[1]:
-            basis = regression.basis.cpu().double()
-            off, missed = (v - v @ basis @ basis.mT for v in (closed, own))
-            rest = float(((missed * off).sum() / off.square().sum().clamp(min=1e-12)).clamp(0.0, 1.0))
+        where = np.tile(context, len(splits))
+        share = stack_shares(project(measured - mean), [project(linear - mean), project(bags)], where)
+        left = np.stack([measured, mean + share[0] * (linear - mean)])
+        for number, basis in enumerate(bases):
+            at = fold[where] == number
+            left[:, at] -= left[:, at] @ basis @ basis.T
+        # of what the basis does not span all is kept, unless less of it predicts better
+        rest = 1.0 - float(stack_shares(left[0] - left[1], [-left[1]], where)[0]) if bases else 1.0
         self.share.copy_(torch.tensor([*share, rest]))
 
     def _held_out(self, asked: list[Asked], context: NDArray[np.int64], bag: Tensor) -> NDArray[np.float64]:
