@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from anndata import AnnData
 
 from pertura import baseline as bl
 
@@ -187,3 +188,26 @@ def test_standard_errors(screen, fit):
     weights = module.combine(asked, 0, np.zeros(1))
     _, found = module.weighted(weights[None])
     np.testing.assert_allclose(found[0].numpy(), expected, rtol=1e-3)
+
+
+def test_contexts_that_respond_alike_get_the_mean_effect(fit, monkeypatch):
+    """With 15 cells in an arm: the noise of control profiles is not taken for a relation to effects."""
+    from pertura.baseline import _linear
+
+    def strengths():
+        return np.array([float(fit(bl.Linear, adata.copy()).module.strength) for adata in screens])
+
+    screens, effects = [], np.where(np.arange(60) < 20, 1.0, 0.0)
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        arms = [(c, p) for c in range(10) for p in ("ctrl", "A")]
+        x = [2 + (p == "A") * effects + rng.normal(size=(15, 60)) for _, p in arms]
+        obs = pd.DataFrame([(p, f"c{c}") for c, p in arms for _ in range(15)], columns=["perturbation", "context"])
+        obs.index = obs.index.astype(str)
+        screens.append(AnnData(np.concatenate(x).astype(np.float32), obs=obs))
+    halves = strengths()
+    assert (halves > 10).all()
+    monkeypatch.setattr(
+        _linear, "split_controls", lambda means, table: [(means.control.numpy(), means.effect.numpy())] * 2
+    )
+    assert (strengths() < 10).all()

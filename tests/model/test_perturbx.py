@@ -263,3 +263,25 @@ def test_loaded_model_describes_the_same_biomarkers(trained, tmp_path):
     pd.testing.assert_frame_equal(loaded.get_gene_importance("drug"), model.get_gene_importance("drug"))
     with pytest.raises(ValueError, match="`component` must be between"):
         loaded.get_gene_importance("drug", component=50)
+
+
+def test_contexts_that_respond_alike_get_the_mean_effect():
+    """With 15 cells in an arm: the noise of control profiles is not taken for a relation to effects."""
+    effect, errors, shares = np.zeros(100), [], []
+    effect[:20] = np.where(np.arange(20) % 2, 1.0, -1.0)
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        base = 2 + 0.5 * rng.normal(size=(11, 100))
+        arms = [(c, p) for c in range(11) for p in ("control", "drug") if c < 10 or p == "control"]
+        x = [base[c] + (p == "drug") * effect + rng.normal(size=(15, 100)) for c, p in arms]
+        obs = pd.DataFrame(
+            [(f"line{c:02d}", p) for c, p in arms for _ in range(15)], columns=["cell_type", "perturbation"]
+        )
+        adata = AnnData(np.concatenate(x).astype(np.float32), obs=obs.set_index(obs.index.astype(str)))
+        query = adata[(obs["cell_type"] == "line10").to_numpy()].copy()
+        own = {cls: fit(adata.copy(), cls, 5 if cls is PerturbX else None) for cls in (PerturbX, MeanEffect)}
+        shares.append(own[PerturbX].shares.sum())
+        tables = [m.get_perturbation_effect("drug", adata=query).set_index("gene") for m in own.values()]
+        errors.append([((t["lfc_mean"].loc[adata.var_names].to_numpy() - effect) ** 2).sum() for t in tables])
+    assert np.count_nonzero(shares) <= 1
+    assert np.sum(errors, axis=0)[0] <= 1.02 * np.sum(errors, axis=0)[1]

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from anndata import AnnData
 from scipy import sparse
 
 from pertura import datasets
@@ -328,3 +329,31 @@ def test_new_contexts_are_described_by_their_own_controls(trained):
     effects = [trained.get_perturbation_effect(name, adata=a)["lfc_mean"] for a in (known, *renamed)]
     np.testing.assert_allclose(effects[0], effects[1], atol=0.02)
     assert np.abs(effects[0] - effects[2]).max() > 0.02
+
+
+def test_profiles_of_contexts_are_of_either_half_of_their_controls(monkeypatch):
+    """The half of a control cell in a minibatch is that of the profile which it is in."""
+    rng = np.random.default_rng(0)
+    obs = pd.DataFrame({"p": ["ctrl"] * 11 + ["drug"] * 9, "c": "x"})
+    obs = pd.concat([obs, obs.assign(c="y")], ignore_index=True)
+    obs.index = obs.index.astype(str)
+    adata = AnnData(rng.normal(size=(40, 12)).astype(np.float32), obs=obs)
+    PertVAE.setup_anndata(adata, perturbation_key="p", control="ctrl", context_key="c")
+    model, seen = PertVAE(adata, n_latent=2, encoder_hidden=(4,), n_flow_steps=0), {}
+    before = type(model.module)._get_fn_args_from_batch
+
+    def spy(batch):
+        args, given = before(batch)
+        n = len(args[0]) - args[1]
+        seen.update({tuple(x.tolist()): int(h) for x, h in zip(args[0].x[:n], given["half"][:n, 0], strict=True)})
+        return args, given
+
+    monkeypatch.setattr(type(model.module), "_get_fn_args_from_batch", staticmethod(spy))
+    model.train(max_epochs=1, accelerator="cpu", train_size=1.0)
+    half = np.array([seen.get(tuple(x.tolist()), -1) for x in adata.X])
+    for i, context in enumerate(model.contexts):
+        for h in (0, 1):
+            own = adata.X[((obs["p"] == "ctrl") & (obs["c"] == context)).to_numpy() & (half == h)]
+            assert len(own) in (5, 6)
+            expected = model._projected(own.mean(0, keepdims=True), np.array([True]))
+            torch.testing.assert_close(model.module.half_profile[[2 * h + i]], expected, atol=1e-4, rtol=1e-4)

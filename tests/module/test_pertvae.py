@@ -8,7 +8,7 @@ import torch
 
 from pertura.module import Action, Cells, PertVAE
 from pertura.module._base import PerturbationModule
-from pertura.module._pertvae import _same
+from pertura.module._pertvae import _same, _split
 from pertura.train import FreeBitsELBO
 
 N_GENES, N_LATENT = 7, 3
@@ -48,6 +48,18 @@ def test_starts_as_the_identity():
     z = torch.randn(2, 6, N_LATENT)
     torch.testing.assert_close(module.effect(z, cells), torch.zeros_like(z))
     torch.testing.assert_close(module._take_back(z, cells, None), z)
+
+
+@pytest.mark.parametrize("half", [0, 1, None])
+def test_the_profile_is_of_other_controls_than_the_partner(half):
+    module, cells = _shake(_module()), _cells()
+    module.half_profile.normal_()
+    given = None if half is None else torch.full((6, 1), float(half))
+    nodes = pyro.poutine.trace(module.model).get_trace(cells, 3, half=given).nodes
+    z1 = nodes["z1"]["value"][:3]
+    # contexts are three: those of the first half come first
+    profiles = None if half is None else module.half_profile[3:] if half == 0 else module.half_profile[:3]
+    torch.testing.assert_close(nodes["z2"]["fn"].base_dist.loc, z1 + module.effect(z1, _split(cells, 3)[1], profiles))
 
 
 def test_elbo_is_the_sum_of_its_terms():

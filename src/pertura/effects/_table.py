@@ -308,7 +308,7 @@ class ConditionTable:
         """The table with what means change by at the depth of the shallower side; `control` is the group of controls of a cell."""
         treated = self.treated
         gap = np.zeros(len(treated))
-        for own, groups, weight, _ in self._comparisons(None, None):
+        for own, groups, weight, _ in self._comparisons(None):
             gap[own] = self.log_library[treated[own]] - weight @ self.control_log_library[groups]
         if not np.isfinite(self.log_library).any():
             return self
@@ -386,9 +386,7 @@ class ConditionTable:
 
     # -- effects ----------------------------------------------------------------------------------------------------
 
-    def effects(
-        self, *, half: int | None = None, control_half: int | None = None, adjust_depth: bool = True
-    ) -> Effects:
+    def effects(self, *, half: int | None = None, adjust_depth: bool = True) -> Effects:
         """Effects of all treated conditions.
 
         Treated cells are compared with the controls of their context, weighted by the batches of the treated cells; the
@@ -398,28 +396,26 @@ class ConditionTable:
         ----------
         half
             0 or 1: of that half of the treated cells and of the controls; `None`: of all.
-        control_half
-            0 or 1: against that half of the controls, whatever the `half` of the treated cells; `None`: as `half` says.
         adjust_depth
             Whether to compare at equal depth: the deeper side is thinned in expectation to the depth of the other.
         """
-        key = (half, half if control_half is None else control_half, adjust_depth)
+        key = (half, adjust_depth)
         if key not in self._cache:
-            self._cache[key] = self._effects(*key)
+            self._cache[key] = self._effects(half, adjust_depth)
         return self._cache[key]
 
-    def _effects(self, half: int | None, control_half: int | None, adjust_depth: bool) -> Effects:
+    def _effects(self, half: int | None, adjust_depth: bool) -> Effects:
         treated, plan = self.treated, self.thinning if adjust_depth else None
         mean = _part(self.n, self.mean, half, treated)
-        control_mean = _part(self.control_n, self.control_mean, control_half)
+        control_mean = _part(self.control_n, self.control_mean, half)
         if plan is not None:
             mean = mean + _part(self.n, self.thinned, half, treated)
-            thinner = [_part(self.control_n, change, control_half) for change in self.control_thinned]
+            thinner = [_part(self.control_n, change, half) for change in self.control_thinned]
         effect, noise = np.zeros(mean.shape), np.full(len(treated), np.inf)
         variance = self._variances()
         of_control = dict(zip(self.context[self.is_control], np.flatnonzero(self.is_control), strict=True))
         se = np.full(mean.shape, np.inf)
-        for own, groups, weight, n in self._comparisons(half, control_half):
+        for own, groups, weight, n in self._comparisons(half):
             of_controls = (weight**2 / n[groups]).sum(1)
             effect[own] = mean[own] - weight @ control_mean[groups]
             if plan is not None:
@@ -430,10 +426,10 @@ class ConditionTable:
             se[own] = np.sqrt(variance[treated[own]] / number[:, None] + variance[at] * of_controls[:, None])
         return Effects(effect, noise, se)
 
-    def _comparisons(self, half: int | None, control_half: int | None) -> Iterator[tuple[NDArray, NDArray, Matrix, NDArray]]:
+    def _comparisons(self, half: int | None) -> Iterator[tuple[NDArray, NDArray, Matrix, NDArray]]:
         """Per context: places of treated conditions, groups of controls, weights of these, and number of cells of all groups."""
         treated = self.treated
-        n, control_n = _number(self.n, half, treated), _number(self.control_n, control_half)
+        n, control_n = _number(self.n, half, treated), _number(self.control_n, half)
         cells = self.per_batch[treated]
         cells = cells.sum(1) if half is None else cells[:, half]
         for context in np.unique(self.context[self.is_control]):

@@ -17,7 +17,8 @@ from pertura.data._datamodule import PerturbationDataModule
 from pertura.data._pairs import Coupling, Strata, embed, explicit_coupling, random_coupling, strata, transport_coupling
 from pertura.data._validation import check_obs_key
 from pertura.effects import ConditionTable
-from pertura.effects._sums import control_means, project
+from pertura.effects._sums import codes_of, control_means, project
+from pertura.effects._table import halves
 from pertura.module._pertvae import PertVAE as Module
 from pertura.train._elbo import FreeBitsELBO
 
@@ -294,6 +295,13 @@ class PertVAE(PerturbationModel):
         if not self.is_trained_:
             self._standardize(data, table)
             self._describe_contexts(table, axes)
+        if self.module.effect_input == "context":
+            cells = self._registered_cells(data.train_idx)
+            controls = cells.at(cells.rows[cells.is_control])
+            batch = codes_of(data.dataset, KEYS.BATCH, controls.rows)
+            half = np.zeros((len(data.dataset), 1), dtype=np.float32)
+            half[controls.rows, 0] = halves(self.adata_manager, controls.rows, controls.context, batch)
+            data.dataset.fields["half"] = half
         if self.pairing == "ot":
             parts = [
                 self._transport(data, rows, axes) if len(rows) else None for rows in (data.train_idx, data.val_idx)
@@ -318,6 +326,11 @@ class PertVAE(PerturbationModel):
         if spread > 1e-6:
             module.profile_basis[:, : len(axes)] = torch.as_tensor(axes.T / spread)
         module.context_profile.copy_(self._projected(profiles, found))
+        own, by_half = np.flatnonzero(table.is_control), np.stack([profiles, profiles])
+        for half in (0, 1):  # a half without cells: all controls
+            there = own[table.n[own, half] > 0]
+            by_half[half, table.context[there]] = table.mean[there, half]
+        module.half_profile.copy_(torch.cat([self._projected(part, found) for part in by_half]))
 
     def _projected(self, profiles: NDArray, found: NDArray) -> torch.Tensor:
         device = device_of(self.module)

@@ -199,15 +199,12 @@ def split_controls(
     has no controls, those of the other stand in.
     """
     control, effect = (v.double().cpu().numpy() for v in (means.control, means.effect))
-    kept, own = table.has_control[table.context[table.treated]], np.flatnonzero(table.is_control)
-    splits = []
-    for half in (0, 1):
-        profiles, there = control.copy(), own[table.n[own, half] > 0]
-        profiles[table.context[there]] = table.mean[there, half]
-        # within batches, as the effects are: the controls of these are not all controls of a context
-        other = table.effects(control_half=1 - half, adjust_depth=False)
-        splits.append((profiles, np.where(other.measured[kept, None], other.effect[kept], effect)))
-    return splits
+    profiles = np.repeat(control[None], 2, axis=0)
+    for i in np.flatnonzero(table.is_control):
+        for half in np.flatnonzero(table.n[i] > 0):
+            profiles[half, table.context[i]] = table.mean[i, half]
+    own = means.conditions.context
+    return [(profiles[half], effect + (control - profiles[1 - half])[own]) for half in (0, 1)]
 
 
 # -- cells --------------------------------------------------------------------------------------------------------------

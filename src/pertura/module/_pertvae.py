@@ -149,15 +149,21 @@ class PertVAE(LatentModule):
         self.register_buffer("profile_mean", torch.zeros(n_genes))
         self.register_buffer("profile_basis", torch.zeros(n_genes, n_context_components))
         self.register_buffer("context_profile", torch.zeros(n_contexts, n_context_components))
+        # of the contexts by the first half of their controls, then by the second
+        self.register_buffer("half_profile", torch.zeros(2 * n_contexts, n_context_components))
 
     @staticmethod
     def _get_fn_args_from_batch(batch: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        return (Cells.from_tensors(batch), int(batch["n_pairs"])), {}
+        return (Cells.from_tensors(batch), int(batch["n_pairs"])), {"half": batch.get("half")}
 
     # -- generative model and guide ---------------------------------------------------------------------------------
 
-    def model(self, cells: Cells, n_pairs: int = 0, kl_weight: float = 1.0) -> None:
-        """Joint density of a minibatch: rows are cells before a perturbation, cells alone, the same pairs' cells after it."""
+    def model(self, cells: Cells, n_pairs: int = 0, kl_weight: float = 1.0, half: Tensor | None = None) -> None:
+        """Joint density of a minibatch: rows are cells before a perturbation, cells alone, the same pairs' cells after it.
+
+        `half`: of the controls of its context that a cell is in, 0 or 1. The profile of the context is then that of the other half
+        than the cell before a perturbation: the noise of these would be in the profile and in the effect.
+        """
         first, post = _split(cells, n_pairs)
         if self.training:
             self._prior_of_effects(len(cells))
@@ -169,7 +175,11 @@ class PertVAE(LatentModule):
         if n_pairs == 0:
             return
         before = z1[..., :n_pairs, :]
-        after = self.transition(before, post)
+        profiles = None
+        if half is not None:
+            at = post.context + len(self.context_profile) * (1 - half[:n_pairs, 0].long())
+            post, profiles = replace(post, context=at), self.half_profile
+        after = self.transition(before, post, profiles)
         with pyro.plate("pairs", n_pairs):
             with pyro.poutine.scale(scale=kl_weight):
                 z2 = pyro.sample("z2", after.to_event(1))
@@ -178,7 +188,7 @@ class PertVAE(LatentModule):
             log_prob = self.expression(after.rsample(), post).log_prob(post.x)
             pyro.factor("x2_predicted", self.prediction_weight * log_prob.sum())
 
-    def guide(self, cells: Cells, n_pairs: int = 0, kl_weight: float = 1.0) -> None:
+    def guide(self, cells: Cells, n_pairs: int = 0, kl_weight: float = 1.0, half: Tensor | None = None) -> None:
         """q(z | x), one encoder for cells before and after a perturbation."""
         h = self.encode(cells)
         n_first = len(cells) - n_pairs
@@ -206,9 +216,9 @@ class PertVAE(LatentModule):
                 return dist.Normal(loc, (1.0 + variance).sqrt()).to_event(1)
             return dist.MultivariateNormal(loc, jacobian @ jacobian.mT + torch.diag_embed(variance))
 
-    def transition(self, z1: Tensor, cells: Cells) -> dist.Normal:
-        """p(z2 | z1), batch shape ``(..., n_cells, n_latent)``."""
-        return dist.Normal(z1 + self.effect(z1, cells), self.noise_sd(z1))
+    def transition(self, z1: Tensor, cells: Cells, profiles: Tensor | None = None) -> dist.Normal:
+        """p(z2 | z1), batch shape ``(..., n_cells, n_latent)``; arguments as of :meth:`effect`."""
+        return dist.Normal(z1 + self.effect(z1, cells, profiles), self.noise_sd(z1))
 
     def expression(self, z: Tensor, cells: Cells) -> dist.TorchDistribution:
         """p(x | z)."""
