@@ -32,10 +32,16 @@ def test_kang(screen, monkeypatch, tmp_path, capsys):
     assert main(arguments) == 0 and out.stat().st_size == size
 
 
-def test_another_task(screen, monkeypatch, capsys):
+def test_another_task(screen, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(datasets, "norman_mcfaline_mini", lambda: screen)
-    assert main(["norman", "--task", "unseen_combination", "--models", "Additive", "--metrics", "mse"]) == 0
+    words = ["norman", "--task", "unseen_combination", "--models", "Additive", "--metrics", "pearson_effect", "--out"]
+    assert main([*words, str(tmp_path / "halves.csv")]) == 0
     assert "Additive" in capsys.readouterr().out
+    assert main([*words, str(tmp_path / "shared.csv"), "--controls", "shared"]) == 0
+    assert main([*words, str(tmp_path / "other.csv"), "--split-seed", "1"]) == 0
+    tables = [Results(tmp_path / f"{name}.csv").table for name in ("halves", "shared", "other")]
+    assert [set(t["controls"]) for t in tables] == [{"halves"}, {"shared"}, {"halves"}]
+    assert tables[0]["value"].mean() != tables[2]["value"].mean() != tables[1]["value"].mean()
 
 
 def test_a_file_of_one_s_own(screen, tmp_path, capsys):
