@@ -67,6 +67,13 @@ def test_validation_rows_are_not_trained_on(screen, shift):
     assert not set(spy.trained_on[0].obs_names) & set(screen.obs_names[splits[0].val])
 
 
+def mean_at_equal_depth(adata, perturbation, context, reference):
+    """Mean of perturbed cells at the depth of the reference controls; steps of thinning differ with what is compared at once."""
+    treated = (adata.obs["perturbation"] == perturbation) & (adata.obs["cell_type"] == context)
+    own = adata[np.concatenate([np.flatnonzero(treated), reference])]
+    return of_rows(adata, reference) + mt.measured_effect(own, perturbation, **KEYS)["effect"].to_numpy()
+
+
 def test_changing_the_model_s_copy_changes_nothing(screen):
     before = screen.copy()
 
@@ -86,10 +93,11 @@ def test_changing_the_model_s_copy_changes_nothing(screen):
     split = bm.make_splits(bm.Dataset.of(screen), "unseen_context")[0]
     table = bm.run(screen, {"vandal": Vandal()}, splits=split, metrics="mse", n_halves=0, **FAST)
     (context,) = split.held_out
-    control = of_rows(before, halves(before, split).asked[context])
+    divided = halves(before, split)
+    control = of_rows(before, divided.asked[context])
     for row in table.itertuples():
-        truth = mean(before, row.perturbation, context)
-        assert row.value == pytest.approx(mt.mse(control, truth), rel=1e-4)
+        truth = mean_at_equal_depth(before, row.perturbation, context, divided.reference[context])
+        assert row.value == pytest.approx(mt.mse(control, truth), rel=1e-3)
     assert (screen.X != before.X).nnz == 0
     assert (screen.layers["counts"] != before.layers["counts"]).nnz == 0
     assert screen.obs.equals(before.obs)
@@ -107,20 +115,17 @@ def test_scores_are_those_of_the_definitions(screen, shift, controls):
         divided = divide_controls(bm.Dataset.of(screen), splits[context], controls, max_controls=2000)
         asked, reference = divided.asked[context], divided.reference[context]
         assert (len(asked), len(reference)) == ((15, 15) if controls == "halves" else (30, 30))
-        truth, control, start = (
-            mean(screen, perturbation, context),
-            of_rows(screen, reference),
-            of_rows(screen, asked),
-        )
+        truth = mean_at_equal_depth(screen, perturbation, context, reference)
+        control, start = of_rows(screen, reference), of_rows(screen, asked)
         value = rows.set_index("metric")["value"]
         x = start + effect
         expected = mt.pearson_effect(x, truth, control, start, top=20)
-        assert value["pearson_effect_top20"] == pytest.approx(expected, abs=1e-5)
+        assert value["pearson_effect_top20"] == pytest.approx(expected, abs=1e-3)
         # the predicted effect is what the model added, whatever cells it was asked with
         top = np.argsort(-np.abs(truth - control))[:20]
-        assert expected == pytest.approx(np.corrcoef(effect[top], (truth - control)[top])[0, 1], abs=1e-6)
-        assert value["r2_top20"] == pytest.approx(mt.r2(x, truth, control, top=20), abs=1e-5)
-        assert value["mse"] == pytest.approx(mt.mse(x, truth), rel=1e-5)
+        assert expected == pytest.approx(np.corrcoef(effect[top], (truth - control)[top])[0, 1], abs=1e-3)
+        assert value["r2_top20"] == pytest.approx(mt.r2(x, truth, control, top=20), abs=1e-3)
+        assert value["mse"] == pytest.approx(mt.mse(x, truth), rel=1e-3)
         treated = np.flatnonzero((screen.obs["perturbation"] == perturbation) & (screen.obs["cell_type"] == context))
         own = screen[np.concatenate([treated, reference])]
         measured = mt.measured_effect(own, perturbation, **KEYS).set_index("gene")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pertura.data import Split
 from pertura.metrics import METRICS, Metric, evaluate, get_metric, perturbed_mean, split_half_ceiling
 from pertura.metrics._arrays import top_weights
-from pertura.metrics._pseudobulk import moments
+from pertura.metrics._pseudobulk import at_equal_depth, moments
 
 from ._controls import Controls
 from ._dataset import Dataset
@@ -113,7 +113,7 @@ class Task:
     def effects(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Effects against the reference controls and their standard errors, (perturbation, context) x genes."""
         codes, groups = pd.MultiIndex.from_frame(self.truth.obs[[_LABEL, _CONTEXT]]).factorize()
-        m = moments(self.truth.X, codes, groups)
+        m = at_equal_depth(moments(self.truth.X, codes, groups), self.truth.X, codes, self.dataset.control)
         keys = pd.MultiIndex.from_tuples(self.conditions, names=[_LABEL, _CONTEXT])
         base = pd.MultiIndex.from_tuples([(self.dataset.control, c) for _, c in self.conditions])
         treated, control = m.take(keys), m.take(base)
@@ -197,7 +197,8 @@ def _some_of_each(groups: NDArray[np.str_], n: int, rng: np.random.Generator) ->
 
 def _train_effect(train: AnnData, control: str) -> pd.DataFrame:
     codes, groups = pd.MultiIndex.from_frame(train.obs[[_LABEL, _CONTEXT]]).factorize()
-    mean = pd.DataFrame(moments(train.X, codes, groups).mean, groups, train.var_names)
+    found = at_equal_depth(moments(train.X, codes, groups), train.X, codes, control)
+    mean = pd.DataFrame(found.mean, groups, train.var_names)
     treated = mean[mean.index.get_level_values(0) != control]
     base = mean.xs(control, level=0).reindex(treated.index.get_level_values(1))
     return (treated - base.to_numpy()).abs().dropna().groupby(level=0).mean()
