@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,7 +15,7 @@ from pertura.data._perturbation import Perturbation
 from pertura.data._vocabulary import Vocabulary
 from pertura.effects import Conditions, Discrepancy
 from pertura.model.base import Options, PerturbationModel
-from pertura.model.base._arguments import resolve_seed
+from pertura.model.base._arguments import did_you_mean, resolve_seed
 from pertura.model.base._contexts import check_combinations, control_profiles
 from pertura.model.base._query import Query
 from pertura.train._progress import Progress
@@ -146,8 +145,8 @@ class Baseline(PerturbationModel):
             return
         codes = dict(zip(members, vocabulary.code(members), strict=False))
         new = [m for m in members if not conditions.has_member(int(codes[m]))]
-        close = get_close_matches(new[0], vocabulary.names, n=1) if new else []
-        hint = f" Did you mean {close[0]!r}?" if close and close[0] not in new else ""
+        trained = [name for code, name in enumerate(vocabulary.names) if conditions.has_member(code)]
+        hint = did_you_mean(new[0], trained) if new else ""
         if self.module.representable(asked):
             if new and not self._can_predict_features:
                 logger.warning(
@@ -158,10 +157,9 @@ class Baseline(PerturbationModel):
                 )
             return
         what = ", ".join(map(repr, new)) if new else f"the combination {label!r}"
-        known = ", ".join(vocabulary.names[:8])
         raise ValueError(
-            f"`perturbation`: {what} was not seen in training and has no features (known: {known}"
-            f"{', …' if len(vocabulary.names) > 8 else ''}).{hint} Register descriptions of perturbations, this one "
+            f"`perturbation`: {what} was not seen in training and has no features (known: {', '.join(trained[:8])}"
+            f"{', …' if len(trained) > 8 else ''}).{hint} Register descriptions of perturbations, this one "
             "included, with `perturbation_features_key`; baseline.MeanEffect and baseline.Additive do without."
         )
 

@@ -12,7 +12,7 @@ from anndata import AnnData
 from scvi.data.fields import BaseAnnDataField, CategoricalObsField, LayerField, NumericalObsField
 
 from ._constants import KEYS
-from ._validation import check_expression
+from ._validation import check_expression, smallest_value
 from ._vocabulary import Vocabulary, build_vocabulary, encode_cells
 
 _OBSM_KEY = f"_scvi_{KEYS.PERTURBATION}"
@@ -20,7 +20,7 @@ _UNIT_CELLS = 10_000  # cells from which the unit of size factors is estimated
 
 
 class ExpressionField(LayerField):
-    """Expression, with the kind of its values (``"counts"`` or ``"continuous"``) in the registry.
+    """Expression, with the kind of its values (``"counts"`` or ``"continuous"``), and whether none is negative.
 
     Parameters
     ----------
@@ -29,6 +29,7 @@ class ExpressionField(LayerField):
     """
 
     KIND = "data_kind"
+    NONNEGATIVE = "nonnegative"
 
     def __init__(self, layer: str | None) -> None:
         super().__init__(KEYS.X, layer, is_count_data=False, correct_data_format=False)
@@ -36,7 +37,9 @@ class ExpressionField(LayerField):
 
     def register_field(self, adata: AnnData) -> dict[str, Any]:
         """Register, and look at the values."""
-        return {**super().register_field(adata), self.KIND: check_expression(adata, self.layer)}
+        kind = check_expression(adata, self.layer)
+        smallest = 0.0 if kind == "counts" else smallest_value(adata, self.layer)
+        return {**super().register_field(adata), self.KIND: kind, self.NONNEGATIVE: smallest >= 0}
 
     def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs: Any) -> dict[str, Any]:
         """Register new data; values must be of the model's kind. Genes stay the model's own, in its order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from difflib import get_close_matches
 from typing import Any, Literal
 
@@ -9,6 +10,8 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from scipy import sparse
+
+logger = logging.getLogger(__name__)
 
 DataKind = Literal["counts", "continuous"]
 _CHECK_ROWS = 4096
@@ -148,6 +151,16 @@ def check_expression(adata: AnnData, layer: str | None, rows: np.ndarray | None 
     return "counts" if counts else "continuous"
 
 
+def smallest_value(adata: AnnData, layer: str | None) -> float:
+    """Smallest value of a layer, which may be on disk; `None` for ``X``."""
+    values = adata.X if layer is None else adata.layers[layer]
+    smallest = np.inf
+    for start in range(0, adata.n_obs, _CHECK_ROWS):
+        block = values[start : start + _CHECK_ROWS]
+        smallest = min(smallest, float((block.compute() if hasattr(block, "compute") else block).min()))
+    return smallest
+
+
 def check_names(adata: AnnData) -> None:
     """Raise unless cells and genes have unique names."""
     if not adata.var_names.is_unique:
@@ -221,6 +234,11 @@ def check_features(adata: AnnData, key: str | None, names: list[str]) -> pd.Data
         )
     if not np.isfinite(table.to_numpy()).all():
         raise ValueError(f"`perturbation_features_key`: {key!r} holds NaN or infinite values. Drop those rows.")
+    empty = table.index[~table.to_numpy().any(1)]
+    if len(empty) == len(table):
+        raise ValueError(f"`perturbation_features_key`: every value of {key!r} is 0. It describes no perturbation.")
+    if len(empty) and table.shape[1] > 1:
+        logger.warning("`perturbation_features_key`: all features of %s are 0 in %r.", _names(empty), key)
     if not set(names) & set(table.index):
         raise ValueError(
             f"`perturbation_features_key`: none of the perturbations ({_names(names)}) is a row of {key!r} "

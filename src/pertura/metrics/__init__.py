@@ -8,7 +8,7 @@ from ._arrays import top_weights
 from ._ceiling import Interval, bootstrap_interval, gap_closed, interpolated_duplicate, split_half_ceiling
 from ._cells import energy_distance, median_distance, mmd_rbf, variance_ratio
 from ._conditions import centroid_accuracy, discrimination_score, systematic_variation
-from ._effects import effect_calibration, measured_effect
+from ._effects import effect_calibration, effects_to_anndata, measured_effect
 from ._evaluate import evaluate
 from ._network import (
     EdgeCandidates,
@@ -67,6 +67,7 @@ __all__ = [
     "discrimination_score",
     "edge_candidates",
     "effect_calibration",
+    "effects_to_anndata",
     "energy_distance",
     "epr",
     "evaluate",

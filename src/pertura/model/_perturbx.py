@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -27,6 +28,8 @@ from . import _perturbx_biomarkers as biomarkers
 from .base import Options, PerturbationModel, option
 from .base._contexts import check_combinations, control_profiles
 from .base._query import Query, query
+
+logger = logging.getLogger(__name__)
 
 Rows = NDArray[np.int64]
 _MAX_CANDIDATES, _MAX_FOLDS = 512, 5
@@ -168,6 +171,11 @@ class PerturbX(PerturbationModel):
     def _make_module(self) -> None:
         options, vocabulary, n_genes = self.options, self.vocabulary, len(self.gene_names)
         n_contexts = len(self.contexts)
+        if n_contexts < 2:
+            logger.warning(
+                "PerturbX predicts how effects differ between contexts, but there is only one: the measured effect is all "
+                "that it can predict. Name the column of cell types, lines or patients with `context_key`."
+            )
         n_candidates = min(n_genes, _MAX_CANDIDATES) if options.residual else n_genes
         self.module = Module(
             n_genes=n_genes,

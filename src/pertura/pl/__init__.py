@@ -1,4 +1,4 @@
-"""Plots that :mod:`scanpy.pl` has not: predicted against measured effects, calibration, benchmarks.
+"""Plots not available in :mod:`scanpy.pl`: predicted against measured effects, calibration, benchmarks.
 
 For everything else (expression in layers, ranked effects, embeddings) the results are where :mod:`scanpy.pl`
 looks for them.

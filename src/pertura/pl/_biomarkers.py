@@ -1,4 +1,4 @@
-"""What foretells a response: genes and contexts."""
+"""Genes that predict a response, and the contexts they tell apart."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -10,6 +11,10 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from numpy.typing import NDArray
+
+from ._drug_names import plain, synonyms
+
+logger = logging.getLogger(__name__)
 
 SIGNATURE = "signature:"
 _FIELDS = {"moa": "mechanism", "target": "targets", "indication": "indication", "disease_area": "disease area"}
@@ -92,10 +97,6 @@ class SentenceEncoder:
         return (np.asarray(vectors) * [[bool(t.strip())] for t in texts]).astype(np.float32)
 
 
-def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", str(name).lower())
-
-
 def match_drugs(names: Iterable[str], table: pd.DataFrame, *, aliases: Mapping[str, str] | None = None) -> pd.Series:
     """Rows of a table of drugs for names that may be spelled otherwise.
 
@@ -111,16 +112,18 @@ def match_drugs(names: Iterable[str], table: pd.DataFrame, *, aliases: Mapping[s
     Returns
     -------
     Series indexed by name: name in the table, missing where there is none. Names match exactly, or without case, blanks and
-    punctuation; a salt (``"x hydrochloride"``) matches the drug.
+    punctuation; a salt (``"x hydrochloride"``) matches the drug, and one of its common other names (``"paracetamol"``)
+    matches ``"Acetaminophen"``.
     """
-    known = {_plain(n): str(n) for n in table.index[::-1]}
+    known = {plain(n): str(n) for n in table.index[::-1]}
     salts = (
         r"(hydrochloride|hcl|sodium|sulfate|sulphate|maleate|citrate|phosphate|acetate|tartrate|mesylate|hydrobromide)$"
     )
     found: dict[str, Any] = {}
     for name in dict.fromkeys(map(str, names)):
-        plain = _plain((aliases or {}).get(name, name))
-        found[name] = known.get(plain, known.get(re.sub(salts, "", plain), np.nan))
+        own = plain((aliases or {}).get(name, name))
+        base = re.sub(salts, "", own)
+        found[name] = next((known[n] for n in (own, base, *synonyms(own), *synonyms(base)) if n in known), np.nan)
     return pd.Series(found, dtype=object, name="match")
 
 
@@ -292,7 +295,7 @@ def drug_table(
     names
         Drugs: rows of the table, those to be predicted included.
     text
-        Texts by drug (:func:`describe_drugs`).
+        Texts by drug (:func:`describe_drugs`), a Series or a table of one column.
     encoder
         Of the texts; by default :class:`TfidfEncoder`, fitted on these texts (which are no measurements).
     vectors
@@ -305,10 +308,29 @@ def drug_table(
     Returns
     -------
     DataFrame, drugs x features; what a drug lacks is 0. ``attrs["missing"]``: names without text and without signature.
+    A warning names drugs of which nothing is known.
+
+    Raises
+    ------
+    ValueError
+        Where nothing is given, `text` is not one text per drug, no drug is found, or a signature was made of held-out rows.
     """
     names = list(dict.fromkeys(map(str, names)))
     parts, missing = [], {}
+    if isinstance(text, pd.DataFrame) and text.shape[1] == 1:
+        text = text.iloc[:, 0]
+    if text is not None and not isinstance(text, (pd.Series, Mapping)):
+        about = f" with the columns {list(text.columns)[:8]}" if isinstance(text, pd.DataFrame) else ""
+        raise ValueError(
+            f"`text` must be a Series of texts indexed by drug, got {type(text).__name__}{about}. "
+            "`describe_drugs(names, table)` makes one of a table of drugs; vectors go to `vectors`."
+        )
+    for argument, given in (("text", text), ("vectors", vectors)):
+        if given is not None and not set(names) & set(map(str, given.keys() if argument == "text" else given.index)):
+            index = list(given.keys() if argument == "text" else given.index)[:5]
+            raise ValueError(f"`{argument}`: none of `names` ({names[:5]}, …) is in its index ({index}, …).")
     if text is not None:
+        text = pd.Series(text)
         texts = [str(t) for t in text.reindex(names).fillna("")]
         encoder = TfidfEncoder() if encoder is None else encoder
         found = encoder.fit(texts).transform(texts) if hasattr(encoder, "transform") else np.asarray(encoder(texts))
@@ -332,4 +354,15 @@ def drug_table(
         raise ValueError("Give `text`, `vectors` or `signatures`.")
     result = pd.concat(parts, axis=1).astype(np.float32)
     result.attrs["missing"] = missing
+    empty = result.index[~result.to_numpy().any(1)]
+    if len(empty) == len(result):
+        raise ValueError("Nothing is known of any of `names`: every description is 0.")
+    if len(empty):
+        logger.warning(
+            "%d of %d drugs have no description (all 0): %s%s.",
+            len(empty),
+            len(result),
+            ", ".join(empty[:8]),
+            ", …" if len(empty) > 8 else "",
+        )
     return result

@@ -104,7 +104,7 @@ def known_edges(
 
 def regulators(
     adata: AnnData,
-    source: str | pd.DataFrame | Iterable[str],
+    source: str | pd.DataFrame | Iterable[str] | None = None,
     *,
     key_added: str = "regulator",
     symbol_key: str | None = None,
@@ -119,7 +119,7 @@ def regulators(
         Genes of human or mouse; matched by symbol (:func:`match_genes`).
     source
         Names of regulators; or a table of edges as in :func:`known_edges`, or ``"trrust"`` or ``"dorothea"`` (all levels), whose
-        sources are taken.
+        sources are taken. There is no default: the error for `None` lists what there is.
     key_added
         Column of ``var`` and key of ``uns``.
     symbol_key, aliases, overwrite
@@ -130,6 +130,11 @@ def regulators(
     ValueError
         Where the key is taken, or none of the regulators is among the genes.
     """
+    if source is None:
+        raise ValueError(
+            "`source`: say which genes may regulate others: 'trrust' (TRRUST 2, human), 'dorothea' (DoRothEA, human, all "
+            "levels), a list of gene names, or a table of edges with the columns 'source' and 'target'."
+        )
     check_free(key_added, overwrite, var=adata.var, uns=adata.uns)
     genes = symbols(adata, symbol_key)
     if isinstance(source, (str, pd.DataFrame)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -12,6 +13,7 @@ from scvi import settings
 
 from pertura.data._perturbation import Perturbation
 from pertura.data._vocabulary import Vocabulary
+from pertura.priors._drug_names import plain, synonyms
 
 from ._protocol import Model
 from ._registered import Registered
@@ -111,16 +113,29 @@ def resolve_seed(seed: int | None) -> int:
     return int(seed)
 
 
-def resolve_perturbations(model: Model, perturbation: Any, dose: Any) -> list[Perturbation]:
-    """Every perturbation at every dose, as a user gives them."""
+def resolve_perturbations(model: Model, perturbation: Any, dose: Any, *, every: bool = False) -> list[Perturbation]:
+    """Every perturbation at every dose, as a user gives them.
+
+    Parameters
+    ----------
+    model
+        Model that is asked.
+    perturbation, dose
+        As given.
+    every
+        What `None` means: all that the model was trained on, or the only one there is.
+    """
     vocabulary = model.vocabulary
     if perturbation is None:
-        if len(vocabulary.labels) != 1:
-            known = ", ".join(vocabulary.labels[:8])
+        known = vocabulary.labels
+        if every:
+            known = [label for label in known if model._discrepancy.step(Perturbation(label)) == "seen"]
+        if not known or (len(known) > 1 and not every):
+            names = ", ".join(known[:8]) + (", …" if len(known) > 8 else "")
             raise ValueError(
-                f"`perturbation`: the model knows {len(vocabulary.labels)} ({known}, …). Name one, or a list of them."
+                f"`perturbation`: the model knows {len(known)} ({names or 'none'}). Name one, or a list of them."
             )
-        perturbation = vocabulary.names[0]
+        perturbation = known
     labels = [perturbation] if isinstance(perturbation, str) else perturbation
     if (
         not isinstance(labels, (list, tuple, np.ndarray))
@@ -162,6 +177,18 @@ def _doses(vocabulary: Vocabulary, dose: Any) -> list[float | None]:
     return doses.tolist()
 
 
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """A hint at another spelling or another name of a drug; empty where none is likely.
+
+    Genes and compounds that differ in a number are different ones: ``IRF2`` is no slip of the pen for ``IRF1``.
+    """
+    spelled = {plain(k): k for k in known}
+    close = [spelled[n] for n in (plain(name), *synonyms(name)) if n in spelled]
+    near = [k for k in known if re.findall(r"\d+", k) == re.findall(r"\d+", name)]
+    close = [k for k in (*close, *get_close_matches(name, near, n=1)) if k != name]
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
 def check_representable(model: Model, label: str) -> None:
     """Raise where a model has no way to represent a perturbation."""
     vocabulary, discrepancy = model.vocabulary, model._discrepancy
@@ -170,8 +197,7 @@ def check_representable(model: Model, label: str) -> None:
         return
     trained = discrepancy.trained
     new = [m for m in vocabulary.parse(label) if m not in set(trained)]
-    close = get_close_matches(new[0], trained, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    hint = did_you_mean(new[0], trained)
     name = type(model).__name__
     remedy = (
         "Register descriptions of perturbations, this one included, with `perturbation_features_key`."

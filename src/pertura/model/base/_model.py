@@ -471,7 +471,8 @@ class PerturbationModel(TrainableModel):
         Parameters
         ----------
         perturbation
-            A name, a combination ``"A+B"``, or a list of them. `None`: the only one there is.
+            A name, a combination ``"A+B"``, or a list of them. `None`: the only one there is, or with ``by="context"`` all
+            that were trained.
         adata
             Cells to predict for; by default the model's own. Genes are matched by name.
         indices
@@ -514,7 +515,8 @@ class PerturbationModel(TrainableModel):
         -------
         `None` for one name: ``layers[key]`` (with ``_low`` and ``_high``), ``obsm["X_" + key]``, ``obsm["X_basal"]``,
         ``uns[key + "_effect"]`` and ``uns[key]`` of `adata` are set; rows outside `indices` are NaN. For a list, or
-        with `return_anndata`, a new AnnData with one row per cell and perturbation, the prediction in ``X``. With
+        with `return_anndata`, a new AnnData with one row per cell and perturbation, the prediction in ``X``. Where no
+        registered value is negative, no prediction is: it is cut off at 0, which effects are not. With
         ``by="context"`` one row per context and perturbation: mean expression under it in ``X``, its interval in
         ``layers["low"]`` and ``["high"]``, ``layers["control"]`` and ``layers["effect"]`` beside it. With `out`, `None`.
 
@@ -538,7 +540,7 @@ class PerturbationModel(TrainableModel):
             )
         path = None if out is None else check_out(out)
         single = (isinstance(perturbation, str) or perturbation is None) and np.ndim(dose) == 0
-        perturbations = resolve_perturbations(self, perturbation, dose)
+        perturbations = resolve_perturbations(self, perturbation, dose, every=by == "context")
         key = key_added if key_added is not None else f"predicted_{perturbations[0].label}".replace("/", "_")
         check_key(key)
         settings = self._settings(n_samples, ci, scale, seed, batch_size, noise, self._changes(changes))
@@ -626,7 +628,9 @@ class PerturbationModel(TrainableModel):
 
         Parameters
         ----------
-        perturbation, adata, indices, dose, n_samples, noise, scale, batch_size, seed, **changes
+        perturbation
+            A name, a combination ``"A+B"``, or a list of them. `None`: all that the model was trained on.
+        adata, indices, dose, n_samples, noise, scale, batch_size, seed, **changes
             As in :meth:`predict_perturbation`. Effects start from the control cells among the cells passed, in contexts
             that have none from all of them.
         ci
@@ -642,8 +646,12 @@ class PerturbationModel(TrainableModel):
         differences on `scale` (for ``"log1p"`` natural-log units, as ``X`` after :func:`scanpy.pp.log1p`). The sd holds
         the posterior of the model and how far its effects were from measured ones; it is wider for contexts, doses,
         combinations and perturbations that were not seen.
+
+        See Also
+        --------
+        pertura.metrics.effects_to_anndata : The table as an AnnData, for scanpy's plots.
         """
-        perturbations = resolve_perturbations(self, perturbation, dose)
+        perturbations = resolve_perturbations(self, perturbation, dose, every=True)
         if ci is None:
             raise ValueError("`ci` must be between 0 and 1, got None.")
         settings = self._settings(n_samples, ci, scale, seed, batch_size, noise, self._changes(changes))

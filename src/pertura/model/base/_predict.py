@@ -325,6 +325,8 @@ def predict_blocks(
     query = predictor.query
     counted = np.isin(query.rows, query.controls_or_all().rows) if effects is not None else None
     widening = None if ci is None else _Widening(predictor, perturbations, discrepancy, ci)
+    # where no measured value is negative, no predicted one is; effects are sums of what the model says
+    least = 0.0 if query.registered.is_counts or query.registered.nonnegative else -np.inf
     for block in predictor.blocks(first_cell):
         parts: dict[str, list[Tensor]] = {"mean": [], "low": [], "high": [], "latent": []}
         own = block.own()
@@ -333,7 +335,7 @@ def predict_blocks(
             found = block.under(perturbation)
             x = block.mean(found)
             mean = x.mean(0)
-            parts["mean"].append(mean)
+            parts["mean"].append(mean.clamp(min=least))
             parts["latent"].append(found.state.mean(0))
             if effects is not None:
                 effects.add(q, weights, x)
@@ -341,9 +343,8 @@ def predict_blocks(
                 low, high = quantiles(block.draws(found), ((1 - ci) / 2, (1 + ci) / 2))
                 if widening.needed:
                     low, high = widened(mean, low, high, widening.half_width(q, block, mean, own))
-                # counts and their logarithms are never negative
-                parts["low"].append(low.clamp(min=0.0) if query.registered.is_counts else low)
-                parts["high"].append(high)
+                parts["low"].append(low.clamp(min=least))
+                parts["high"].append(high.clamp(min=least))
         arrays = {k: torch.stack(v).cpu().numpy() if v else None for k, v in parts.items()}
         yield Predicted(**arrays, basal=block.basal_state().mean(0, keepdim=True).cpu().numpy())
 

@@ -29,6 +29,8 @@ class Registered:
         Values of the batch column, in the order of their codes.
     data_kind
         ``"counts"`` or ``"continuous"``.
+    nonnegative
+        Whether no registered value is negative.
     arguments
         Arguments of ``setup_anndata``.
     mudata
@@ -40,6 +42,7 @@ class Registered:
     contexts: tuple[str, ...]
     batches: tuple[Any, ...]
     data_kind: str
+    nonnegative: bool
     arguments: dict[str, Any]
     mudata: dict[str, Any] | None
 
@@ -55,6 +58,7 @@ class Registered:
             contexts=tuple(map(str, states[KEYS.CONTEXT]["categorical_mapping"])) if has_context else ("all",),
             batches=tuple(states[KEYS.BATCH]["categorical_mapping"]),
             data_kind=states[KEYS.X][ExpressionField.KIND],
+            nonnegative=states[KEYS.X].get(ExpressionField.NONNEGATIVE, False),
             arguments=arguments,
             mudata=states[KEYS.PERTURBATION].get("mudata"),
         )

@@ -219,11 +219,12 @@ def contexts_as_anndata(
         return table[column].to_numpy(np.float32).reshape(shape)
 
     genes = pd.Index(user.var_names.astype(str)).get_indexer(model.gene_names)
-    out = AnnData(X=values("mean_perturbed"), obs=obs, var=user.var.iloc[genes].copy())
+    least = 0.0 if model.registered.nonnegative else -np.inf
+    out = AnnData(X=np.maximum(values("mean_perturbed"), least), obs=obs, var=user.var.iloc[genes].copy())
     out.layers["control"], out.layers["effect"] = values("mean_control"), values("lfc_mean")
     if asked["ci"] is not None:
         for end in ("low", "high"):
-            out.layers[end] = out.layers["control"] + values(f"ci_{end}")
+            out.layers[end] = np.maximum(out.layers["control"] + values(f"ci_{end}"), least)
     out.uns[PREDICTION] = provenance(model, wrote=[], **asked)
     return out
 
