@@ -406,6 +406,20 @@ def test_a_misspelt_name_is_reported(made, fit, effect, caplog):
     assert "'stin' was not seen in training" in caplog.text and "Did you mean 'stim'?" in caplog.text
 
 
+def test_hints_name_what_was_trained_and_may_be_meant(made, fit, effect, caplog):
+    means = {("ctrl", "x"): [1.0], ("IRF1", "x"): [2.0], ("Acetaminophen", "x"): [2.0], ("IRF3", "x"): [3.0]}
+    adata = made(means)
+    keep = np.flatnonzero(adata.obs["perturbation"] != "IRF3")
+    rest = np.flatnonzero(adata.obs["perturbation"] == "IRF3")
+    split = {"external_indexing": [keep, rest, np.array([], dtype=int)]}
+    model = fit(bl.MeanEffect, adata, train={"datasplitter_kwargs": split})
+    for name, hint in (("IRF2", ""), ("IRF-1", "IRF1"), ("irf3", ""), ("paracetamol", "Acetaminophen"), ("IRF3", "")):
+        caplog.clear()
+        effect(model, name, "x")
+        assert f"'{name}' was not seen" in caplog.text
+        assert (f"Did you mean {hint!r}?" in caplog.text) if hint else ("Did you mean" not in caplog.text), name
+
+
 @pytest.mark.parametrize(
     ("cls", "options", "message"),
     [

@@ -139,3 +139,13 @@ def test_values_that_are_not_finite(mdata):
     mdata["drug"].X[0, 0] = np.nan
     with pytest.raises(ValueError, match="`perturbation_mod`: .* NaN"):
         _mudata.annotations(mdata, SETTINGS)
+
+
+def test_descriptions_that_say_nothing(caplog):
+    adata = AnnData(np.ones((2, 2)))
+    adata.uns["some"] = pd.DataFrame({"a": [1.0, 0.0], "b": [0.0, 0.0]}, index=["B", "C"])
+    validation.check_features(adata, "some", ["B"])
+    assert "all features of C are 0 in 'some'" in caplog.text
+    adata.uns["none"] = adata.uns["some"] * 0
+    with pytest.raises(ValueError, match="`perturbation_features_key`: every value of 'none' is 0"):
+        validation.check_features(adata, "none", ["B"])

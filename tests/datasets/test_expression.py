@@ -13,6 +13,7 @@ from scipy import sparse
 
 from pertura import datasets
 from pertura.datasets import _drugs, _stimulation, registry
+from pertura.datasets._catalog import CATALOG
 from pertura.datasets._common import edges_to_csr
 from pertura.datasets._crispr import _combination
 
@@ -402,3 +403,16 @@ def test_loaders_give_new_objects(load_dataset) -> None:
     assert isinstance(second, AnnData)
     assert second.X.max() > 3
     assert second.uns["dataset"]["name"] == "beeline_curated"
+
+
+@pytest.mark.parametrize("name", CATALOG)
+def test_the_catalog_is_true(load_dataset, name: str) -> None:
+    entry, adata = CATALOG[name], load_dataset(name)
+    assert adata.shape == (entry.rows, entry.genes)
+    keys = dict(entry.keys)
+    assert keys.pop("layer", "counts") in {*adata.layers, "counts"}
+    if keys:
+        assert keys.pop("control") in set(adata.obs[keys["perturbation_key"]])
+        assert set(keys.values()) <= set(adata.obs)
+        record = adata.uns["dataset"]
+        assert {key: record[key] for key in keys if key in record} == {k: v for k, v in keys.items() if k in record}

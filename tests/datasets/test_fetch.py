@@ -247,11 +247,20 @@ def test_command_line_fill(
 def test_command_line_list(files: dict[str, DataFile], cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (cache / "folder").mkdir(parents=True)
     (cache / "folder" / "one.txt").write_bytes(CONTENT["one"])
-    assert __main__.main(["list"]) == 0
+    assert __main__.main(["list", "--files"]) == 0
     first, one, two = capsys.readouterr().out.splitlines()
     assert first == f"cache: {cache}"
     assert one.split() == ["one", str(len(CONTENT["one"])), "cached", "folder/one.txt", "[none]"]
     assert two.split() == ["two", str(len(CONTENT["two"])), "-", "folder/two.txt", "[none]"]
+
+
+def test_command_line_lists_data_sets(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert __main__.main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("norman_mcfaline_mini"))
+    assert "5,961 x 500" in lines[at] and "downloaded on first use" in lines[at]
+    assert lines[at + 1].strip() == "perturbation_key='perturbation', control='control', context_key='cell_type'"
+    assert str(cache) in lines[-1]
 
 
 # Import

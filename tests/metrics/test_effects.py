@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+import scanpy as sc
 from anndata import AnnData
 from scipy import sparse
 
@@ -37,11 +38,52 @@ def test_measured_effect_by_hand(cells):
 def test_measured_effect_refuses(cells):
     with pytest.raises(ValueError, match="`perturbation_key`"):
         mt.measured_effect(cells, perturbation_key="unheard", control="ctrl")
-    with pytest.raises(ValueError, match="`perturbation`"):
-        mt.measured_effect(cells, "unheard", **KEYS)
-    cells.obs.loc["1", "condition"] = "other"
-    with pytest.raises(ValueError, match="name one"):
+    with pytest.raises(ValueError, match="`perturbation`: no cell .* is 'stimm'; it holds stim. Did you mean 'stim'"):
+        mt.measured_effect(cells, "stimm", **KEYS)
+    with pytest.raises(ValueError, match="at least 50 cells of both 'stim'"):
+        mt.measured_effect(cells, min_cells=50, **KEYS)
+    cells.X *= 0
+    cells.X += sparse.csr_matrix(np.full(cells.shape, 30.0))
+    with pytest.warns(UserWarning, match="raw counts"):
         mt.measured_effect(cells, **KEYS)
+
+
+def test_measured_effects_of_all_read_labels_as_models_do(cells):
+    label = np.array(["ctrl", "A", "B+A", "A+B", "A+ctrl", "B+B"])[np.arange(60) % 6]
+    cells.obs["condition"] = label
+    cells.obs.loc["0", "condition"] = "rare"
+    table = mt.measured_effect(cells, **KEYS)
+    assert list(dict.fromkeys(table["perturbation"])) == ["A", "A+B", "B"]
+    assert table.attrs["left_out"] == ["rare in all"]
+    number = table.groupby("perturbation")["n_perturbed"].unique()
+    assert number["A"] == [20] and number["A+B"] == [20] and number["B"] == [10]
+    x, label = cells.X.toarray(), cells.obs["condition"].to_numpy()
+    pair = table[table["perturbation"] == "A+B"]
+    by_hand = x[np.isin(label, ["B+A", "A+B"])].mean(0) - x[label == "ctrl"].mean(0)
+    np.testing.assert_allclose(pair["effect"], by_hand)
+    pd.testing.assert_frame_equal(mt.measured_effect(cells, ["B+A"], **KEYS), pair.reset_index(drop=True))
+
+
+def test_effects_as_anndata(cells):
+    cells.obs["condition"] = np.array(["ctrl", "A", "B"])[np.arange(60) % 3]
+    table = mt.measured_effect(cells, context_key="cell_type", **KEYS)
+    # the order of the rows does not matter
+    screen = mt.effects_to_anndata(table.sample(frac=1.0, random_state=0))
+    assert set(screen.obs_names) == {"A | a", "A | b", "B | a", "B | b"}
+    own = table[(table["perturbation"] == "B") & (table["context"] == "a")].set_index("gene")
+    row = screen["B | a", own.index]
+    np.testing.assert_allclose(row.X[0], own["effect"], rtol=1e-6)
+    np.testing.assert_allclose(row.layers["se"][0], own["se"], rtol=1e-6)
+    assert (row.obs["n_perturbed"] == 10).all() and (row.obs["perturbation"] == "B").all()
+    ranked = sc.get.rank_genes_groups_df(screen, group="B | a")
+    z = own["effect"] / own["se"]
+    assert ranked["names"].tolist() == z.sort_values(ascending=False).index.tolist()
+    sc.pl.rank_genes_groups_heatmap(screen, n_genes=2, show=False)
+    sc.pl.dotplot(screen, ["g0", "g1"], groupby="perturbation", show=False)
+    with pytest.raises(ValueError, match="same gene twice"):
+        mt.effects_to_anndata(pd.concat([table, table]))
+    with pytest.raises(ValueError, match="lacks the columns \\['gene'\\]"):
+        mt.effects_to_anndata(table.drop(columns="gene"))
 
 
 def effects(sd, bias=0.0, n=4000, se=0.3, scale=1.0):

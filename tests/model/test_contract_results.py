@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 
 import anndata as ad
@@ -10,6 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import scanpy as sc
+
+from pertura import metrics
 
 # sums may be rounded one way or the other, depending on where in memory their terms are
 equal = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
@@ -335,6 +338,44 @@ def test_rows_of_contexts_are_the_effect_table(trained, screen, tmp_path, unchan
         assert (found.obs["n_cells"] == found.obs[context_key].astype(str).map(number)).all()
     found.write_h5ad(tmp_path / "contexts.h5ad")
     equal(ad.read_h5ad(tmp_path / "contexts.h5ad").X, found.X)
+
+
+def test_without_a_name_all_that_were_trained(trained, screen):
+    adata = screen()
+    table = trained.get_perturbation_effect(adata=adata, **N)
+    measured = metrics.measured_effect(
+        adata, perturbation_key="perturbation", control="control", context_key="cell_type"
+    )
+    assert set(table["perturbation"]) == set(measured["perturbation"])
+    name = measured["perturbation"].iloc[-1]
+    own = trained.get_perturbation_effect(name, adata=adata, **N)
+    equal(table.loc[table["perturbation"] == name, "lfc_mean"].to_numpy(), own["lfc_mean"].to_numpy())
+    rows = trained.predict_perturbation(adata=adata, by="context", **N)
+    effects = metrics.effects_to_anndata(table)
+    equal(rows.layers["effect"], effects[:, rows.var_names].X)
+    assert effects.obs["novelty"].tolist() == ["seen"] * effects.n_obs
+
+
+def test_no_prediction_is_negative_where_no_value_is(spec, screen):
+    adata = screen()
+    spec.setup(adata, layer=None)
+    model = spec.fit(spec.make(adata))
+    found = model.predict_perturbation(model.vocabulary.names[:2], ci=0.9, **N)
+    assert min(found.X.min(), found.layers["low"].min()) == 0
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*log2.*")
+        sc.tl.rank_genes_groups(found, "perturbation", method="t-test")
+    assert np.isfinite(sc.get.rank_genes_groups_df(found, group=model.vocabulary.names[0])["logfoldchanges"]).all()
+    if not hasattr(model.module, "means") or model.module.native_scale != "layer" or spec.samples:
+        return
+    # effects that are added to cells: the mean over cells is the effect all the same
+    control = adata[adata.obs["perturbation"] == "control"].copy()
+    found = model.predict_perturbation([model.vocabulary.names[0]], adata=control, **N)
+    table = model.get_perturbation_effect(model.vocabulary.names[0], adata=control, **N)
+    for context in model.contexts:
+        here = (control.obs["cell_type"] == context).to_numpy()
+        change = (found.X - control.X.toarray())[here].mean(0)
+        np.testing.assert_allclose(change, table.loc[table["context"] == context, "lfc_mean"], atol=1e-4)
 
 
 def test_one_row_per_context_for_one_name(trained, screen):

@@ -192,3 +192,21 @@ def test_plots_of_drugs():
     assert [t.get_text() for t in ax.get_yticklabels()] == ["g3", "g1"]
     with pytest.raises(ValueError, match="`perturbation`"):
         pl.target_ranking(scores, "b")
+
+
+def test_dose_response_of_several_contexts():
+    one = {"gene": "g1", "dose": [1.0, 10.0], "lfc_mean": [0.1, 0.5], "ci_low": [0.0, 0.3], "ci_high": [0.2, 0.7]}
+    parts = [
+        pd.DataFrame({**one, "context": c, "perturbation": "a"}).assign(lfc_mean=[0.1, i]) for i, c in enumerate("xyz")
+    ]
+    table = pd.concat(parts)
+    measured = pd.DataFrame({"gene": "g1", "dose": ["10"], "effect": [7.0], "context": "y"})
+    axes = pl.dose_response(table, ["g1"], measured=measured, n_columns=2, show=False)
+    assert [ax.get_title() for ax in axes] == ["x", "y", "z"]
+    assert [ax.lines[0].get_ydata()[1] for ax in axes] == [0, 1, 2]
+    drawn = [[line.get_ydata().tolist() for line in ax.lines if line.get_marker() == "o"] for ax in axes]
+    assert drawn == [[[]], [[7.0]], [[]]]
+    assert len(axes[0].figure.axes) == 3
+    with pytest.raises(ValueError, match="`ax` holds one panel, but there are 3"):
+        pl.dose_response(table, ["g1"], ax=axes[0])
+    assert pl.dose_response(table, ["g1"], context="y", ax=axes[0]).get_title() == "a"

@@ -27,6 +27,30 @@ def test_names_match_without_case_blanks_and_salts():
     assert pd.isna(found["nothing"])
 
 
+def test_names_match_other_names_of_the_drug():
+    table = pd.DataFrame(index=["Acetaminophen", "salbutamol", "glyburide", "rapamycin"])
+    found = priors.match_drugs(["paracetamol", "Albuterol sulfate", "Glibenclamide", "sirolimus", "STI571"], table)
+    assert found.tolist()[:4] == ["Acetaminophen", "salbutamol", "glyburide", "rapamycin"]
+    assert pd.isna(found["STI571"])
+
+
+def test_what_is_no_text_is_refused(caplog):
+    names = ["a", "b"]
+    texts = pd.DataFrame({"text": ["one word", "two words"]}, index=names)
+    pd.testing.assert_frame_equal(priors.drug_table(names, text=texts), priors.drug_table(names, text=texts["text"]))
+    with pytest.raises(
+        ValueError, match=r"`text` must be a Series .* got DataFrame with the columns \['moa', 'target'"
+    ):
+        priors.drug_table(names, text=HUB)
+    with pytest.raises(ValueError, match="`text`: none of `names`"):
+        priors.drug_table(["x", "y"], text=texts["text"])
+    vectors = pd.DataFrame({"v": [1.0, 0.0]}, index=names)
+    priors.drug_table([*names, "c"], vectors=vectors)
+    assert "2 of 3 drugs have no description (all 0): b, c." in caplog.text
+    with pytest.raises(ValueError, match="every description is 0"):
+        priors.drug_table(names, vectors=vectors * 0)
+
+
 def test_texts_and_what_masking_leaves():
     found = priors.describe_drugs(["Atorvastatin", "nothing"], HUB)
     assert "HMGCR inhibitor" in found["Atorvastatin"] and found["nothing"] == ""

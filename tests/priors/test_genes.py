@@ -235,6 +235,8 @@ def test_regulators_from_names_and_tables():
     assert adata.var_names[adata.var["of_table"]].tolist() == ["Stat1", "Irf1", "Trp53"]
     with pytest.raises(ValueError, match="none of its genes"):
         priors.regulators(adata, ["A"], key_added="b")
+    with pytest.raises(ValueError, match="`source`: .*'trrust'.*'dorothea'"):
+        priors.regulators(adata)
 
 
 def test_nothing_is_overwritten_unasked_and_all_is_saved(tmp_path):

@@ -20,7 +20,7 @@ _UNIT_CELLS = 10_000  # cells from which the unit of size factors is estimated
 
 
 class ExpressionField(LayerField):
-    """Expression, with the kind of its values (``"counts"`` or ``"continuous"``), and whether none is negative.
+    """Expression, with the kind of its values (``"counts"`` or ``"continuous"``), and whether the smallest is 0.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ class ExpressionField(LayerField):
         """Register, and look at the values."""
         kind = check_expression(adata, self.layer)
         smallest = 0.0 if kind == "counts" else smallest_value(adata, self.layer)
-        return {**super().register_field(adata), self.KIND: kind, self.NONNEGATIVE: smallest >= 0}
+        return {**super().register_field(adata), self.KIND: kind, self.NONNEGATIVE: smallest == 0}
 
     def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs: Any) -> dict[str, Any]:
         """Register new data; values must be of the model's kind. Genes stay the model's own, in its order."""

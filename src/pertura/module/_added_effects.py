@@ -210,12 +210,12 @@ def split_controls(
 # -- cells --------------------------------------------------------------------------------------------------------------
 
 
-def add_effect(x: Tensor, effect: Tensor, control: Tensor, which: Tensor, scale: str) -> Tensor:
+def add_effect(x: Tensor, effect: Tensor, control: Tensor, which: Tensor, nonnegative: bool) -> Tensor:
     """Cells with an effect on mean expression.
 
-    On the scale log1p an increase is added to every cell, and a decrease scales it, by what the mean over the controls
-    of its context is scaled: so no expression falls below 0, and the mean over the controls moves by exactly the effect
-    (but not below 0). On other scales the effect is added.
+    Where expression is never negative an increase is added to every cell, and a decrease scales it, by what the mean over
+    the controls of its context is scaled: so no expression falls below 0, and the mean over the controls moves by exactly
+    the effect (but not below 0). Elsewhere the effect is added.
 
     Parameters
     ----------
@@ -227,15 +227,15 @@ def add_effect(x: Tensor, effect: Tensor, control: Tensor, which: Tensor, scale:
         Mean of the controls of their contexts, ``(n_distinct, n_genes)``.
     which
         Effect of each cell, ``(n_cells,)``.
-    scale
-        Scale of all of them.
+    nonnegative
+        Whether expression is never negative.
     """
 
     def rows(values: Tensor) -> Tensor:
         # where all cells have the same, it is not copied
         return values if values.shape[1] == 1 else values[:, which]
 
-    if scale != "log1p":
+    if not nonnegative:
         return x + rows(effect)
     factor = (1.0 + effect.clamp(max=0.0) / control.clamp(min=1e-6)).clamp(min=0.0)
     return x * rows(factor) + rows(effect.clamp(min=0.0))
@@ -298,6 +298,7 @@ class AddedEffectModule(PerturbationModule):
     def __init__(self, n_genes: int, n_contexts: int, max_dose: NDArray[np.float64], native_scale: str) -> None:
         super().__init__()
         self.n_genes, self.n_contexts, self.native_scale = n_genes, n_contexts, native_scale
+        self.nonnegative = native_scale == "log1p"
         self.means = MeasuredMeans(n_genes, n_contexts, max_dose)
 
     def effects(self, asked: Distinct, globals_: Globals) -> tuple[Tensor, Tensor]:
@@ -347,7 +348,7 @@ class AddedEffectModule(PerturbationModule):
         if cells.action.present.any():
             effect, control, which = self._drawn(cells.action, cells.context, globals_)
             basal.state = basal.state - effect[:, which]
-            moved = add_effect(basal.state, effect, control, which, self.native_scale)
+            moved = add_effect(basal.state, effect, control, which, self.nonnegative)
             basal.latents["residual"] = x - moved
         return basal
 
@@ -355,9 +356,9 @@ class AddedEffectModule(PerturbationModule):
         """Add the effect of another perturbation; under its own, a cell is as it was measured."""
         cells, own = basal.cells, self.normalized(basal.cells)
         drawn = self._drawn(action, cells.context, basal.globals_)
-        state = add_effect(basal.state, *drawn, self.native_scale)
+        state = add_effect(basal.state, *drawn, self.nonnegative)
         x = state + basal.latents["residual"]
-        x = x.clamp(min=0.0) if self.native_scale == "log1p" else x
+        x = x.clamp(min=0.0) if self.nonnegative else x
         x = torch.where(_same(action, cells.action)[:, None], own, x)
         return Counterfactual(state, MovedCells(x, self.native_scale, own, cells.x))
 

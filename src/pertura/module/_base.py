@@ -203,11 +203,14 @@ class PerturbationModule(PyroBaseModuleClass):
     ----------
     native_scale
         Scale of expression: ``"counts"``, ``"log1p"`` (counts per 10,000) or ``"layer"``.
+    nonnegative
+        Whether the smallest registered value is 0: then no prediction should be negative. The model says so.
     n_train
         Number of training cells; weighs global against local terms.
     """
 
     native_scale: str = "counts"
+    nonnegative: bool = False
 
     def __init__(self) -> None:
         super().__init__()

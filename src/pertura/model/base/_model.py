@@ -153,6 +153,7 @@ class PerturbationModel(TrainableModel):
         found = self._look_up()
         self.options, options = replace(self.options, **found), {**options, **found}
         self._make_module()
+        self.module.nonnegative = self.registered.nonnegative
         given = {**({"preset": preset} if preset else {}), **options, **self._found_options}
         self.init_params_ = {"non_kwargs": given, "kwargs": {}}
 
@@ -515,8 +516,8 @@ class PerturbationModel(TrainableModel):
         -------
         `None` for one name: ``layers[key]`` (with ``_low`` and ``_high``), ``obsm["X_" + key]``, ``obsm["X_basal"]``,
         ``uns[key + "_effect"]`` and ``uns[key]`` of `adata` are set; rows outside `indices` are NaN. For a list, or
-        with `return_anndata`, a new AnnData with one row per cell and perturbation, the prediction in ``X``. Where no
-        registered value is negative, no prediction is: it is cut off at 0, which effects are not. With
+        with `return_anndata`, a new AnnData with one row per cell and perturbation, the prediction in ``X``. Where the
+        smallest registered value is 0, no prediction is below it: those of a Gaussian model are cut off, effects are not. With
         ``by="context"`` one row per context and perturbation: mean expression under it in ``X``, its interval in
         ``layers["low"]`` and ``["high"]``, ``layers["control"]`` and ``layers["effect"]`` beside it. With `out`, `None`.
 

@@ -325,8 +325,8 @@ def predict_blocks(
     query = predictor.query
     counted = np.isin(query.rows, query.controls_or_all().rows) if effects is not None else None
     widening = None if ci is None else _Widening(predictor, perturbations, discrepancy, ci)
-    # where no measured value is negative, no predicted one is; effects are sums of what the model says
-    least = 0.0 if query.registered.is_counts or query.registered.nonnegative else -np.inf
+    # where expression ends at 0, predictions do; effects are sums of what the model says
+    least = 0.0 if query.registered.nonnegative else -np.inf
     for block in predictor.blocks(first_cell):
         parts: dict[str, list[Tensor]] = {"mean": [], "low": [], "high": [], "latent": []}
         own = block.own()

@@ -30,7 +30,7 @@ class Registered:
     data_kind
         ``"counts"`` or ``"continuous"``.
     nonnegative
-        Whether no registered value is negative.
+        Whether the smallest registered value is 0, as of counts and their logarithms: then no prediction should be negative.
     arguments
         Arguments of ``setup_anndata``.
     mudata
@@ -58,7 +58,9 @@ class Registered:
             contexts=tuple(map(str, states[KEYS.CONTEXT]["categorical_mapping"])) if has_context else ("all",),
             batches=tuple(states[KEYS.BATCH]["categorical_mapping"]),
             data_kind=states[KEYS.X][ExpressionField.KIND],
-            nonnegative=states[KEYS.X].get(ExpressionField.NONNEGATIVE, False),
+            nonnegative=states[KEYS.X].get(
+                ExpressionField.NONNEGATIVE, states[KEYS.X][ExpressionField.KIND] == "counts"
+            ),
             arguments=arguments,
             mudata=states[KEYS.PERTURBATION].get("mudata"),
         )
