@@ -68,7 +68,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT / "docs", source / "docs", ignore=unwritten)
     for folder in (".github", "tutorials"):
         shutil.copytree(ROOT / folder, source / folder)
-    shutil.copy(ROOT / "CHANGELOG.md", source)
+    for name in ("CHANGELOG.md", "README.md"):
+        shutil.copy(ROOT / name, source)
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", source / "docs", target]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,7 +1,7 @@
 """Public data and simulated data.
 
 Files come from the cache (``PERTURA_DATA_DIR`` or the system's) or from their public address, pinned by
-SHA256. ``python -m pertura.datasets list`` names them, ``python -m pertura.datasets fill SOURCE`` fills the
+SHA256. ``pertura datasets list`` shows the data sets with their keys, ``pertura datasets fill SOURCE`` fills the
 cache from a folder.
 """
 

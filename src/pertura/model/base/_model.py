@@ -507,7 +507,7 @@ class PerturbationModel(TrainableModel):
         overwrite
             Whether keys that are not pertura's, or a file `out` that holds something else, may be overwritten.
         batch_size
-            Cells read at a time. Neither the result nor, much, the memory depends on it: draws are made in blocks of 32
+            Cells read at a time. Does not affect results, and has little effect on memory: draws are made in blocks of 32
             MiB.
         seed
             Of the draws; by default ``scvi.settings.seed``, else 0.
