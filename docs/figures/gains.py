@@ -38,7 +38,9 @@ def main() -> None:
     for kind, (color, marker) in shown.items():
         name = {"baseline": "simple baselines", "ceiling": "technical ceiling", "model": "models"}[kind]
         ax.plot([], [], marker, color=color, label=name)
-    ax.set(yticks=range(len(tasks)), yticklabels=tasks, xlim=(0, 1), xlabel="correlation of predicted and measured effect")
+    ax.set(
+        yticks=range(len(tasks)), yticklabels=tasks, xlim=(0, 1), xlabel="correlation of predicted and measured effect"
+    )
     ax.invert_yaxis()
     ax.legend(frameon=False, fontsize="small", loc="lower right")
     ax.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""PerturbX finds what foretells a response, and falls back where nothing does."""
+"""PerturbX finds what predicts a response, and falls back where nothing does."""
 
 from __future__ import annotations
 
@@ -285,3 +285,14 @@ def test_contexts_that_respond_alike_get_the_mean_effect():
         errors.append([((t["lfc_mean"].loc[adata.var_names].to_numpy() - effect) ** 2).sum() for t in tables])
     assert np.count_nonzero(shares) <= 1
     assert np.sum(errors, axis=0)[0] <= 1.02 * np.sum(errors, axis=0)[1]
+
+
+def test_a_single_context_is_said(caplog):
+    adata, _ = responders(2)
+    PerturbX.setup_anndata(adata, **{**SETUP, "context_key": None})
+    PerturbX(adata)
+    assert "`context_key`" in caplog.text
+    caplog.clear()
+    PerturbX.setup_anndata(adata, **SETUP)
+    PerturbX(adata)
+    assert "`context_key`" not in caplog.text
