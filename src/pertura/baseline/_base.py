@@ -10,10 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scvi import settings
 
-from pertura.data._constants import UNKNOWN
-from pertura.data._perturbation import Perturbation
-from pertura.data._vocabulary import Vocabulary
-from pertura.effects import Conditions, Discrepancy
 from pertura.model.base import Options, PerturbationModel
 from pertura.model.base._arguments import did_you_mean, resolve_seed
 from pertura.model.base._contexts import check_combinations, control_profiles
@@ -177,41 +173,3 @@ class Baseline(PerturbationModel):
         means = self.module.means
         control = control_profiles(means.control, means.has_control, asked)
         return {} if control is None else {"control": control, "affinity": self.module.affinity(control)}
-
-    def _make_discrepancy(self) -> Discrepancy:
-        return BaselineDiscrepancy(self.calibration_, self.vocabulary, self.registered.contexts, self.module.conditions)
-
-
-class BaselineDiscrepancy(Discrepancy):
-    """Also of perturbations that were registered but not trained, and of those about which nothing is known.
-
-    Parameters
-    ----------
-    calibration, vocabulary, contexts
-        As of :class:`~pertura.effects.Discrepancy`.
-    conditions
-        What was measured.
-    """
-
-    def __init__(
-        self,
-        calibration: dict[str, Any] | None,
-        vocabulary: Vocabulary,
-        contexts: Sequence[str],
-        conditions: Conditions,
-    ) -> None:
-        super().__init__(calibration, vocabulary, contexts)
-        self.conditions = conditions
-
-    def parameters(self, perturbation: Perturbation, context: str) -> tuple[float, float]:
-        """A and k of a prediction."""
-        a, k = super().parameters(perturbation, context)
-        members = self.members(perturbation.label)
-        if self.calibration is None or not members:
-            return a, k
-        codes = [self._code.get(m, UNKNOWN) for m in members]
-        if self.conditions.find(np.array(codes)) >= 0:
-            return a, k
-        known = all(self.conditions.has_member(c) for c in codes)
-        more = self.calibration["new combination" if known else "unseen with features"]
-        return max(a, more[0]), max(k, more[1])

@@ -80,8 +80,9 @@ class NearestNeighbourModule(MeanEffectModule):
         self.register_buffer("features", features_buffer(features, len(self.means.max_dose)))
 
     def weigh(self, affinity: Weights) -> Weights:
-        """All weight on one."""
-        return (np.arange(len(affinity)) == affinity.argmax()).astype(float)
+        """All weight on one; equal parts on equally similar ones."""
+        nearest = affinity > affinity.max(initial=-np.inf) - 1e-9
+        return nearest / max(nearest.sum(), 1)
 
     def representable(self, asked: Asked) -> bool:
         """Whether it is measured, described or shares a member with a measured one."""
@@ -169,8 +170,9 @@ class MeanEffect(Baseline):
       those with as many members if there are any; for a context without measured perturbations the mean of this over
       contexts.
 
-    A dose between measured ones (and 0, where the effect is 0) is interpolated linearly in log1p(dose), context by
-    context; the effect is constant above the highest. In a combination the members' mean log1p(dose) counts.
+    A dose between measured ones is interpolated linearly in log(dose), context by context. Below the lowest the effect
+    is in proportion to the dose, above the highest it is constant. In a combination the members' mean log(dose)
+    counts. The unit of the doses plays no part.
 
     Parameters
     ----------
@@ -222,7 +224,9 @@ class NearestNeighbour(Baseline):
       mean control profile correlates most with the asked one's.
     * It was not: the effect of the measured perturbation whose registered features have the largest cosine with its
       own; those of a combination are summed over members. Combinations without features are like those with which
-      they share members. Equally similar ones are averaged.
+      they share members.
+
+    Equally similar contexts or perturbations are averaged.
 
     Doses are dealt with as in :class:`~pertura.baseline.MeanEffect`.
 

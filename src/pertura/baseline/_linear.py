@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from torch import Tensor
 
+from pertura.data._constants import CONTROL_ONLY
 from pertura.data._vocabulary import Vocabulary
 from pertura.effects import Asked, ConditionTable, choose_strength, ridge_weights
 from pertura.effects._features import label_features, linear_slope, member_features
@@ -100,9 +101,16 @@ class LinearModule(BaselineModule):
         cache = self.means.cache
         if "features" not in cache:
             conditions = self.conditions
-            amount = np.log1p(conditions.dose) / np.log1p(self.means.unit[conditions.codes])
+            amount = self._amount(conditions.codes, conditions.dose)
             cache["features"] = label_features(conditions.codes, self._known(), amount)
         return cache["features"]
+
+    def _amount(self, codes: NDArray[np.int64], dose: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Dose response: 0 at 0, logarithmic from the lowest measured dose to 1 at the highest registered one."""
+        conditions, unit = self.conditions, self.means.unit
+        relative = (conditions.dose / unit[conditions.codes])[conditions.codes != CONTROL_ONLY]
+        curvature = 1.0 / min(1.0, float(np.min(relative, initial=1.0)))
+        return np.log1p(curvature * dose / unit[codes]) / np.log1p(curvature)
 
     def _known(self) -> NDArray[np.float64]:
         return self.features.cpu().numpy().astype(np.float64)
@@ -128,8 +136,7 @@ class LinearModule(BaselineModule):
         by_context = self._contexts(number > 0, context, affinity)
         share = described / np.maximum(number, 1)[conditions.context]
         own = member_features(asked, self._known())
-        unit = self.means.unit[asked.codes]
-        score = self.slope.cpu().numpy() @ ((np.log1p(asked.dose) / np.log1p(unit)) @ own)
+        score = self.slope.cpu().numpy() @ (self._amount(asked.codes, asked.dose) @ own)
         # the scores act on effects without their mean b
         total = np.bincount(conditions.context, score, minlength=self.n_contexts)[conditions.context]
         weight = by_context[conditions.context]
@@ -199,7 +206,8 @@ class Linear(Baseline):
     are the scores of the genes on the first principal components of all training pseudobulks, b is the mean effect, and
     :math:`W = (G^\top G + \lambda)^{-1} G^\top (Y - b) P (P^\top P + \lambda)^{-1}`. P describes perturbations:
     registered features, else the row of G of the gene whose name the perturbation bears, else indicators. The row of a
-    combination is the sum of its members', each times log1p(dose) as a fraction of that of its highest dose.
+    combination is the sum of its members', each times its dose response: that is 0 at dose 0, 1 at the highest dose,
+    and logarithmic from the lowest measured dose on.
 
     * A perturbation that was measured has its measured effect in a context where it was measured (doses as in
       :class:`~pertura.baseline.MeanEffect`).

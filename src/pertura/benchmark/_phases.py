@@ -141,7 +141,8 @@ def _names(model: Any, n_names: int) -> float:
         found = resolve_perturbations(model, names[:n_names], None)
         for perturbation in found:
             model._discrepancy.novelty(perturbation, model.contexts[0])
-        model._discrepancy.table(found, model.contexts)
+            for context in model.contexts:
+                model._discrepancy.spread(perturbation, context)
 
     return _clocked(look_up)
 

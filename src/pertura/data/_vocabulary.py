@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from ._constants import CONTROL_ONLY, UNKNOWN
+from ._constants import CONTROL_ONLY, DOSE_TOLERANCE, UNKNOWN
 
 Novelty = Literal["control", "seen", "new dose", "new combination", "unseen with features", "unseen"]
 
@@ -39,7 +39,8 @@ class Vocabulary:
         Highest registered dose of each perturbation (1 where no dose was registered): the unit in which modules see
         doses.
     reference_dose
-        Dose that a prediction assumes when none is asked: the most frequent registered one.
+        Dose that a prediction assumes when none is asked: the most frequent registered one, the highest of equally
+        frequent ones.
     doses
         All registered doses of each perturbation, ascending.
     has_dose
@@ -111,7 +112,7 @@ class Vocabulary:
         if len(members) > 1 and members not in self._registered_combinations:
             return "new combination"
         if self.has_dose and any(
-            not np.isclose(d, self.doses[lookup[m]], rtol=1e-5, atol=0.0).any()
+            not np.isclose(d, self.doses[lookup[m]], rtol=DOSE_TOLERANCE, atol=0.0).any()
             for m, d in zip(members, dose, strict=False)
         ):
             return "new dose"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pertura.data._constants import CONTROL_ONLY, UNKNOWN
+from pertura.data._constants import CONTROL_ONLY, DOSE_TOLERANCE, UNKNOWN
 
 # of the ridge between contexts, in units of the mean variance of a component; without end is the mean over contexts
 _STRENGTHS = (1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, np.inf)
@@ -68,14 +68,16 @@ class Conditions:
         curves, curve = np.unique(np.stack([self.label, context], axis=1), axis=0, return_inverse=True)
         self.curve = curve.ravel()
         self.curve_context = curves[:, 1]
-        # conditions of a combination may differ in their doses, but not in the mean of their log doses
-        strength = self.strength(codes, dose)
+        # conditions of a combination may differ in their doses, but not in the mean of their log doses; rounded, as these are
+        # the same in any unit but for the last digits
+        strength = self.strength(codes, dose).round(9)
         levels, level = np.unique(np.stack([self.curve, strength], axis=1), axis=0, return_inverse=True)
         self._level = level.ravel()
         self._ties = np.bincount(self._level)[self._level]
         self._level_strength = levels[:, 1]
-        self._span = self._level_strength.max() + 1.0
-        self._level_key = levels[:, 0] * self._span + levels[:, 1]
+        self._lowest = self._level_strength.min(initial=np.inf)
+        self._span = self._level_strength.max(initial=-np.inf) - self._lowest + 1.0
+        self._level_key = levels[:, 0] * self._span + levels[:, 1] - self._lowest
         self._first = np.searchsorted(levels[:, 0], np.arange(len(curves)))
         self._count = np.bincount(levels[:, 0].astype(np.int64), minlength=len(curves))
 
@@ -84,9 +86,9 @@ class Conditions:
 
     @staticmethod
     def strength(codes: NDArray[np.int64], dose: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Mean over the members of log1p(dose)."""
+        """Mean over the members of log(dose)."""
         n = (codes != CONTROL_ONLY).sum(axis=-1)
-        return np.log1p(dose).sum(axis=-1) / np.maximum(n, 1)
+        return np.log(np.where(dose > 0, dose, 1.0)).sum(axis=-1) / np.maximum(n, 1)
 
     def find(self, codes: NDArray[np.int64]) -> int:
         """Number of the label with these members; -1 if it was not measured."""
@@ -111,16 +113,24 @@ class Conditions:
     def interpolate(self, strength: float) -> NDArray[np.float64]:
         """Weight of each condition in the effect of its curve at a dose, ``(n_conditions,)``.
 
-        Linear in log1p(dose) between the doses that were measured and 0, where there is no effect; constant above them.
+        Linear in log(dose) between the doses that were measured, linear in the dose between 0, where there is no effect, and the
+        lowest, constant above the highest: nothing depends on the unit.
+
+        Parameters
+        ----------
+        strength
+            Mean over the members of log(dose).
         """
         curve = np.arange(len(self._first))
-        key = curve * self._span + min(strength, self._span - 0.5)
+        key = curve * self._span + np.clip(strength - self._lowest, -0.5, self._span - 0.5)
         above = np.searchsorted(self._level_key, key, side="right")
         below = above - 1
         has_below, has_above = above > self._first, above < self._first + self._count
-        low = np.where(has_below, self._level_strength[below], 0.0)
+        low = np.where(has_below, self._level_strength[below], -np.inf)
         high = np.where(has_above, self._level_strength[np.minimum(above, len(self._level_key) - 1)], np.inf)
-        share = (strength - low) / (high - low)  # 0 above the highest dose
+        share = np.exp(np.minimum(strength - high, 0.0))
+        inside = np.isfinite(low)
+        share[inside] = (strength - low[inside]) / (high - low)[inside]  # 0 above the highest dose
         weights = np.zeros(len(self._level_key))
         weights[below[has_below]] += (1.0 - share)[has_below]
         weights[above[has_above]] += share[has_above]
@@ -128,7 +138,9 @@ class Conditions:
 
     def _prefer_exact(self, weights: NDArray[np.float64], label: int, dose: NDArray[np.float64]) -> NDArray[np.float64]:
         """The condition with exactly these doses of the members, where a context has it."""
-        exact = (self.label == label) & np.isclose(self.dose[:, : len(dose)], dose, rtol=1e-4).all(axis=1)
+        exact = (self.label == label) & np.isclose(self.dose[:, : len(dose)], dose, rtol=DOSE_TOLERANCE, atol=0.0).all(
+            axis=1
+        )
         replaced = np.isin(self.curve, self.curve[exact])
         return np.where(replaced, exact, weights)
 

@@ -1,57 +1,101 @@
 r"""How far predicted effects are from true ones, and how far a perturbation is from those that were trained.
 
-The discrepancy of gene g is modeled as :math:`u_g \sim N(0, a^2 + k^2 m_g^2)` with predicted effect :math:`m_g`: an
-error that every effect has, and one in proportion to its size. There is one pair (a, k) per kind of novelty.
+The true effect of gene g is :math:`(1 + b)\, m_g + u_g` with predicted effect :math:`m_g`, an amplitude
+:math:`b \sim (0, \beta^2)` that all genes share ("does this context respond at all, and how strongly?") and an error of the gene
+:math:`u_g \sim (0, s_g^2 + k^2 m_g^2)`. There is one such :class:`Error` per kind of novelty, learned from conditions that were
+left out. Their distribution is taken as it is: an interval reaches as far as left-out errors did (split conformal prediction,
+Lei et al. 2018, JASA 113:1094-1111, with the sd without the condition's own group, as jackknife+ has it).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
+from scipy import stats
 from scipy.optimize import nnls
 
+from pertura.data._constants import CONTROL_ONLY, DOSE_TOLERANCE
 from pertura.data._perturbation import Perturbation
 from pertura.data._vocabulary import Novelty, Vocabulary
 
+from ._contexts import Conditions
 from ._table import ConditionTable
 
-# where nothing was measured to learn from, the effect may be absent or twice as large
-UNINFORMED = (0.05, 1.0)
-_STEPS = ("new dose", "new combination", "unseen with features")
+Matrix = NDArray[np.float64]
+
 _MAX_CONDITIONS, _TARGET_SUM = 60, 1e4
+# level of the interval from which the sd is taken, and levels at which the reach of intervals is learned
+_SD_LEVEL, _LEVELS = 0.9, (0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
+_PRIOR_GROUPS = 2.0  # weight of all genes in the error of one, in left-out groups
+_N_STRONG = 50
 
 
-def fit_discrepancy(difference: NDArray, se: NDArray, effect: NDArray) -> tuple[float, float]:
-    """Moment estimates of a and k.
+@dataclass(frozen=True)
+class Error:
+    """Error of predicted effects of one kind of novelty.
 
-    Parameters
+    Attributes
     ----------
-    difference
-        Predicted minus measured effects, any shape.
-    se
-        Standard errors of the measured effects, same shape.
+    gene
+        Sd of each gene whatever the effect, ``(n_genes,)`` or a number.
     effect
-        Predicted effects, same shape.
+        Sd of each gene as a fraction of the predicted effect.
+    response
+        Sd of the amplitude that all genes share: 0.4 says that the whole response may be 40 % stronger or weaker.
+    reach
+        Half-width of intervals of the levels 0.25, 0.5, 0.7, 0.8, 0.9, 0.95 and 0.98, in units of the sd; by default that of a
+        normal distribution.
     """
-    square, noise, magnitude = (v.ravel() for v in (difference**2, se**2, effect**2))
-    order = np.argsort(magnitude)
-    # bins of equal size: means of squares are stable enough to regress on
-    bins = np.array_split(order, min(40, max(1, len(order) // 25)))
-    y = np.array([(square[b] - noise[b]).mean() for b in bins])
-    design = np.array([[1.0, magnitude[b].mean()] for b in bins])
-    error = np.array([noise[b].mean() for b in bins])
-    solution = np.array([max(y.mean(), 0.0), 0.0])
-    for _ in range(10):
-        # the square of a normal deviate varies as the square of its variance, which is what is being fitted
-        weight = 1.0 / (design @ solution + error + 1e-9)
-        solution = nnls(design * weight[:, None], y * weight)[0]
-    return float(np.sqrt(solution[0])), float(np.sqrt(solution[1]))
+
+    gene: NDArray[np.float64] | float = 0.0
+    effect: float = 0.0
+    response: float = 0.0
+    reach: tuple[float, ...] = tuple(stats.norm.ppf((1 + np.array(_LEVELS)) / 2).tolist())
+
+    def half_width(self, level: float) -> float:
+        """Half-width of an interval in units of the sd."""
+        z, known = (stats.norm.ppf((1 + np.asarray(v)) / 2) for v in (level, _LEVELS))
+        return float(np.interp(z, [0.0, *known], [0.0, *self.reach]) * max(1.0, z / known[-1]))
+
+    def spread(self, level: float) -> Spread:
+        """Variances of the normal distribution whose interval reaches as far."""
+        factor = (self.half_width(level) / stats.norm.ppf((1 + level) / 2)) ** 2
+        gene = np.asarray(self.gene, dtype=np.float64) ** 2
+        return Spread(factor * gene, factor * self.effect**2, factor * self.response**2)
+
+
+# where nothing was measured to learn from, the response may be absent or twice as large
+UNINFORMED = Error(0.05, 0.3, 1.0)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Variances: of each gene whatever the effect, and in units of the squared effect, own and shared by all genes."""
+
+    gene: NDArray[np.float64] | float = 0.0
+    effect: float = 0.0
+    response: float = 0.0
+
+    def after(self, other: Spread) -> Spread:
+        """Of two errors one after the other: what is in proportion to the effect is so to the true one."""
+        own = other.effect * (1.0 + self.effect + self.response) + other.response * self.effect
+        return Spread(
+            self.gene + other.gene + (other.effect + other.response) * self.gene,
+            self.effect + own,
+            self.response + other.response * (1.0 + self.response),
+        )
+
+    def at_least(self, other: Spread) -> Spread:
+        """The larger of either."""
+        return Spread(
+            np.maximum(self.gene, other.gene), max(self.effect, other.effect), max(self.response, other.response)
+        )
 
 
 class Discrepancy:
@@ -74,7 +118,7 @@ class Discrepancy:
         self._described = frozenset() if vocabulary.features is None else frozenset(vocabulary.features.index)
         self._members: dict[str, tuple[str, ...]] = {}
         self._steps: dict[tuple[str, tuple[float, ...]], Novelty] = {}
-        self._pairs: dict[tuple[str, bool], tuple[float, float]] = {}
+        self._spreads: dict[tuple[str, bool, float], Spread] = {}
         self._observed: dict[str, frozenset[str]] = {}
         # contexts in which a perturbation was trained, alone or in a combination
         self._contexts_of_member: dict[str, set[str]] = {}
@@ -121,7 +165,7 @@ class Discrepancy:
         registered = self.vocabulary.doses
         doses = [registered[self._code[m]] if calibration is None else calibration["doses"][m] for m in members]
         pairs = zip(doses, dose, strict=False)
-        seen = all(any(math.isclose(d, own, rel_tol=1e-4) for d in trained) for trained, own in pairs)
+        seen = all(any(math.isclose(d, own, rel_tol=DOSE_TOLERANCE) for d in trained) for trained, own in pairs)
         return "seen" if seen else "new dose"
 
     def is_new_context(self, label: str, context: str) -> bool:
@@ -143,43 +187,46 @@ class Discrepancy:
             return step
         return "new context" if step == "seen" else f"{step}, new context"
 
-    def parameters(self, perturbation: Perturbation, context: str) -> tuple[float, float]:
-        """A and k of a prediction."""
+    def spread(self, perturbation: Perturbation, context: str, level: float = _SD_LEVEL) -> Spread:
+        """What is added to the variance of a predicted effect.
+
+        Parameters
+        ----------
+        perturbation, context
+            What is predicted.
+        level
+            Of the interval that is to hold the true effect: errors have heavier tails than a normal distribution, whose
+            variance this is.
+        """
         step = self.step(perturbation)
         if self.calibration is None or step == "control":
-            return 0.0, 0.0
-        key = (step, self.is_new_context(perturbation.label, context))
-        if key not in self._pairs:
-            parts = [self.calibration["seen"]]
-            if step in _STEPS:
-                parts.append(self.calibration[step])
-            if key[1]:
-                parts.append(self.calibration["new context"])
-            a2 = k2 = 0.0
-            for a, k in parts:
-                # each step adds an error of its own; what is in proportion to the effect is so to the true one, m^2 + a2 + k2 m^2
-                a2, k2 = a2 + a**2 + k**2 * a2, k2 + k**2 + k**2 * k2
-            self._pairs[key] = math.sqrt(a2), math.sqrt(k2)
-        return self._pairs[key]
+            return Spread()
+        key = (step, self.is_new_context(perturbation.label, context), level)
+        if key not in self._spreads:
+            steps = [self._error(step)] if step != "seen" else []
+            total = Spread()
+            for error in [*steps, *([self._error("new context")] if key[1] else [])]:
+                total = total.after(error.spread(level))
+            # what a model does not fit is part of what it does not transfer
+            self._spreads[key] = total.at_least(self._error("seen").spread(level))
+        return self._spreads[key]
 
-    @property
-    def noise(self) -> NDArray[np.float64] | float:
-        """Variance, per gene, that the noise of the measured effects leaves in the predicted ones."""
-        return 0.0 if self.calibration is None else self.calibration.get("noise", 0.0)
+    def _error(self, kind: str) -> Error:
+        return Error(**self.calibration["unseen with features" if kind == "unseen" else kind])
 
     def variance(
-        self, perturbation: Perturbation, context: str, effect: NDArray, unit: Any
-    ) -> NDArray[np.float64] | float:
+        self, perturbation: Perturbation, context: str, effect: NDArray, unit: Any, level: float = _SD_LEVEL
+    ) -> Matrix | float:
         """Variance of the discrepancy of predicted effects, ``(n_genes,)``; `unit` as of :meth:`unit`."""
-        if self.step(perturbation) == "control":
+        if self.calibration is None or self.step(perturbation) == "control":
             return 0.0
-        a, k = self.parameters(perturbation, context)
-        return (a**2 + self.noise) * unit**2 + (k * effect) ** 2
+        found = self.spread(perturbation, context, level)
+        return (found.gene + self.noise) * unit**2 + (found.effect + found.response) * effect**2
 
-    def table(self, perturbations: Sequence[Perturbation], contexts: Sequence[str]) -> NDArray[np.float32]:
-        """Parameters of all perturbations in all contexts, ``(n_perturbations, n_contexts, 2)``."""
-        rows = [[self.parameters(p, c) for c in contexts] for p in perturbations]
-        return np.array(rows, dtype=np.float32).reshape(len(perturbations), len(contexts), 2)
+    @property
+    def noise(self) -> Matrix | float:
+        """Variance, per gene, that the noise of the measured effects leaves in the predicted ones."""
+        return 0.0 if self.calibration is None else self.calibration.get("noise", 0.0)
 
     def unit(self, scale: str, mean: Any, library: Any) -> Any:
         """What one unit of the calibrated scale is on another: the derivative of counts by log1p of counts."""
@@ -197,6 +244,76 @@ def widened(
 
 
 # -- calibration --------------------------------------------------------------------------------------------------------
+
+
+def fit_discrepancy(difference: NDArray, se: NDArray, effect: NDArray) -> tuple[float, float]:
+    """Moment estimates of a and k, where differences have the variance ``a**2 + (k * effect)**2 + se**2``.
+
+    Parameters
+    ----------
+    difference
+        Predicted minus measured effects, any shape.
+    se
+        Standard errors of the measured effects, same shape.
+    effect
+        Predicted effects, same shape.
+    """
+    square, noise, magnitude = (v.ravel() for v in (difference**2, se**2, effect**2))
+    order = np.argsort(magnitude)
+    # bins of equal size: means of squares are stable enough to regress on
+    bins = np.array_split(order, min(40, max(1, len(order) // 25)))
+    y = np.array([(square[b] - noise[b]).mean() for b in bins])
+    design = np.array([[1.0, magnitude[b].mean()] for b in bins])
+    error = np.array([noise[b].mean() for b in bins])
+    solution = np.array([max(y.mean(), 0.0), 0.0])
+    for _ in range(10):
+        # the square of a normal deviate varies as the square of its variance, which is what is being fitted
+        weight = 1.0 / (design @ solution + error + 1e-9)
+        solution = nnls(design * weight[:, None], y * weight)[0]
+    return float(np.sqrt(solution[0])), float(np.sqrt(solution[1]))
+
+
+def fit_error(difference: Matrix, se: Matrix, effect: Matrix, group: NDArray) -> Error:
+    """Error of predictions that were made without the conditions they are compared with.
+
+    Parameters
+    ----------
+    difference
+        Predicted minus measured effects, ``(n_conditions, n_genes)``.
+    se
+        Standard errors of the differences, same shape.
+    effect
+        Predicted effects, same shape.
+    group
+        Conditions that were left out together, ``(n_conditions,)``: their errors are alike.
+    """
+    energy = (effect**2).sum(1) + 1e-12
+    amplitude = (difference * effect).sum(1) / energy
+    rest = difference - amplitude[:, None] * effect
+    # by how much the amplitude varies by chance, as the errors of its genes are
+    chance = (rest**2 * effect**2).sum(1) / energy**2
+    response2 = max(0.0, float((energy * (amplitude**2 - chance)).sum() / energy.sum()))
+    a, k = fit_discrepancy(rest, se, effect)
+    _, code = np.unique(group, return_inverse=True)
+    number = np.bincount(code)
+    own = np.zeros((len(number), difference.shape[1]))
+    np.add.at(own, code, rest**2 - se**2 - (k * effect) ** 2)
+    own /= number[:, None]
+
+    def gene2(total: Matrix, n: int) -> Matrix:
+        return np.maximum((total + _PRIOR_GROUPS * a**2) / (n + _PRIOR_GROUPS), (0.3 * a) ** 2)
+
+    total = own.sum(0)
+    without = gene2(total - own, len(number) - 1)[code]
+    sd = np.sqrt(without + (k**2 + response2) * effect**2) + 1e-9
+    # how far intervals must reach to hold the measured effect: the noise of the measurement is normal
+    z = stats.norm.ppf((1 + np.array(_LEVELS)) / 2)
+    reach = [
+        float(np.quantile(np.sqrt(np.maximum(difference**2 - (own_z * se) ** 2, 0.0)) / sd, level))
+        for level, own_z in zip(_LEVELS, z, strict=True)
+    ]
+    reach = np.maximum.accumulate(np.maximum(reach, 0.3 * z))
+    return Error(np.sqrt(gene2(total, len(number))), k, math.sqrt(response2), tuple(reach.tolist()))
 
 
 def calibrate(
@@ -241,8 +358,8 @@ def calibrate(
     Returns
     -------
     ``scale``; ``observed`` (label to contexts); ``doses`` (perturbation to doses); ``noise`` (mean squared standard
-    error of the measured effects times the share, per gene); ``(a, k)`` of ``"seen"``, ``"new dose"``, ``"new context"``,
-    ``"new combination"`` and ``"unseen with features"``.
+    error of the measured effects times the share, per gene); :class:`Error`, as a dict, of ``"seen"``, ``"new dose"``,
+    ``"new context"``, ``"new combination"`` and ``"unseen with features"``, which also stands for perturbations without.
     """
     treated, done = table.treated, perturbations_of(table, vocabulary)
     observed: dict[str, set[str]] = {}
@@ -251,38 +368,37 @@ def calibrate(
         observed.setdefault(perturbation.label, set()).add(contexts[context])
         for member, dose in zip(vocabulary.parse(perturbation.label), perturbation.dose, strict=True):
             doses.setdefault(member, set()).add(dose)
+    kinds = ("new dose", "new context", "new combination", "unseen with features")
     result: dict[str, Any] = {
         "scale": scale,
         "observed": {label: sorted(found) for label, found in observed.items()},
         "doses": {member: sorted(found) for member, found in doses.items()},
-        "seen": (0.0, 0.0),
-        **dict.fromkeys(("new dose", "new context", "new combination", "unseen with features"), UNINFORMED),
+        "seen": asdict(Error()),
+        **{kind: asdict(UNINFORMED) for kind in kinds},
     }
     controls = np.zeros(table.n_contexts)
     controls[table.context[table.is_control]] = table.n[table.is_control].sum(1)
-    chosen = np.flatnonzero(
+    usable = np.flatnonzero(
         (table.n[treated].sum(1) >= min_cells) & (controls[table.context[treated]] >= max(min_cells, 1))
     )
-    if not len(chosen):
+    if not len(usable):
         return result
-    if len(chosen) > _MAX_CONDITIONS:
-        chosen = np.sort(np.random.default_rng(seed).choice(chosen, _MAX_CONDITIONS, replace=False))
-    found = table.effects(adjust_depth=adjust_depth)
-    measured = _Measured(
-        [done[i] for i in chosen], table.context[treated[chosen]], found.effect[chosen], found.se[chosen]
-    )
-    predicted = np.zeros(measured.effect.shape)
-    for context in np.unique(measured.context):
-        own = np.flatnonzero(measured.context == context)
-        predicted[own] = predict(int(context), [measured.perturbations[i] for i in own])
+    measured = _Measured(table, usable, adjust_depth, np.random.default_rng(seed))
+    at = measured.some(np.ones(len(usable), dtype=bool))
+    effect, se = measured.effect[at], np.sqrt(measured.variance[at])
+    predicted, context = np.zeros(effect.shape), measured.conditions.context[at]
+    for code in np.unique(context):
+        own = np.flatnonzero(context == code)
+        predicted[own] = predict(int(code), [done[i] for i in usable[at[own]]])
     # differences from predictions that took up a share of the noise lack it
-    result["noise"] = noise_share * (measured.se**2).mean(0)
-    result["seen"] = fit_discrepancy(predicted - measured.effect, np.sqrt(1 - noise_share) * measured.se, predicted)
-    unseen = measured.others(["context"], "label", measured.frame["order"] == 1) or UNINFORMED
-    result["unseen with features"] = unseen
-    result["new context"] = measured.others(["label", "dose"], "context") or UNINFORMED
-    result["new dose"] = measured.others(["label", "context"], "dose") or UNINFORMED
-    result["new combination"] = measured.additive(vocabulary.delimiter) or unseen
+    result["noise"] = noise_share * (se**2).mean(0)
+    result["seen"] = asdict(fit_error(predicted - effect, np.sqrt(1 - noise_share) * se, predicted, np.arange(len(at))))
+    for kind in kinds:
+        found = measured.left_out(kind)
+        if found is None and kind == "new combination":
+            found = measured.left_out("unseen with features")
+        if found is not None:
+            result[kind] = asdict(found)
     return result
 
 
@@ -300,47 +416,84 @@ class _Measured:
     """Measured effects of some conditions, to be predicted from one another."""
 
     def __init__(
-        self, perturbations: list[Perturbation], context: NDArray[np.int64], effect: NDArray, se: NDArray
+        self, table: ConditionTable, usable: NDArray[np.int64], adjust_depth: bool, rng: np.random.Generator
     ) -> None:
-        self.perturbations, self.context, self.effect, self.se = perturbations, context, effect, se
-        self.frame = pd.DataFrame({"label": [p.label for p in perturbations], "context": context})
-        self.frame["dose"] = pd.Series([p.dose for p in perturbations], dtype=object)
-        self.frame["order"] = [len(p.dose) for p in perturbations]
+        found, at = table.effects(adjust_depth=adjust_depth), table.treated[usable]
+        self.effect, self.variance, self.rng = found.effect[usable], found.se[usable] ** 2, rng
+        # the part of the treated cells; that of the controls is the same for all conditions of a context
+        self.treated = self.variance * (1.0 / table.n[at].sum(1) / found.noise[usable])[:, None]
+        self.conditions = Conditions(table.codes[at], table.dose[at], table.context[at], table.n_contexts)
 
-    def others(self, within: list[str], differ: str, rows: pd.Series | None = None) -> tuple[float, float] | None:
-        """Discrepancy of predicting a condition by the mean of those that share `within` and differ in `differ`."""
-        index = np.arange(len(self.frame)) if rows is None else np.flatnonzero(rows)
-        if not len(index):
+    def some(self, wanted: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """At most 60 of the wanted conditions."""
+        at = np.flatnonzero(wanted)
+        return at if len(at) <= _MAX_CONDITIONS else np.sort(self.rng.choice(at, _MAX_CONDITIONS, replace=False))
+
+    def left_out(self, kind: str) -> Error | None:
+        """Error of predicting conditions from others, as the baselines do; `None` where there are no others."""
+        conditions = self.conditions
+        wanted = (conditions.order > 1) if kind == "new combination" else np.ones(len(conditions), dtype=bool)
+        if kind == "unseen with features":
+            wanted = conditions.order == 1
+        rows, weights = [], []
+        for i in self.some(wanted):
+            found = getattr(self, "_" + kind.split()[-1])(i)
+            if found is not None and found.any():
+                rows.append(i)
+                weights.append(found)
+        if not rows:
             return None
-        frame = self.frame.iloc[index]
-        group = frame.groupby(within, observed=True, sort=False).ngroup().to_numpy()
-        other = pd.factorize(frame[differ])[0]
-        weights = ((group[:, None] == group) & (other[:, None] != other)).astype(np.float64)
-        number = weights.sum(1, keepdims=True)
-        return self._compare(index, weights / np.maximum(number, 1), number.ravel() > 0, index)
+        at, weight = np.array(rows), np.stack(weights)
+        predicted = weight @ self.effect
+        same = conditions.context == conditions.context[at][:, None]
+        variance = self.treated[at] + weight**2 @ self.treated
+        # noise of the controls is that of the prediction where it is of the same context
+        control = self.variance - self.treated
+        variance += (1.0 - (weight * same).sum(1, keepdims=True)) ** 2 * control[at] + (weight * ~same) ** 2 @ control
+        group = {"new context": conditions.context, "new dose": np.arange(len(conditions))}.get(kind, conditions.label)
+        return fit_error(predicted - self.effect[at], np.sqrt(variance), predicted, group[at])
 
-    def additive(self, delimiter: str) -> tuple[float, float] | None:
-        """Discrepancy of predicting a measured combination by the sum of its members."""
-        lookup = {
-            (p.label, p.dose, c): i for i, (p, c) in enumerate(zip(self.perturbations, self.context, strict=True))
-        }
-        combined = np.flatnonzero(self.frame["order"] > 1)
-        weights = np.zeros((len(combined), len(self.frame)))
-        complete = np.ones(len(combined), dtype=bool)
-        for row, i in enumerate(combined):
-            whole = self.perturbations[i]
-            for member, own in zip(whole.label.split(delimiter), whole.dose, strict=True):
-                at = lookup.get((member, (own,), self.context[i]))
-                complete[row] &= at is not None
-                weights[row, 0 if at is None else at] = 1.0
-        return self._compare(combined, weights, complete, np.arange(len(self.frame)))
+    def _context(self, i: int) -> Matrix | None:
+        """The mean over other contexts."""
+        conditions = self.conditions
+        mask = (conditions.label == conditions.label[i]) & (conditions.context != conditions.context[i])
+        return self._average(i, mask, conditions.curves_per_context(mask) > 0)
 
-    def _compare(
-        self, target: NDArray, weights: NDArray, usable: NDArray[np.bool_], source: NDArray
-    ) -> tuple[float, float] | None:
-        if not usable.any():
+    def _features(self, i: int) -> Matrix | None:
+        """The mean over other perturbations of the context."""
+        conditions = self.conditions
+        mask = (conditions.label != conditions.label[i]) & (conditions.order == 1)
+        return self._average(i, mask, np.arange(conditions.n_contexts) == conditions.context[i])
+
+    def _average(self, i: int, mask: NDArray[np.bool_], contexts: NDArray[np.bool_]) -> Matrix | None:
+        if not mask.any() or not contexts.any():
             return None
-        weights, target = weights[usable], target[usable]
-        predicted = weights @ self.effect[source]
-        variance = weights**2 @ self.se[source] ** 2 + self.se[target] ** 2
-        return fit_discrepancy(predicted - self.effect[target], np.sqrt(variance), predicted)
+        return self.conditions.average(self._at_dose(self.conditions, i), mask, contexts / contexts.sum())
+
+    def _dose(self, i: int) -> Matrix | None:
+        """Interpolation between other doses."""
+        conditions = self.conditions
+        others = np.flatnonzero((conditions.curve == conditions.curve[i]) & (np.arange(len(conditions)) != i))
+        if not len(others):
+            return None
+        rest = Conditions(
+            *(v[others] for v in (conditions.codes, conditions.dose, conditions.context)), conditions.n_contexts
+        )
+        result = np.zeros(len(conditions))
+        result[others] = self._at_dose(rest, i)
+        return result
+
+    def _combination(self, i: int) -> Matrix | None:
+        """The sum of the members."""
+        conditions, result = self.conditions, np.zeros(len(self.conditions))
+        present = conditions.codes[i] != CONTROL_ONLY
+        for code, dose in zip(conditions.codes[i][present], conditions.dose[i][present], strict=True):
+            own = (conditions.context == conditions.context[i]) & (conditions.order == 1)
+            own &= conditions.codes[:, 0] == code
+            if not own.any():
+                return None
+            result += conditions.interpolate(math.log(dose)) * own
+        return result
+
+    def _at_dose(self, conditions: Conditions, i: int) -> Matrix:
+        return conditions.interpolate(float(Conditions.strength(self.conditions.codes[i], self.conditions.dose[i])))

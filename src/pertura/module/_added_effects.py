@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor, nn
 
-from pertura.data._constants import CONTROL_ONLY, UNKNOWN
+from pertura.data._constants import CONTROL_ONLY, DOSE_TOLERANCE, UNKNOWN
 from pertura.data._vocabulary import dose_units
 from pertura.effects import Asked, ConditionMeans, Conditions, ConditionTable
 from pertura.nn._likelihoods import Point
@@ -392,5 +392,5 @@ def _same(one: Action, other: Action) -> Tensor:
         own, order = own.sort(dim=1)
         codes.append(own)
         dose.append(F.pad(action.dose * present, padding).gather(1, order))
-    alike = (codes[0] == codes[1]) & (codes[0] != UNKNOWN) & torch.isclose(*dose, rtol=1e-4, atol=0.0)
+    alike = (codes[0] == codes[1]) & (codes[0] != UNKNOWN) & torch.isclose(*dose, rtol=DOSE_TOLERANCE, atol=0.0)
     return alike.all(1)

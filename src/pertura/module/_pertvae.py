@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from pertura.data._constants import UNKNOWN
+from pertura.data._constants import DOSE_TOLERANCE, UNKNOWN
 from pertura.nn._flows import InverseAutoregressiveFlow
 from pertura.nn._mlp import MLP
 
@@ -424,5 +424,5 @@ def _same(one: Action, other: Action) -> Tensor:
         sorted_.append((codes, dose.gather(1, order)))
     (codes, dose), (other_codes, other_dose) = sorted_
     # relative doses are float32
-    alike = (codes == other_codes) & (codes != UNKNOWN) & torch.isclose(dose, other_dose, rtol=1e-4, atol=0.0)
+    alike = (codes == other_codes) & (codes != UNKNOWN) & torch.isclose(dose, other_dose, rtol=DOSE_TOLERANCE, atol=0.0)
     return alike.all(1)

@@ -155,8 +155,16 @@ def resolve_perturbations(model: Model, perturbation: Any, dose: Any, *, every: 
             reference = [vocabulary.reference_dose[lookup[m]] if m in lookup else usual for m in members]
             each = tuple(reference if value is None else [value] * len(members))
             found.append(Perturbation(vocabulary.canonical(label), each))
-    if len(set(found)) < len(found):
-        raise ValueError("`perturbation` and `dose`: the same question was asked twice.")
+    asked = [(p.label, p.dose_text) for p in found]
+    twice = (
+        next((one for i, one in enumerate(asked) if one in asked[:i]), None) if len(set(asked)) < len(asked) else None
+    )
+    if twice is not None:
+        at = f" at dose {twice[1]}" if vocabulary.has_dose else ""
+        raise ValueError(
+            f"`perturbation` and `dose`: {twice[0]!r}{at} was asked twice (doses are told apart by six digits). "
+            "Name each once."
+        )
     return found
 
 

@@ -89,11 +89,13 @@ def effect_table(
     for q, perturbation in enumerate(perturbations):
         change = perturbed[q] - control
         effect, after = change.mean(0), perturbed[q].mean(0)
-        spread = change.std(0, ddof=1) if len(change) > 1 else np.zeros_like(effect)
+        spread, shared = posterior_spread(change, effect)
         for c, code in enumerate(sums.codes):
             unit = discrepancy.unit(scale, before[c], library[c])
-            sd = np.sqrt(spread[c] ** 2 + discrepancy.variance(perturbation, contexts[code], effect[c], unit))
-            safe = np.maximum(sd, 1e-12)
+            asked = (perturbation, contexts[code])
+            sd = np.sqrt(spread[c] ** 2 + discrepancy.variance(*asked, effect[c], unit))
+            half = z * np.sqrt(spread[c] ** 2 + discrepancy.variance(*asked, effect[c], unit, ci))
+            response = np.sqrt(shared[c] ** 2 + discrepancy.spread(*asked).response)
             columns = {
                 "perturbation": perturbation.label,
                 "dose": perturbation.dose_text,
@@ -101,9 +103,10 @@ def effect_table(
                 "gene": names,
                 "lfc_mean": effect[c],
                 "lfc_sd": sd,
-                "ci_low": effect[c] - z * sd,
-                "ci_high": effect[c] + z * sd,
-                "proba_de": stats.norm.sf((delta - np.abs(effect[c])) / safe),
+                "ci_low": effect[c] - half,
+                "ci_high": effect[c] + half,
+                "response_sd": response,
+                "proba_de": stats.norm.sf((delta - np.abs(effect[c])) / np.maximum(sd, 1e-12)),
                 "log2fc": log2_fold_change(before[c], after[c], scale),
                 "mean_control": before[c],
                 "mean_perturbed": after[c],
@@ -113,6 +116,31 @@ def effect_table(
                 columns.pop("dose")
             tables.append(pd.DataFrame(columns))
     return pd.concat(tables, ignore_index=True)
+
+
+def posterior_spread(change: NDArray, effect: NDArray) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Sd of effects over draws, and the sd of the amplitude that all genes share.
+
+    Parameters
+    ----------
+    change
+        Draws, ``(n_samples, n_contexts, n_genes)``.
+    effect
+        Their mean, ``(n_contexts, n_genes)``.
+
+    Returns
+    -------
+    ``(n_contexts, n_genes)``, and ``(n_contexts,)`` in units of the effect.
+    """
+    if len(change) < 2:
+        return np.zeros_like(effect), np.zeros(len(effect))
+    energy = (effect**2).sum(-1)
+    amplitude = np.divide((change * effect).sum(-1), energy, out=np.zeros(change.shape[:-1]), where=energy > 0)
+    rest = change - amplitude[..., None] * effect
+    # by how much the amplitude varies by chance, as the errors of its genes are
+    chance = (rest.var(0, ddof=1) * effect**2).sum(-1)
+    chance = np.divide(chance, energy**2, out=np.zeros_like(energy), where=energy > 0)
+    return change.std(0, ddof=1), np.sqrt(np.maximum(amplitude.var(0, ddof=1) - chance, 0.0))
 
 
 def log2_fold_change(before: NDArray, after: NDArray, scale: str) -> NDArray[np.float64]:

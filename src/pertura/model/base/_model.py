@@ -209,7 +209,8 @@ class PerturbationModel(TrainableModel):
         context_key
             Column of ``obs`` with cell type, cell line or patient.
         dose_key
-            Column of ``obs`` with doses: numbers, or text such as ``"1+0.5"`` for the members of a combination.
+            Column of ``obs`` with doses: numbers in any unit, or text such as ``"1+0.5"`` for the members of a
+            combination. Results do not depend on the unit.
         batch_key
             Column of ``obs`` with the batch.
         size_factor_key
@@ -480,7 +481,9 @@ class PerturbationModel(TrainableModel):
             Rows of `adata`; by default all.
         dose
             In the registered unit. A number holds for every member of a combination; several numbers are several
-            predictions. By default each perturbation's most frequent registered dose.
+            predictions. Doses that differ by less than 0.01 % are one. By default the dose at which most cells were
+            treated with the perturbation, the highest of equally frequent ones; of a perturbation that was not registered, the
+            median of these doses.
         n_samples
             Posterior draws per cell; by default 25 where an interval is asked, else an antithetic pair.
         ci
@@ -643,10 +646,13 @@ class PerturbationModel(TrainableModel):
         Returns
         -------
         One row per perturbation, context and gene: ``perturbation, context, gene, lfc_mean, lfc_sd, ci_low, ci_high,
-        proba_de, log2fc, mean_control, mean_perturbed, novelty`` (and ``dose``). ``lfc_*`` and ``ci_*`` are mean
+        response_sd, proba_de, log2fc, mean_control, mean_perturbed, novelty`` (and ``dose``). ``lfc_*`` and ``ci_*`` are mean
         differences on `scale` (for ``"log1p"`` natural-log units, as ``X`` after :func:`scanpy.pp.log1p`). The sd holds
         the posterior of the model and how far its effects were from measured ones; it is wider for contexts, doses,
-        combinations and perturbations that were not seen.
+        combinations and perturbations that were not seen. Intervals reach as far as the errors of conditions that were
+        left out did. ``response_sd`` says how sure the amplitude is that all genes share, in units of the effect: at 0.5, the
+        whole response may be 50 % weaker or stronger. ``lfc_sd`` and the interval hold it; the error of the gene alone is
+        ``sqrt(lfc_sd**2 - (response_sd * lfc_mean)**2)``.
 
         See Also
         --------

@@ -14,7 +14,7 @@ from scipy import stats
 from torch import Tensor
 
 from pertura.data._cells import Batch
-from pertura.data._constants import KEYS
+from pertura.data._constants import DOSE_TOLERANCE, KEYS
 from pertura.data._perturbation import Perturbation, encode
 from pertura.data._vocabulary import Vocabulary
 from pertura.effects._discrepancy import Discrepancy, widened
@@ -426,13 +426,10 @@ class _Widening:
     ) -> None:
         query = predictor.query
         self.discrepancy, self.scale = discrepancy, predictor.settings.scale
-        self.z = float(stats.norm.ppf((1 + ci) / 2))
-        self._asked = discrepancy.table(perturbations, query.contexts)
-        own, self._which = query.done(predictor.vocabulary)
-        self._own = discrepancy.table(own, query.contexts)
-        self._same = np.array([[_alike(p, o) for o in own] for p in perturbations])
-        # whether anything is added to some cell
-        self.needed = bool(self._asked.any() or self._own.any() or np.any(discrepancy.noise))
+        self.ci, self.z = ci, float(stats.norm.ppf((1 + ci) / 2))
+        self.perturbations, self.contexts = perturbations, query.contexts
+        self.done, self._which = query.done(predictor.vocabulary)
+        self.needed = discrepancy.calibration is not None
 
     def half_width(self, which: int, block: Block, mean: Tensor, own: Tensor) -> Tensor:
         """Half-widths to add, ``(n_cells, n_genes)``.
@@ -444,21 +441,29 @@ class _Widening:
         mean, own
             Mean expression under the perturbation and under the cells' own one, ``(n_cells, n_genes)``.
         """
-        done = self._which[block.positions]
-        asked, have = self._asked[which, block.context], self._own[done, block.context]
-        changed = ~self._same[which, done]
-        a2 = ((asked[:, 0] ** 2 + have[:, 0] ** 2)[:, None] + self.discrepancy.noise) * changed[:, None]
-        k = (np.maximum(asked[:, 1], have[:, 1]) * changed)[:, None]
-        a2, k = (torch.as_tensor(v, dtype=mean.dtype, device=mean.device) for v in (a2, k))
+        # cells of a block have few perturbations and contexts
+        kinds, kind = np.unique(np.stack([self._which[block.positions], block.context]), axis=1, return_inverse=True)
+        gene, effect = np.zeros((kinds.shape[1], mean.shape[1])), np.zeros((kinds.shape[1], 1))
+        for row, (done, context) in enumerate(kinds.T):
+            asked = self.perturbations[which]
+            if not _alike(asked, self.done[done]):
+                there, here = (
+                    self.discrepancy.spread(p, self.contexts[context], self.ci) for p in (asked, self.done[done])
+                )
+                gene[row] = there.gene + here.gene + self.discrepancy.noise
+                effect[row] = max(there.effect + there.response, here.effect + here.response)
+        gene2, effect2 = (
+            torch.as_tensor(v[kind.ravel()], dtype=mean.dtype, device=mean.device) for v in (gene, effect)
+        )
         unit = self.discrepancy.unit(self.scale, own, block.cells.library)
-        return self.z * (a2 * unit**2 + (k * (mean - own)) ** 2).sqrt()
+        return self.z * (gene2 * unit**2 + effect2 * (mean - own) ** 2).sqrt()
 
 
 def _alike(one: Perturbation, other: Perturbation) -> bool:
     return (
         one.label == other.label
         and len(one.dose) == len(other.dose)
-        and np.allclose(one.dose, other.dose, rtol=1e-4, atol=0.0)
+        and np.allclose(one.dose, other.dose, rtol=DOSE_TOLERANCE, atol=0.0)
     )
 
 

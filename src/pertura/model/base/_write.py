@@ -232,14 +232,15 @@ def contexts_as_anndata(
 def ranked_effects(table: pd.DataFrame, group: str, params: dict[str, Any]) -> dict[str, Any]:
     """Effect table in the structure of :func:`scanpy.tl.rank_genes_groups`.
 
-    ``scores`` are effects in units of their sd, genes are ranked by them; ``pvals`` is the posterior probability of the
-    other sign (local false sign rate), ``pvals_adj`` its mean over all genes that rank at least as high;
-    ``logfoldchanges`` is log2 where the scale has fold changes, else the effect.
+    ``scores`` are effects in units of the gene's own error, genes are ranked by them; ``pvals`` is the posterior probability
+    of the other sign (local false sign rate), ``pvals_adj`` its mean over all genes that rank at least as high;
+    ``logfoldchanges`` is log2 where the scale has fold changes, else the effect. All hold if the perturbation acts on the
+    group at all: how sure the amplitude is that all genes share, ``response_sd``, changes no gene's rank.
 
     Parameters
     ----------
     table
-        Columns ``gene, lfc_mean, lfc_sd, log2fc`` and `group`.
+        Columns ``gene, lfc_mean, lfc_sd, response_sd, log2fc`` and `group`.
     group
         Column that makes the groups.
     params
@@ -256,7 +257,8 @@ def ranked_effects(table: pd.DataFrame, group: str, params: dict[str, Any]) -> d
     groups = []
     for name, own in table.groupby(table[group].astype(str), sort=False):
         groups.append(str(name))
-        score = (own["lfc_mean"] / own["lfc_sd"].clip(lower=1e-9)).to_numpy()
+        shared = own["response_sd"] * own["lfc_mean"]
+        score = (own["lfc_mean"] / np.sqrt((own["lfc_sd"] ** 2 - shared**2).clip(lower=1e-18))).to_numpy()
         order = np.argsort(-score, kind="stable")
         wrong_sign = stats.norm.sf(np.abs(score))
         by_rate = np.argsort(wrong_sign)
