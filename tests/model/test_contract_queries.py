@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+
+from pertura.effects import Error
 
 # sums may be rounded one way or the other, depending on where in memory their terms are
 equal = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
@@ -199,7 +202,11 @@ def test_cells_under_an_unknown_perturbation(trained, screen):
 @pytest.fixture
 def calibrated(trained, monkeypatch):
     """Discrepancies as a model may have them; a few cells and epochs give all sorts."""
-    parameters = {"noise": 0.0, "seen": (0.1, 0.1), "new context": (0.8, 0.2)}
+    parameters = {
+        "noise": 0.0,
+        "seen": asdict(Error(0.1, 0.1)),
+        "new context": asdict(Error(0.8, 0.2)),
+    }
     monkeypatch.setattr(trained, "calibration_", {**trained.calibration_, **parameters})
     return trained
 
@@ -273,7 +280,11 @@ def test_unseen_perturbation_with_features(spec, screen):
     found = ask(model, perturbation="novel")
     assert set(found.obs["novelty"]) == {"unseen with features"}
     assert np.isfinite(found.X).all()
-    model.calibration_ = model.calibration_ | {"noise": 0.0, "seen": (0.1, 0.0), "unseen with features": (0.9, 0.0)}
+    model.calibration_ = model.calibration_ | {
+        "noise": 0.0,
+        "seen": asdict(Error(0.1)),
+        "unseen with features": asdict(Error(0.9)),
+    }
     seen, unseen = (model.get_perturbation_effect(p, **N) for p in (names[0], "novel"))
     assert unseen["lfc_sd"].median() > 2 * seen["lfc_sd"].median()
     with pytest.raises(ValueError, match="'other' was not seen in training and has no features"):

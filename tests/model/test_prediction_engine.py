@@ -135,7 +135,8 @@ def test_ranked_effects():
             "gene": ["a", "b", "c"] * 2,
             "context": ["x"] * 3 + ["y"] * 3,
             "lfc_mean": [1.0, -2.0, 0.1, 0.0, 3.0, 1.0],
-            "lfc_sd": [1.0, 1.0, 0.1, 0.0, 1.0, 2.0],
+            "lfc_sd": [1.0, 1.0, 0.1, 0.0, 3.25**0.5, 17**0.5 / 2],
+            "response_sd": [0.0] * 3 + [0.5] * 3,
             "log2fc": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
         }
     )
@@ -144,6 +145,8 @@ def test_ranked_effects():
     assert found["names"]["y"].tolist() == ["b", "c", "a"]
     np.testing.assert_allclose(found["scores"]["x"], [1.0, 1.0, -2.0])
     assert found["logfoldchanges"]["y"].tolist() == [5.0, 6.0, 4.0]
+    # how sure the shared amplitude is does not count: 3.25 = 1 + (0.5 * 3)^2, 17 / 4 = 2^2 + (0.5 * 1)^2
+    np.testing.assert_allclose(found["scores"]["y"], [3.0, 0.5, 0.0])
     from scipy import stats
 
     p = dict(zip(found["names"]["x"], found["pvals"]["x"], strict=True))

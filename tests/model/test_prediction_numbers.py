@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import pertura.model.base._predict as predict
+from pertura.effects import Error
 
 N = {"n_samples": 4}
 # sums may be rounded one way or the other, depending on where in memory their terms are
@@ -153,7 +155,7 @@ def test_own_perturbation_needs_no_widening(trained):
         finally:
             trained.calibration_ = kept
     np.testing.assert_allclose(widths[True, name_of(trained)], widths[False, name_of(trained)], atol=1e-5)
-    if any(trained.calibration_["seen"]):
+    if np.any(trained.calibration_["seen"]["gene"]):
         assert widths[True, "control"] > widths[False, "control"]
 
 
@@ -174,8 +176,8 @@ def test_effects_are_means_over_control_cells(trained):
 def test_effect_table_is_consistent(trained):
     from scipy import stats
 
-    table = trained.get_perturbation_effect(list(trained.vocabulary.names), ci=0.8, delta=0.2, n_samples=10)
-    z = stats.norm.ppf(0.9)
+    table = trained.get_perturbation_effect(list(trained.vocabulary.names), ci=0.9, delta=0.2, n_samples=10)
+    z = stats.norm.ppf(0.95)
     np.testing.assert_allclose(table["ci_high"] - table["ci_low"], 2 * z * table["lfc_sd"], atol=1e-9)
     np.testing.assert_allclose((table["ci_high"] + table["ci_low"]) / 2, table["lfc_mean"], atol=1e-9)
     np.testing.assert_allclose(table["mean_perturbed"] - table["mean_control"], table["lfc_mean"], atol=1e-9)
@@ -245,7 +247,7 @@ def test_intervals_widen_on_the_scale_of_counts_too(trained):
     kept = trained.calibration_
     widths = []
     try:
-        for calibration in (None, {**kept, "noise": 0.0, "seen": (0.5, 0.0)}):
+        for calibration in (None, {**kept, "noise": 0.0, "seen": asdict(Error(0.5))}):
             trained.calibration_ = calibration
             found = ask(trained, name_of(trained), scale="counts", indices=rows)
             widths.append(found.layers["high"] - found.X)

@@ -33,7 +33,8 @@ _MAX_CONDITIONS, _TARGET_SUM = 60, 1e4
 # level of the interval from which the sd is taken, and levels at which the reach of intervals is learned
 _SD_LEVEL, _LEVELS = 0.9, (0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 _PRIOR_GROUPS = 2.0  # weight of all genes in the error of one, in left-out groups
-_N_STRONG = 50
+# strongest genes of a condition, and by how much intervals may hold more than they should of all genes to hold these
+_N_STRONG, _EXCESS = 50, 0.05
 
 
 @dataclass(frozen=True)
@@ -273,7 +274,13 @@ def fit_discrepancy(difference: NDArray, se: NDArray, effect: NDArray) -> tuple[
     return float(np.sqrt(solution[0])), float(np.sqrt(solution[1]))
 
 
-def fit_error(difference: Matrix, se: Matrix, effect: Matrix, group: NDArray) -> Error:
+def fit_error(
+    difference: Matrix,
+    se: Matrix,
+    effect: Matrix,
+    group: NDArray,
+    strong: tuple[NDArray[np.bool_], Matrix, Matrix] | None = None,
+) -> Error:
     """Error of predictions that were made without the conditions they are compared with.
 
     Parameters
@@ -286,6 +293,10 @@ def fit_error(difference: Matrix, se: Matrix, effect: Matrix, group: NDArray) ->
         Predicted effects, same shape.
     group
         Conditions that were left out together, ``(n_conditions,)``: their errors are alike.
+    strong
+        Which genes respond most in one half of the cells, and difference and standard error in the other half. Intervals of a
+        level hold as many of these, as far as they then hold at most 5 % more of all genes: few genes respond, and an interval
+        that misses a tenth of the genes may miss just these.
     """
     energy = (effect**2).sum(1) + 1e-12
     amplitude = (difference * effect).sum(1) / energy
@@ -308,10 +319,18 @@ def fit_error(difference: Matrix, se: Matrix, effect: Matrix, group: NDArray) ->
     sd = np.sqrt(without + (k**2 + response2) * effect**2) + 1e-9
     # how far intervals must reach to hold the measured effect: the noise of the measurement is normal
     z = stats.norm.ppf((1 + np.array(_LEVELS)) / 2)
-    reach = [
-        float(np.quantile(np.sqrt(np.maximum(difference**2 - (own_z * se) ** 2, 0.0)) / sd, level))
-        for level, own_z in zip(_LEVELS, z, strict=True)
-    ]
+
+    def needed(difference: Matrix, se: Matrix, sd: Matrix, own_z: float) -> Matrix:
+        return np.sqrt(np.maximum(difference**2 - (own_z * se) ** 2, 0.0)) / sd
+
+    reach = []
+    for level, own_z in zip(_LEVELS, z, strict=True):
+        most = level + min(_EXCESS, (1.0 - level) / 2)
+        low, high = np.quantile(needed(difference, se, sd, own_z), [level, most])
+        if strong is not None:
+            mask, other, other_se = strong
+            low = np.clip(np.quantile(needed(other[mask], other_se[mask], sd[mask], own_z), level), low, high)
+        reach.append(low)
     reach = np.maximum.accumulate(np.maximum(reach, 0.3 * z))
     return Error(np.sqrt(gene2(total, len(number))), k, math.sqrt(response2), tuple(reach.tolist()))
 
@@ -392,7 +411,9 @@ def calibrate(
         predicted[own] = predict(int(code), [done[i] for i in usable[at[own]]])
     # differences from predictions that took up a share of the noise lack it
     result["noise"] = noise_share * (se**2).mean(0)
-    result["seen"] = asdict(fit_error(predicted - effect, np.sqrt(1 - noise_share) * se, predicted, np.arange(len(at))))
+    left = (1 - noise_share) * se**2
+    strong = measured.strong(at, predicted, left)
+    result["seen"] = asdict(fit_error(predicted - effect, np.sqrt(left), predicted, np.arange(len(at)), strong))
     for kind in kinds:
         found = measured.left_out(kind)
         if found is None and kind == "new combination":
@@ -420,6 +441,7 @@ class _Measured:
     ) -> None:
         found, at = table.effects(adjust_depth=adjust_depth), table.treated[usable]
         self.effect, self.variance, self.rng = found.effect[usable], found.se[usable] ** 2, rng
+        self.halves = [table.effects(half=half, adjust_depth=adjust_depth).effect[usable] for half in (0, 1)]
         # the part of the treated cells; that of the controls is the same for all conditions of a context
         self.treated = self.variance * (1.0 / table.n[at].sum(1) / found.noise[usable])[:, None]
         self.conditions = Conditions(table.codes[at], table.dose[at], table.context[at], table.n_contexts)
@@ -428,6 +450,15 @@ class _Measured:
         """At most 60 of the wanted conditions."""
         at = np.flatnonzero(wanted)
         return at if len(at) <= _MAX_CONDITIONS else np.sort(self.rng.choice(at, _MAX_CONDITIONS, replace=False))
+
+    def strong(
+        self, at: NDArray[np.int64], predicted: Matrix, variance: Matrix
+    ) -> tuple[NDArray[np.bool_], Matrix, Matrix]:
+        """Genes that respond most in one half of the cells, and differences with their standard errors in the other."""
+        size = np.abs(self.halves[0][at])
+        least = np.sort(size, axis=1)[:, -min(_N_STRONG, max(1, size.shape[1] // 4))]
+        # half of the cells have twice the variance
+        return size >= least[:, None], predicted - self.halves[1][at], np.sqrt(variance + self.variance[at])
 
     def left_out(self, kind: str) -> Error | None:
         """Error of predicting conditions from others, as the baselines do; `None` where there are no others."""
@@ -451,7 +482,8 @@ class _Measured:
         control = self.variance - self.treated
         variance += (1.0 - (weight * same).sum(1, keepdims=True)) ** 2 * control[at] + (weight * ~same) ** 2 @ control
         group = {"new context": conditions.context, "new dose": np.arange(len(conditions))}.get(kind, conditions.label)
-        return fit_error(predicted - self.effect[at], np.sqrt(variance), predicted, group[at])
+        strong = self.strong(at, predicted, variance)
+        return fit_error(predicted - self.effect[at], np.sqrt(variance), predicted, group[at], strong)
 
     def _context(self, i: int) -> Matrix | None:
         """The mean over other contexts."""
