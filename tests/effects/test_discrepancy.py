@@ -32,6 +32,7 @@ CALIBRATION = {
     "noise": 0.01,
     "seen": asdict(Error(0.1, 0.2, 0.1)),
     "new dose": asdict(Error(0.2, 0.3)),
+    "higher dose": asdict(Error(0.7, 0.3)),
     "new context": asdict(Error(0.3, 0.2, 0.4)),
     "new combination": asdict(Error(0.4, 0.5)),
     "unseen with features": asdict(Error(0.5, 0.6)),
@@ -101,6 +102,12 @@ def test_each_step_adds_an_error(trained):
     variance = trained.variance(Perturbation("A", (3.0,)), "z", np.array([0.0, 2.0]), 3.0)
     proportional = (found.effect + found.response) * 4
     np.testing.assert_allclose(variance, (found.gene + 0.01) * 9 + np.array([0, proportional]))
+
+
+def test_extrapolated_doses_have_an_error_of_their_own(trained):
+    gene = [trained.spread(Perturbation(*asked), "x").gene for asked in (("A", (3.0,)), ("A", (30.0,)), ("B", (30.0,)))]
+    assert gene == pytest.approx([0.04, 0.49, 0.49])
+    assert trained.novelty(Perturbation("A", (30.0,)), "x") == "new dose"
 
 
 def test_what_is_not_fitted_is_not_counted_twice():

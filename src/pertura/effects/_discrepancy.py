@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from scipy import stats
@@ -30,11 +31,12 @@ from ._table import ConditionTable
 Matrix = NDArray[np.float64]
 
 _MAX_CONDITIONS, _TARGET_SUM = 60, 1e4
+_ABOVE = "higher dose"  # than any that was trained: an effect is extrapolated
 # level of the interval from which the sd is taken, and levels at which the reach of intervals is learned
 _SD_LEVEL, _LEVELS = 0.9, (0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 _PRIOR_GROUPS = 2.0  # weight of all genes in the error of one, in left-out groups
-# strongest genes of a condition, and by how much intervals may hold more than they should of all genes to hold these
-_N_STRONG, _EXCESS = 50, 0.05
+# strongest genes of a condition, and by how much coverage of these and of all genes may differ from the level
+_N_STRONG, _TOLERANCE = 50, 0.05
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class Discrepancy:
         self._described = frozenset() if vocabulary.features is None else frozenset(vocabulary.features.index)
         self._members: dict[str, tuple[str, ...]] = {}
         self._steps: dict[tuple[str, tuple[float, ...]], Novelty] = {}
-        self._spreads: dict[tuple[str, bool, float], Spread] = {}
+        self._spreads: dict[tuple[Any, ...], Spread] = {}
         self._observed: dict[str, frozenset[str]] = {}
         # contexts in which a perturbation was trained, alone or in a combination
         self._contexts_of_member: dict[str, set[str]] = {}
@@ -202,15 +204,22 @@ class Discrepancy:
         step = self.step(perturbation)
         if self.calibration is None or step == "control":
             return Spread()
-        key = (step, self.is_new_context(perturbation.label, context), level)
+        kinds = [] if step == "seen" else [_ABOVE if step == "new dose" and self._is_above(perturbation) else step]
+        if self.is_new_context(perturbation.label, context):
+            kinds.append("new context")
+        key = (*kinds, level)
         if key not in self._spreads:
-            steps = [self._error(step)] if step != "seen" else []
             total = Spread()
-            for error in [*steps, *([self._error("new context")] if key[1] else [])]:
-                total = total.after(error.spread(level))
+            for kind in kinds:
+                total = total.after(self._error(kind).spread(level))
             # what a model does not fit is part of what it does not transfer
             self._spreads[key] = total.at_least(self._error("seen").spread(level))
         return self._spreads[key]
+
+    def _is_above(self, perturbation: Perturbation) -> bool:
+        """Whether a dose is higher than those that were trained."""
+        trained, members = self.calibration["doses"], self.members(perturbation.label)
+        return any(d > max(trained[m]) for m, d in zip(members, perturbation.dose, strict=False))
 
     def _error(self, kind: str) -> Error:
         return Error(**self.calibration["unseen with features" if kind == "unseen" else kind])
@@ -294,9 +303,9 @@ def fit_error(
     group
         Conditions that were left out together, ``(n_conditions,)``: their errors are alike.
     strong
-        Which genes respond most in one half of the cells, and difference and standard error in the other half. Intervals of a
-        level hold as many of these, as far as they then hold at most 5 % more of all genes: few genes respond, and an interval
-        that misses a tenth of the genes may miss just these.
+        Which genes respond most in one half of the cells, and difference and standard error in the other half. Intervals are
+        made to hold at most 5 % less of these than the level, as far as they then hold at most 5 % more of all genes: few
+        genes respond, and an interval that misses a tenth of the genes may miss just these.
     """
     energy = (effect**2).sum(1) + 1e-12
     amplitude = (difference * effect).sum(1) / energy
@@ -325,11 +334,13 @@ def fit_error(
 
     reach = []
     for level, own_z in zip(_LEVELS, z, strict=True):
-        most = level + min(_EXCESS, (1.0 - level) / 2)
+        most = level + min(_TOLERANCE, (1.0 - level) / 2)
         low, high = np.quantile(needed(difference, se, sd, own_z), [level, most])
         if strong is not None:
             mask, other, other_se = strong
-            low = np.clip(np.quantile(needed(other[mask], other_se[mask], sd[mask], own_z), level), low, high)
+            low = np.clip(
+                np.quantile(needed(other[mask], other_se[mask], sd[mask], own_z), level - _TOLERANCE), low, high
+            )
         reach.append(low)
     reach = np.maximum.accumulate(np.maximum(reach, 0.3 * z))
     return Error(np.sqrt(gene2(total, len(number))), k, math.sqrt(response2), tuple(reach.tolist()))
@@ -378,7 +389,7 @@ def calibrate(
     -------
     ``scale``; ``observed`` (label to contexts); ``doses`` (perturbation to doses); ``noise`` (mean squared standard
     error of the measured effects times the share, per gene); :class:`Error`, as a dict, of ``"seen"``, ``"new dose"``,
-    ``"new context"``, ``"new combination"`` and ``"unseen with features"``, which also stands for perturbations without.
+    ``"higher dose"`` (above all others), ``"new context"``, ``"new combination"`` and ``"unseen with features"``, which also stands for perturbations without.
     """
     treated, done = table.treated, perturbations_of(table, vocabulary)
     observed: dict[str, set[str]] = {}
@@ -387,7 +398,7 @@ def calibrate(
         observed.setdefault(perturbation.label, set()).add(contexts[context])
         for member, dose in zip(vocabulary.parse(perturbation.label), perturbation.dose, strict=True):
             doses.setdefault(member, set()).add(dose)
-    kinds = ("new dose", "new context", "new combination", "unseen with features")
+    kinds = ("new dose", _ABOVE, "new context", "new combination", "unseen with features")
     result: dict[str, Any] = {
         "scale": scale,
         "observed": {label: sorted(found) for label, found in observed.items()},
@@ -463,12 +474,18 @@ class _Measured:
     def left_out(self, kind: str) -> Error | None:
         """Error of predicting conditions from others, as the baselines do; `None` where there are no others."""
         conditions = self.conditions
-        wanted = (conditions.order > 1) if kind == "new combination" else np.ones(len(conditions), dtype=bool)
-        if kind == "unseen with features":
-            wanted = conditions.order == 1
+        strength = Conditions.strength(conditions.codes, conditions.dose)
+        highest = strength > pd.Series(strength).groupby(conditions.curve).transform("max").to_numpy() - DOSE_TOLERANCE
+        wanted, predict = {
+            "new dose": (~highest, self._interpolated),
+            _ABOVE: (highest, self._interpolated),
+            "new context": (np.ones(len(conditions), dtype=bool), self._other_contexts),
+            "new combination": (conditions.order > 1, self._sum_of_members),
+            "unseen with features": (conditions.order == 1, self._other_perturbations),
+        }[kind]
         rows, weights = [], []
         for i in self.some(wanted):
-            found = getattr(self, "_" + kind.split()[-1])(i)
+            found = predict(i)
             if found is not None and found.any():
                 rows.append(i)
                 weights.append(found)
@@ -481,17 +498,18 @@ class _Measured:
         # noise of the controls is that of the prediction where it is of the same context
         control = self.variance - self.treated
         variance += (1.0 - (weight * same).sum(1, keepdims=True)) ** 2 * control[at] + (weight * ~same) ** 2 @ control
-        group = {"new context": conditions.context, "new dose": np.arange(len(conditions))}.get(kind, conditions.label)
+        own = np.arange(len(conditions))
+        group = {"new context": conditions.context, "new dose": own, _ABOVE: own}.get(kind, conditions.label)
         strong = self.strong(at, predicted, variance)
         return fit_error(predicted - self.effect[at], np.sqrt(variance), predicted, group[at], strong)
 
-    def _context(self, i: int) -> Matrix | None:
+    def _other_contexts(self, i: int) -> Matrix | None:
         """The mean over other contexts."""
         conditions = self.conditions
         mask = (conditions.label == conditions.label[i]) & (conditions.context != conditions.context[i])
         return self._average(i, mask, conditions.curves_per_context(mask) > 0)
 
-    def _features(self, i: int) -> Matrix | None:
+    def _other_perturbations(self, i: int) -> Matrix | None:
         """The mean over other perturbations of the context."""
         conditions = self.conditions
         mask = (conditions.label != conditions.label[i]) & (conditions.order == 1)
@@ -502,7 +520,7 @@ class _Measured:
             return None
         return self.conditions.average(self._at_dose(self.conditions, i), mask, contexts / contexts.sum())
 
-    def _dose(self, i: int) -> Matrix | None:
+    def _interpolated(self, i: int) -> Matrix | None:
         """Interpolation between other doses."""
         conditions = self.conditions
         others = np.flatnonzero((conditions.curve == conditions.curve[i]) & (np.arange(len(conditions)) != i))
@@ -515,7 +533,7 @@ class _Measured:
         result[others] = self._at_dose(rest, i)
         return result
 
-    def _combination(self, i: int) -> Matrix | None:
+    def _sum_of_members(self, i: int) -> Matrix | None:
         """The sum of the members."""
         conditions, result = self.conditions, np.zeros(len(self.conditions))
         present = conditions.codes[i] != CONTROL_ONLY

@@ -1,0 +1,55 @@
+"""The unit of doses plays no part: predictions, intervals, novelty."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conftest import MODELS, Spec, small_screen
+
+DOSES = [0.3, 3.0, 10.0]
+# measured, between, below and above
+ASKED = [3.0, 1.0, 0.05, 40.0]
+SPECS = [
+    *MODELS,
+    *(
+        Spec(f"baseline.{name}", learns_by_gradient=False)
+        for name in ("NoChange", "MeanEffect", "WeightedMeanEffect", "NearestNeighbour")
+    ),
+]
+
+
+def answers(spec, unit):
+    adata = small_screen(doses=DOSES, n_cells_per_condition=12)
+    adata.obs["dose"] = adata.obs["dose"] * unit
+    spec.setup(adata, dose_key="dose")
+    model = spec.fit(spec.make(adata))
+    labels = [*model.vocabulary.names[:2], model.vocabulary.labels[-1]]
+    options = {"n_samples": 4, "indices": np.flatnonzero(adata.obs["perturbation"] == "control")}
+    asked = [model.get_perturbation_effect(labels, dose=[d * unit for d in ASKED], **options)]
+    asked += [model.get_perturbation_effect(labels, dose=d, **options) for d in (0.0, None)]
+    table = asked[0]
+    predicted = model.predict_perturbation(labels[0], dose=1.0 * unit, return_anndata=True, ci=0.9, **options)
+    return asked, predicted, table
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_doses_have_no_unit(spec):
+    expected, cells, table = answers(spec, 1.0)
+    assert set(table["novelty"]) >= {"seen", "new dose"}
+    if spec.name != "baseline.NoChange" and spec.planted_dose:
+        size = table["lfc_mean"].abs().groupby([table["dose"].astype(str)]).sum()
+        assert size.nunique() > 1
+    for unit in (1e-9, 1e9):
+        found, own_cells, _ = answers(spec, unit)
+        for mine, other in zip(found, expected, strict=True):
+            assert mine["novelty"].tolist() == other["novelty"].tolist()
+            for column in ("lfc_mean", "lfc_sd", "ci_low", "ci_high", "response_sd", "proba_de"):
+                np.testing.assert_allclose(mine[column], other[column], rtol=1e-3, atol=1e-4, err_msg=column)
+        for a, b in ((own_cells.X, cells.X), (own_cells.layers["high"], cells.layers["high"])):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_doses_are_told_apart_by_six_digits(trained):
+    """One and the same dose, but for how it is written."""
+    with pytest.raises(ValueError, match="was registered without doses"):
+        trained.get_perturbation_effect(trained.vocabulary.names[0], dose=[1.0, 1.0000001])
