@@ -175,6 +175,28 @@ def test_doses_are_interpolated(made, fit, effect, cls):
         close(effect(model, "A", "x", dose=dose), value)
 
 
+@pytest.mark.parametrize("unit", [1e-9, 1e9])
+@pytest.mark.parametrize("cls", [bl.MeanEffect, bl.WeightedMeanEffect, bl.NearestNeighbour, bl.Additive, bl.Linear])
+def test_doses_have_no_unit(made, fit, effect, cls, unit):
+    means = {
+        **DOSED,
+        ("B", "x", 3.0): CONTROL["x"] + EFFECT["C", "x"],
+        ("C", "x", 3.0): CONTROL["x"] + EFFECT["A", "x"],
+    }
+    means[("B+C", "x", 10.0)] = CONTROL["x"] + EFFECT["A+B", "x"]
+    scaled = {(label, context, dose * unit): mean for (label, context, dose), mean in means.items()}
+    model, other = (fit(cls, made(m), setup={"dose_key": "dose"}) for m in (means, scaled))
+    for label in ("A", "B+C", "A+B"):
+        if cls is bl.NearestNeighbour and label == "A+B":
+            continue
+        for dose in (0.25, 1.0, 4.0, 40.0):
+            expected = effect(model, label, "x", dose=dose)
+            np.testing.assert_allclose(effect(other, label, "x", dose=dose * unit), expected, atol=1e-4)
+    # an unseen one has the effect of others at this dose
+    if cls in (bl.MeanEffect, bl.WeightedMeanEffect):
+        close(effect(other, "new", "x", dose=4.0 * unit), effect(model, "new", "x", dose=4.0))
+
+
 def test_doses_of_each_context_and_of_combinations(made, fit, effect):
     means = {
         **DOSED,

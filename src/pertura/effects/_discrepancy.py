@@ -121,7 +121,7 @@ class Discrepancy:
         self._described = frozenset() if vocabulary.features is None else frozenset(vocabulary.features.index)
         self._members: dict[str, tuple[str, ...]] = {}
         self._steps: dict[tuple[str, tuple[float, ...]], Novelty] = {}
-        self._spreads: dict[tuple[Any, ...], Spread] = {}
+        self._spreads: dict[tuple[str, bool, float], Spread] = {}
         self._observed: dict[str, frozenset[str]] = {}
         # contexts in which a perturbation was trained, alone or in a combination
         self._contexts_of_member: dict[str, set[str]] = {}
@@ -204,16 +204,14 @@ class Discrepancy:
         step = self.step(perturbation)
         if self.calibration is None or step == "control":
             return Spread()
-        kinds = [] if step == "seen" else [_ABOVE if step == "new dose" and self._is_above(perturbation) else step]
-        if self.is_new_context(perturbation.label, context):
-            kinds.append("new context")
-        key = (*kinds, level)
+        kind = _ABOVE if step == "new dose" and self._is_above(perturbation) else step
+        key = (kind, self.is_new_context(perturbation.label, context), level)
         if key not in self._spreads:
-            total = Spread()
-            for kind in kinds:
-                total = total.after(self._error(kind).spread(level))
-            # what a model does not fit is part of what it does not transfer
-            self._spreads[key] = total.at_least(self._error("seen").spread(level))
+            total = self._error("seen").spread(level)
+            if key[1]:
+                # what a model does not fit is much of what it does not transfer
+                total = total.at_least(self._error("new context").spread(level))
+            self._spreads[key] = total if kind == "seen" else total.after(self._error(kind).spread(level))
         return self._spreads[key]
 
     def _is_above(self, perturbation: Perturbation) -> bool:
