@@ -11,7 +11,7 @@ from pertura.data import build_vocabulary
 from pertura.data._perturbation import Perturbation
 from pertura.effects import Discrepancy
 from pertura.model.base._arguments import as_rows
-from pertura.model.base._effects import EffectSums, effect_table, log2_fold_change
+from pertura.model.base._effects import EffectSums, effect_table, log2_fold_change, posterior_spread
 from pertura.model.base._predict import quantiles, rescale, seeded
 from pertura.model.base._write import ranked_effects, reserve
 
@@ -129,14 +129,29 @@ def test_fold_changes_are_those_of_scanpy():
     np.testing.assert_allclose(found, table["logfoldchanges"], rtol=1e-3)
 
 
+def test_amplitude_of_draws_apart_from_errors_of_genes():
+    rng = np.random.default_rng(0)
+    effect = rng.normal(size=(2, 300))
+    amplitude = 1 + np.array([0.5, 0.0])[:, None] * rng.normal(size=(400, 2, 1))
+    draws = amplitude * effect + 0.3 * rng.normal(size=(400, 2, 300))
+    total, shared, own = posterior_spread(draws, draws.mean(0))
+    np.testing.assert_allclose(total, draws.var(0, ddof=1))
+    assert np.sqrt(shared) == pytest.approx([0.5, 0.0], abs=0.05)
+    np.testing.assert_allclose(np.sqrt(own), 0.3, rtol=0.15)
+    # of one gene that changes it is not known what is shared
+    alone = np.zeros((50, 1, 4))
+    alone[..., 0] = 2 + rng.normal(size=(50, 1))
+    total, shared, own = posterior_spread(alone, alone.mean(0))
+    assert own[0, 0] == total[0, 0] > 0.5 and shared[0] < 0.05
+
+
 def test_ranked_effects():
     table = pd.DataFrame(
         {
             "gene": ["a", "b", "c"] * 2,
             "context": ["x"] * 3 + ["y"] * 3,
             "lfc_mean": [1.0, -2.0, 0.1, 0.0, 3.0, 1.0],
-            "lfc_sd": [1.0, 1.0, 0.1, 0.0, 3.25**0.5, 17**0.5 / 2],
-            "response_sd": [0.0] * 3 + [0.5] * 3,
+            "gene_sd": [1.0, 1.0, 0.1, 0.0, 1.0, 2.0],
             "log2fc": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
         }
     )
@@ -145,7 +160,6 @@ def test_ranked_effects():
     assert found["names"]["y"].tolist() == ["b", "c", "a"]
     np.testing.assert_allclose(found["scores"]["x"], [1.0, 1.0, -2.0])
     assert found["logfoldchanges"]["y"].tolist() == [5.0, 6.0, 4.0]
-    # how sure the shared amplitude is does not count: 3.25 = 1 + (0.5 * 3)^2, 17 / 4 = 2^2 + (0.5 * 1)^2
     np.testing.assert_allclose(found["scores"]["y"], [3.0, 0.5, 0.0])
     from scipy import stats
 

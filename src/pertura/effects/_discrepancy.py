@@ -496,8 +496,7 @@ class _Measured:
         # noise of the controls is that of the prediction where it is of the same context
         control = self.variance - self.treated
         variance += (1.0 - (weight * same).sum(1, keepdims=True)) ** 2 * control[at] + (weight * ~same) ** 2 @ control
-        own = np.arange(len(conditions))
-        group = {"new context": conditions.context, "new dose": own, _ABOVE: own}.get(kind, conditions.label)
+        group = conditions.context if kind == "new context" else conditions.label
         strong = self.strong(at, predicted, variance)
         return fit_error(predicted - self.effect[at], np.sqrt(variance), predicted, group[at], strong)
 

@@ -89,13 +89,15 @@ def effect_table(
     for q, perturbation in enumerate(perturbations):
         change = perturbed[q] - control
         effect, after = change.mean(0), perturbed[q].mean(0)
-        spread, shared = posterior_spread(change, effect)
+        total, shared, own = posterior_spread(change, effect)
         for c, code in enumerate(sums.codes):
             unit = discrepancy.unit(scale, before[c], library[c])
             asked = (perturbation, contexts[code])
-            sd = np.sqrt(spread[c] ** 2 + discrepancy.variance(*asked, effect[c], unit))
-            half = z * np.sqrt(spread[c] ** 2 + discrepancy.variance(*asked, effect[c], unit, ci))
-            response = np.sqrt(shared[c] ** 2 + discrepancy.spread(*asked).response)
+            distance = discrepancy.variance(*asked, effect[c], unit)
+            sd = np.sqrt(total[c] + distance)
+            half = z * np.sqrt(total[c] + discrepancy.variance(*asked, effect[c], unit, ci))
+            common = discrepancy.spread(*asked).response
+            gene_sd = np.sqrt(np.maximum(own[c] + distance - common * effect[c] ** 2, 0.0))
             columns = {
                 "perturbation": perturbation.label,
                 "dose": perturbation.dose_text,
@@ -105,7 +107,8 @@ def effect_table(
                 "lfc_sd": sd,
                 "ci_low": effect[c] - half,
                 "ci_high": effect[c] + half,
-                "response_sd": response,
+                "gene_sd": gene_sd,
+                "response_sd": np.sqrt(shared[c] + common),
                 "proba_de": stats.norm.sf((delta - np.abs(effect[c])) / np.maximum(sd, 1e-12)),
                 "log2fc": log2_fold_change(before[c], after[c], scale),
                 "mean_control": before[c],
@@ -118,8 +121,8 @@ def effect_table(
     return pd.concat(tables, ignore_index=True)
 
 
-def posterior_spread(change: NDArray, effect: NDArray) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Sd of effects over draws, and the sd of the amplitude that all genes share.
+def posterior_spread(change: NDArray, effect: NDArray) -> tuple[NDArray[np.float64], ...]:
+    """Variance of effects over draws: in all, of the amplitude that all genes share, and of the gene alone.
 
     Parameters
     ----------
@@ -130,17 +133,19 @@ def posterior_spread(change: NDArray, effect: NDArray) -> tuple[NDArray[np.float
 
     Returns
     -------
-    ``(n_contexts, n_genes)``, and ``(n_contexts,)`` in units of the effect.
+    ``(n_contexts, n_genes)``; ``(n_contexts,)`` in units of the squared effect; ``(n_contexts, n_genes)``.
     """
     if len(change) < 2:
-        return np.zeros_like(effect), np.zeros(len(effect))
-    energy = (effect**2).sum(-1)
-    amplitude = np.divide((change * effect).sum(-1), energy, out=np.zeros(change.shape[:-1]), where=energy > 0)
-    rest = change - amplitude[..., None] * effect
-    # by how much the amplitude varies by chance, as the errors of its genes are
-    chance = (rest.var(0, ddof=1) * effect**2).sum(-1)
-    chance = np.divide(chance, energy**2, out=np.zeros_like(energy), where=energy > 0)
-    return change.std(0, ddof=1), np.sqrt(np.maximum(amplitude.var(0, ddof=1) - chance, 0.0))
+        return np.zeros_like(effect), np.zeros(len(effect)), np.zeros_like(effect)
+    total, left = change.var(0, ddof=1), change - effect
+    energy = (effect**2).sum(-1, keepdims=True)
+    # amplitude in the other genes: that of a gene itself would follow its own error
+    others = np.maximum(energy - effect**2, 1e-3 * energy + 1e-30)
+    amplitude = ((left * effect).sum(-1, keepdims=True) - left * effect) / others
+    shared = (effect * (left * amplitude).sum(0)).sum(-1) / (len(change) - 1) / (energy[..., 0] + 1e-30)
+    shared = np.maximum(shared, 0.0)
+    own = np.minimum((left - amplitude * effect).var(0, ddof=1), total)
+    return total, shared, np.where(shared[:, None] > 0, own, total)
 
 
 def log2_fold_change(before: NDArray, after: NDArray, scale: str) -> NDArray[np.float64]:

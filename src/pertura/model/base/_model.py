@@ -646,13 +646,13 @@ class PerturbationModel(TrainableModel):
         Returns
         -------
         One row per perturbation, context and gene: ``perturbation, context, gene, lfc_mean, lfc_sd, ci_low, ci_high,
-        response_sd, proba_de, log2fc, mean_control, mean_perturbed, novelty`` (and ``dose``). ``lfc_*`` and ``ci_*`` are mean
+        gene_sd, response_sd, proba_de, log2fc, mean_control, mean_perturbed, novelty`` (and ``dose``). ``lfc_*`` and ``ci_*`` are mean
         differences on `scale` (for ``"log1p"`` natural-log units, as ``X`` after :func:`scanpy.pp.log1p`). The sd holds
         the posterior of the model and how far its effects were from measured ones; it is wider for contexts, doses,
         combinations and perturbations that were not seen. Intervals reach as far as the errors of conditions that were
         left out did. ``response_sd`` says how sure the amplitude is that all genes share, in units of the effect: at 0.5, the
-        whole response may be 50 % weaker or stronger. ``lfc_sd`` and the interval hold it; the error of the gene alone is
-        ``sqrt(lfc_sd**2 - (response_sd * lfc_mean)**2)``.
+        whole response may be 50 % weaker or stronger. ``gene_sd`` is the error of the gene alone, ``lfc_sd`` and the interval
+        hold both.
 
         See Also
         --------

@@ -240,7 +240,7 @@ def ranked_effects(table: pd.DataFrame, group: str, params: dict[str, Any]) -> d
     Parameters
     ----------
     table
-        Columns ``gene, lfc_mean, lfc_sd, response_sd, log2fc`` and `group`.
+        Columns ``gene, lfc_mean, gene_sd, log2fc`` and `group`.
     group
         Column that makes the groups.
     params
@@ -257,8 +257,7 @@ def ranked_effects(table: pd.DataFrame, group: str, params: dict[str, Any]) -> d
     groups = []
     for name, own in table.groupby(table[group].astype(str), sort=False):
         groups.append(str(name))
-        shared = own["response_sd"] * own["lfc_mean"]
-        score = (own["lfc_mean"] / np.sqrt((own["lfc_sd"] ** 2 - shared**2).clip(lower=1e-18))).to_numpy()
+        score = (own["lfc_mean"] / own["gene_sd"].clip(lower=1e-9)).to_numpy()
         order = np.argsort(-score, kind="stable")
         wrong_sign = stats.norm.sf(np.abs(score))
         by_rate = np.argsort(wrong_sign)
