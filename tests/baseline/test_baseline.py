@@ -211,9 +211,8 @@ def test_registered_but_not_trained(cells, fit, effect):
     model = fit(bl.MeanEffect, cells, calibrated=True, setup=SCREEN, train=split)
     context = model.contexts[0]
     np.testing.assert_allclose(effect(model, first, context), effect(model, "never heard of", context), atol=1e-6)
-    a, k = model._discrepancy.parameters(Perturbation(first, (1.0,)), context)
-    seen_a, seen_k = model._discrepancy.parameters(Perturbation(second, (1.0,)), context)
-    assert a >= seen_a and k > seen_k
+    unseen, seen = (model._discrepancy.spread(Perturbation(p, (1.0,)), context) for p in (first, second))
+    assert (unseen.gene >= seen.gene).all() and unseen.effect + unseen.response > seen.effect + seen.response
     nearest = fit(bl.NearestNeighbour, cells, setup=SCREEN, train=split)
     controls = np.flatnonzero(cells.obs["perturbation"] == "control")
     with pytest.raises(ValueError, match=f"`perturbation`: '{first}' was not seen in training"):
