@@ -14,9 +14,9 @@ from scvi.data import AnnDataManager
 from scvi.data.fields import CategoricalObsField
 
 from pertura.data import KEYS, ContextField, PerturbationDataModule, PerturbationField
-from pertura.data._cells import Batch, CellDataset, Expression, size_unit
+from pertura.data._cells import Batch, CellDataset, Expression
 from pertura.data._datamodule import PairSampler
-from pertura.data._fields import ExpressionField, SizeFactorField
+from pertura.data._fields import ExpressionField
 from pertura.data._pairs import explicit_coupling
 
 
@@ -38,11 +38,10 @@ def adata():
 
 def register(adata, size=None, **options):
     fields = [
-        ExpressionField(None),
+        ExpressionField(None, size),
         PerturbationField("label", "ctrl", **options),
         ContextField(KEYS.CONTEXT, "type"),
         CategoricalObsField(KEYS.BATCH, "lane"),
-        SizeFactorField(size, None),
     ]
     manager = AnnDataManager(fields=fields)
     manager.register_fields(adata)
@@ -117,22 +116,23 @@ def test_library_of_empty_cells_and_of_other_data(adata):
     assert CellDataset(register(adata))[Batch(np.arange(3, 6), 0)][KEYS.LIBRARY].flatten().tolist() == [1, 1, 1]
 
 
-@pytest.mark.parametrize("unit", [1.0, 1e-4, 300.0])
-def test_library_from_size_factors(adata, unit):
+@pytest.mark.parametrize(("unit", "expected"), [(1.0, 1.0), (1e-4, 1.0), (300.0, 300.0)])
+def test_library_from_size_factors(adata, unit, expected):
+    """Totals are taken as they are, relative factors in units of the counts that there are."""
     total = np.asarray(adata.X.sum(1)).ravel()
     adata.obs["size"] = total * unit
-    manager = register(adata, size="size")
-    np.testing.assert_allclose(size_unit(manager), 1 / unit, rtol=1e-6)
-    tensors = CellDataset(manager)[Batch(np.arange(12), 0)]
-    np.testing.assert_allclose(tensors[KEYS.LIBRARY].flatten(), total, rtol=1e-5)
+    tensors = CellDataset(register(adata, size="size"))[Batch(np.arange(12), 0)]
+    np.testing.assert_allclose(tensors[KEYS.LIBRARY].flatten(), total * expected, rtol=1e-5)
 
 
-def test_new_data_keep_the_unit_of_size_factors(adata):
+def test_new_data_keep_the_unit_of_relative_size_factors(adata):
     manager = register(adata, size="size")
     other = adata[:6].copy()
     other.X = other.X * 10
-    transferred = manager.transfer_fields(other)
-    assert size_unit(transferred) == size_unit(manager)
+    found, own = (
+        CellDataset(m)[Batch(np.arange(6), 0)][KEYS.LIBRARY] for m in (manager.transfer_fields(other), manager)
+    )
+    assert torch.equal(found, own)
 
 
 # -- fields ---------------------------------------------------------------------------------------------------------

@@ -152,7 +152,7 @@ class BareLoop:
         kl = mask * (shifts.mask_logits - prior) - F.softplus(shifts.mask_logits) + F.softplus(prior)
         kl = kl + q_effect.log_prob(effect) - p_effect.log_prob(effect)
         shift = (mask * effect)[code.clamp(min=0)] * (code >= 0)[:, None]
-        q = m.encoder(m.standardized(x), batch, shift)
+        q = m.encoder(m.standardized(x, self.library[rows]), batch, shift)
         z = q.rsample()
         h = m.decoder(z + shift, batch)
         p_z = torch.distributions.Normal(0.0, 1.0, validate_args=False)

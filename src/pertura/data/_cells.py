@@ -15,6 +15,7 @@ from scvi.data import AnnDataManager
 from torch.utils.data import Dataset
 
 from ._constants import KEYS
+from ._library import Library
 
 Rows = NDArray[np.int64]
 
@@ -77,23 +78,27 @@ class Expression:
 
     def rows(self, rows: Rows) -> NDArray[np.float32]:
         """Dense expression of some cells, ``(len(rows), n_genes)``, in the order asked for."""
+        block = self.stored(rows)
+        block = block.toarray() if sparse.issparse(block) else block
+        return np.ascontiguousarray(block, dtype=np.float32)
+
+    def stored(self, rows: Rows) -> Any:
+        """The same as it is stored, dense or sparse."""
         if isinstance(self.values, np.ndarray) or sparse.issparse(self.values):
             block = self.values[rows]
         else:  # files must be read in ascending order, each row once
             unique, inverse = np.unique(rows, return_inverse=True)
             block = self.values[unique]
             block = (block.compute() if hasattr(block, "compute") else block)[inverse]
-        block = block.toarray() if sparse.issparse(block) else np.asarray(block)
-        block = block if self.columns is None else block[:, self.columns]
-        return np.ascontiguousarray(block, dtype=np.float32)
+        block = block if sparse.issparse(block) else np.asarray(block)
+        return block if self.columns is None else block[:, self.columns]
 
 
 class CellDataset(Dataset):
     """Registered tensors of any cells, in the order asked for, whatever the order in the file.
 
     A minibatch holds what was registered (``KEYS``, shape ``(n_cells, ...)``, float32), the library of each cell under
-    ``KEYS.LIBRARY`` (registered size factors in units of total counts, else total counts; 1 for data that are not
-    counts), and ``n_pairs``.
+    ``KEYS.LIBRARY`` (see :class:`Library`; 1 for data that are not counts), and ``n_pairs``.
 
     Parameters
     ----------
@@ -103,15 +108,16 @@ class CellDataset(Dataset):
 
     def __init__(self, manager: AnnDataManager) -> None:
         adata = manager.adata
-        expression = getattr(manager, "expression", None)
+        expression, library = getattr(manager, "expression", None), getattr(manager, "library", None)
         if expression is None:
             state = manager.get_state_registry(KEYS.X)
             layer = manager.data_registry[KEYS.X]["attr_key"]
             expression = Expression.of(adata, layer, state["column_names"], state["data_kind"])
+            library = Library.registered(state["library"], adata.obs)
         self.expression: Expression = expression
+        self.library: Library = library
         self.n_cells: int = adata.n_obs
         self.n_genes: int = expression.values.shape[1] if expression.columns is None else len(expression.columns)
-        self.size_unit = size_unit(manager)
         self.fields: dict[str, Any] = {}
         for key in manager.data_registry:
             if key == KEYS.X:
@@ -131,20 +137,10 @@ class CellDataset(Dataset):
             block = values[rows]
             block = block.toarray().astype(np.float32) if sparse.issparse(block) else block
             out[key] = torch.from_numpy(block)
-        if self.expression.kind != "counts":
-            out[KEYS.LIBRARY] = torch.ones(len(rows), 1)
-        elif self.size_unit is not None:
-            out[KEYS.LIBRARY] = out[KEYS.SIZE_FACTOR] * self.size_unit
-        else:
-            out[KEYS.LIBRARY] = out[KEYS.X].sum(1, keepdim=True).clamp(min=1.0)
+        library = self.library.of(rows, out[KEYS.X].numpy())
+        out[KEYS.LIBRARY] = torch.from_numpy(library.astype(np.float32))[:, None]
         out["n_pairs"] = batch.n_pairs
         return out
 
     def __len__(self) -> int:
         return self.n_cells
-
-
-def size_unit(manager: AnnDataManager) -> float | None:
-    """Total counts per unit of the registered size factor; `None` where none was registered."""
-    registries = manager.registry["field_registries"]
-    return registries.get(KEYS.SIZE_FACTOR, {}).get("state_registry", {}).get("unit")

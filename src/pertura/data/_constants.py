@@ -12,7 +12,6 @@ class _Keys(NamedTuple):
 
     X: str = REGISTRY_KEYS.X_KEY
     BATCH: str = REGISTRY_KEYS.BATCH_KEY
-    SIZE_FACTOR: str = REGISTRY_KEYS.SIZE_FACTOR_KEY
     PERTURBATION: str = "perturbation"
     CONTEXT: str = "context"
     QC: str = "qc"

@@ -1,4 +1,4 @@
-"""Fields that register expression, perturbations, contexts and size factors with scvi-tools' data manager."""
+"""Fields that register expression, perturbations and contexts with scvi-tools' data manager."""
 
 from __future__ import annotations
 
@@ -9,37 +9,42 @@ import pandas as pd
 import rich.pretty
 import rich.table
 from anndata import AnnData
-from scvi.data.fields import BaseAnnDataField, CategoricalObsField, LayerField, NumericalObsField
+from scvi.data.fields import BaseAnnDataField, CategoricalObsField, LayerField
 
+from ._cells import Expression
 from ._constants import KEYS
+from ._library import LIBRARY_COLUMN, Library, describe, find_library, stream
 from ._validation import check_expression, smallest_value
 from ._vocabulary import Vocabulary, build_vocabulary, encode_cells
 
 _OBSM_KEY = f"_scvi_{KEYS.PERTURBATION}"
-_UNIT_CELLS = 10_000  # cells from which the unit of size factors is estimated
 
 
 class ExpressionField(LayerField):
-    """Expression, with the kind of its values (``"counts"`` or ``"continuous"``), and whether the smallest is 0.
+    """Expression, with the kind of its values (``"counts"`` or ``"continuous"``), whether the smallest is 0, and the libraries of cells.
 
     Parameters
     ----------
     layer
         Layer with the expression; `None` for ``X``.
+    size_factor_key
+        Column of ``obs`` with size factors.
     """
 
-    KIND = "data_kind"
-    NONNEGATIVE = "nonnegative"
+    KIND, NONNEGATIVE, LIBRARY = "data_kind", "nonnegative", "library"
 
-    def __init__(self, layer: str | None) -> None:
+    def __init__(self, layer: str | None, size_factor_key: str | None = None) -> None:
         super().__init__(KEYS.X, layer, is_count_data=False, correct_data_format=False)
-        self.layer = layer
+        self.layer, self.size_factor_key = layer, size_factor_key
 
     def register_field(self, adata: AnnData) -> dict[str, Any]:
         """Register, and look at the values."""
         kind = check_expression(adata, self.layer)
         smallest = 0.0 if kind == "counts" else smallest_value(adata, self.layer)
-        return {**super().register_field(adata), self.KIND: kind, self.NONNEGATIVE: smallest == 0}
+        state = {**super().register_field(adata), self.KIND: kind, self.NONNEGATIVE: smallest == 0}
+        needs_x = self.size_factor_key is None and kind == "counts"
+        expression, x = sources(adata, self.layer, adata.var_names, kind, needs_x)
+        return {**state, self.LIBRARY: find_library(adata, expression, x, self.layer, self.size_factor_key)}
 
     def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs: Any) -> dict[str, Any]:
         """Register new data; values must be of the model's kind. Genes stay the model's own, in its order."""
@@ -47,7 +52,31 @@ class ExpressionField(LayerField):
         found, wanted = check_expression(adata_target, self.layer), state_registry[self.KIND]
         if wanted == "counts" and found != "counts":
             raise ValueError(not_counts(self.layer))
+        if state_registry[self.LIBRARY]["source"] == "X":
+            expression, x = sources(adata_target, self.layer, state_registry[self.COLUMN_NAMES_KEY], wanted, True)
+            rows = np.arange(adata_target.n_obs)
+            library = Library.of_query(state_registry[self.LIBRARY], expression, x, adata_target.obs, rows)
+            adata_target.obs[LIBRARY_COLUMN] = stream(library, expression, adata_target.n_obs)
         return {**state_registry, self.N_OBS_KEY: adata_target.n_obs}
+
+    def view_state_registry(self, state_registry: dict) -> rich.table.Table:
+        """Which library was taken."""
+        table = rich.table.Table(title=f"{self.registry_key} State Registry")
+        for column in ("Source Location", "Values", "Library"):
+            table.add_column(column, justify="center", overflow="fold")
+        source = "adata.X" if self.layer is None else f"adata.layers[{self.layer!r}]"
+        n_genes = len(state_registry[self.COLUMN_NAMES_KEY])
+        table.add_row(source, state_registry[self.KIND], describe(state_registry[self.LIBRARY], n_genes))
+        return table
+
+
+def sources(
+    adata: AnnData, layer: str | None, genes: Any, kind: str, needs_x: bool
+) -> tuple[Expression, Expression | None]:
+    """Registered expression of some genes, and that in ``X`` where it is needed and another."""
+    needs_x = needs_x and layer is not None and adata.X is not None
+    x = Expression.of(adata, None, genes, "continuous") if needs_x else None
+    return Expression.of(adata, layer, genes, kind), x
 
 
 def not_counts(layer: str | None) -> str:
@@ -164,33 +193,3 @@ class ContextField(CategoricalObsField):
         """Encode the contexts of new cells; those the model has not seen follow the registered ones."""
         kwargs["extend_categories"] = True
         return super().transfer_field(state_registry, adata_target, **kwargs)
-
-
-class SizeFactorField(NumericalObsField):
-    """Size factors, and how many counts one unit of them stands for.
-
-    Parameters
-    ----------
-    obs_key
-        Column of ``obs``; `None` where total counts serve.
-    layer
-        Layer with the counts.
-    """
-
-    def __init__(self, obs_key: str | None, layer: str | None) -> None:
-        super().__init__(KEYS.SIZE_FACTOR, obs_key, required=False)
-        self.layer = layer
-
-    def register_field(self, adata: AnnData) -> dict[str, Any]:
-        """Estimate the unit: median ratio of total counts to size factor."""
-        super().register_field(adata)
-        rows = np.unique(np.linspace(0, adata.n_obs - 1, _UNIT_CELLS).astype(np.int64))
-        values = adata.X if self.layer is None else adata.layers[self.layer]
-        total = np.asarray(values[rows].sum(1), dtype=np.float64).ravel()
-        ratio = total / adata.obs[self.attr_key].to_numpy(np.float64)[rows]
-        return {"unit": float(np.median(ratio)) or 1.0}
-
-    def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs: Any) -> dict[str, Any]:
-        """Keep the model's unit."""
-        self.validate_field(adata_target)
-        return dict(state_registry)

@@ -45,7 +45,7 @@ class Sums:
         self.raw, self.raw_square = np.zeros(n_genes), np.zeros(n_genes)
         self.linear_total = np.zeros((n_groups, n_genes)) if linear else None
         self.linear_square = np.zeros((n_groups, n_genes)) if linear else None
-        self.unit = 0.0
+        self.unit = self.library = 0.0
         self.log_library = np.full(n_cells, np.nan)
         self.sample_x: list[Values] = []
         self.sample_depth: list[Matrix] = []
@@ -80,6 +80,7 @@ class Sums:
             self.depth_x += (x.T @ depth).T
             self.raw += column_sums(raw)
             self.raw_square += column_sums(squared(raw))
+            self.library += float(library.sum())
             if self.linear_total is not None:
                 scaled = _scaled(raw, TARGET_SUM / library)
                 self.unit += float((TARGET_SUM / library).sum())
@@ -146,20 +147,13 @@ def chunks(dataset: CellDataset, rows: Rows) -> Iterator[Chunk]:
         if expression.kind != "counts":
             yield Chunk(positions, part, part, np.ones(len(own)))
             continue
-        library = _library(dataset, own, part)
+        library = dataset.library.of(own, part)
         x = _scaled(part, TARGET_SUM / library)
         if sparse.issparse(x):
             np.log1p(x.data, out=x.data)
         else:
             np.log1p(x, out=x)
         yield Chunk(positions, part, x, library)
-
-
-def _library(dataset: CellDataset, rows: Rows, counts: Values) -> NDArray[np.float64]:
-    """Library of cells, as minibatches have it."""
-    if dataset.size_unit is not None:
-        return dataset.fields[KEYS.SIZE_FACTOR][rows].ravel().astype(np.float64) * dataset.size_unit
-    return np.maximum(np.asarray(counts.sum(axis=1)).ravel(), 1.0)
 
 
 def _scaled(x: Values, scale: NDArray) -> Values:

@@ -140,6 +140,8 @@ class ConditionTable:
         At most 3,000 cells.
     n_contexts
         Number of contexts.
+    library
+        Mean library of the cells; 1 for other data than counts.
     linear_mean, linear_within
         As `mean` (of both halves together, ``(n_conditions, n_genes)``) and `within`, of counts per 10,000 before the
         logarithm; `None` unless asked for.
@@ -174,6 +176,7 @@ class ConditionTable:
     batch_n: NDArray[np.int64]
     sample: Sample
     n_contexts: int
+    library: float = 1.0
     linear_mean: Matrix | None = None
     linear_within: Matrix | None = None
     linear_unit: float = 1.0
@@ -293,6 +296,7 @@ class ConditionTable:
             batch_n=batch_n,
             sample=Sample(sums.sampled(), np.concatenate(sums.sample_depth), condition[kept]),
             n_contexts=n_contexts,
+            library=sums.library / n_cells,
             linear_unit=sums.unit / n_cells,
             log_library=of_condition,
             control_log_library=of_controls,

@@ -230,7 +230,7 @@ def infer_basal(
     def standardize(profile: Tensor) -> Tensor:
         return (profile - module.input_mean) / module.input_scale - effect
 
-    u, quality = module.standardized(cells.x) - effect, failed(cells)
+    u, quality = module.standardized(cells.x, cells.library) - effect, failed(cells)
     with pyro.plate("cells", len(cells)), pyro.poutine.scale(scale=kl_weight):
         pyro.sample("z", q(u, quality, quality).to_event(1))
     module.artifact.counterfactual(cells, u, standardize, q)

@@ -106,8 +106,8 @@ class Cells:
     context, batch
         Codes, ``(n_cells,)``. Contexts that the model has not seen follow those it has.
     library
-        Total counts, or registered size factors in units of total counts, ``(n_cells, 1)``; 1 for data that are not
-        counts.
+        Total counts of the cells, those of genes that are not registered included, ``(n_cells, 1)``; 1 for data that are
+        not counts.
     qc
         1 for cells that failed quality control, ``(n_cells, 1)``, where that was registered.
     """
@@ -220,6 +220,9 @@ class PerturbationModule(PyroBaseModuleClass):
     def list_obs_plate_vars(self) -> dict[str, Any]:
         """Observation plate, as scvi-tools asks for it."""
         return {"name": "cells", "in": [0], "sites": {}, "event_dim": 1}
+
+    def add_rest(self) -> None:
+        """Let libraries hold counts of genes that are not registered; needed by likelihoods of counts alone."""
 
     def on_load(self, model: Any, **kwargs: Any) -> None:
         """Nothing to do: the state dict holds everything."""

@@ -92,7 +92,7 @@ class ConditionalVAE(_Comparator):
     def guide(self, cells: Cells, kl_weight: float = 1.0) -> None:
         """q(z | x, d)."""
         posterior = self.encoder(
-            self.standardized(cells.x), self.one_hot_batch(cells.batch), self.indicators(cells.action)
+            self.standardized(cells.x, cells.library), self.one_hot_batch(cells.batch), self.indicators(cells.action)
         )
         with pyro.plate("cells", len(cells)), pyro.poutine.scale(scale=kl_weight):
             pyro.sample("basal", posterior.to_event(1))
@@ -149,6 +149,6 @@ class SVAEPlus(_Comparator):
             posterior = StraightThroughBernoulli(self.mask_logits.new_tensor(1.0), logits=self.mask_logits)
             mask = pyro.sample("mask", posterior.to_event(1))
         shift = self.shift(mask, cells.action)
-        posterior = self.encoder(self.standardized(cells.x), self.one_hot_batch(cells.batch), shift)
+        posterior = self.encoder(self.standardized(cells.x, cells.library), self.one_hot_batch(cells.batch), shift)
         with pyro.plate("cells", len(cells)), pyro.poutine.scale(scale=kl_weight):
             pyro.sample("state", posterior.to_event(1))

@@ -133,7 +133,7 @@ class CPA(LatentModule):
 
     def basal_posterior(self, cells: Cells) -> dist.Normal:
         """q(z | x), batch shape ``(n_cells, n_latent)``."""
-        posterior = self.encoder(self.standardized(cells.x), self.one_hot_batch(cells.batch))
+        posterior = self.encoder(self.standardized(cells.x, cells.library), self.one_hot_batch(cells.batch))
         return posterior if self.basal_sd is None else dist.Normal(posterior.loc, self.basal_sd)
 
     # -- what is done to cells, and where they are from -------------------------------------------------------------

@@ -268,7 +268,7 @@ class DrugAAE(LatentModule):
 
     def encode(self, cells: Cells, effect: Tensor, embedding: Tensor) -> dist.Normal:
         """Posterior of the basal state, ``(n_cells, n_state)``, given coordinates of the cells' own effects."""
-        x = self.standardized(cells.x) - self.on_genes(effect) / self.input_scale
+        x = self.standardized(cells.x, cells.library) - self.on_genes(effect) / self.input_scale
         weights = self.encoder_tied(embedding)
         if self.encoder_free is not None:
             weights = weights + self.encoder_free

@@ -62,8 +62,15 @@ class LatentModule(PerturbationModule):
             self.likelihood = GaussianLikelihood(n_in, self.n_genes, heteroscedastic, layer)
         self.native_scale = self.likelihood.native_scale
 
+    def add_rest(self) -> None:
+        """See :meth:`pertura.nn.CountLikelihood.add_rest`."""
+        if self.native_scale == "counts":
+            self.likelihood.add_rest()
+
     @torch.no_grad()
-    def standardize(self, mean: Tensor, sd: Tensor, raw_mean: Tensor, raw_sd: Tensor) -> None:
+    def standardize(
+        self, mean: Tensor, sd: Tensor, raw_mean: Tensor, raw_sd: Tensor, library: float | None = None
+    ) -> None:
         """Take over what the training cells say of each gene, ``(n_genes,)`` each.
 
         Parameters
@@ -72,21 +79,23 @@ class LatentModule(PerturbationModule):
             On the encoder's scale, as :meth:`normalized` gives it.
         raw_mean, raw_sd
             Of the registered layer: where the decoder starts.
+        library
+            Mean library of the cells; by default that of the registered genes.
         """
         self.input_mean.copy_(mean)
         # a gene that hardly varies must not enter the encoder blown up
         self.input_scale.copy_(sd.clamp(min=0.2 * float(sd.square().mean().sqrt()) + 1e-6))
-        self.likelihood.initialize(raw_mean.float(), raw_sd.float())
+        self.likelihood.initialize(raw_mean.float(), raw_sd.float(), library)
 
-    def normalized(self, x: Tensor) -> Tensor:
-        """Counts as log1p of counts per 10,000 (or of counts); other values as they are."""
+    def normalized(self, x: Tensor, library: Tensor) -> Tensor:
+        """Counts as log1p of counts per 10,000 of the library (or of counts); other values as they are."""
         if self.native_scale != "counts":
             return x
-        return torch.log1p(1e4 * x / x.sum(-1, keepdim=True).clamp(min=1.0) if self.normalize_input else x)
+        return torch.log1p(1e4 * x / library if self.normalize_input else x)
 
-    def standardized(self, x: Tensor) -> Tensor:
+    def standardized(self, x: Tensor, library: Tensor) -> Tensor:
         """Input of encoders: normalized expression with mean 0 and sd 1."""
-        return (self.normalized(x) - self.input_mean) / self.input_scale
+        return (self.normalized(x, library) - self.input_mean) / self.input_scale
 
     def one_hot_batch(self, batch: Tensor) -> Tensor | None:
         """Indicators of batches, ``(n_cells, n_batch)``; `None` where there is one batch."""

@@ -226,7 +226,7 @@ class PertVAE(LatentModule):
 
     def encode(self, cells: Cells) -> Tensor:
         """Hidden layer that the guide reads, ``(n_cells, encoder_hidden[-1])``."""
-        x = self.standardized(cells.x)
+        x = self.standardized(cells.x, cells.library)
         if self.training and self.input_noise > 0:
             x = x + self.input_noise * torch.randn_like(x)
         return self.encoder(self.with_batch(x, cells.batch))

@@ -137,7 +137,7 @@ class SAMSVAE(LatentModule):
         """q(M) q(E | M) q(z | x, shift); of measured effects the encoder sees what they leave of x."""
         with share_of_data(self, len(cells), kl_weight):
             table = self.shifts.guide()
-        u, shift = self.standardized(cells.x), None
+        u, shift = self.standardized(cells.x, cells.library), None
         if self.gene_effects is not None:
             self.gene_effects.sample_noise()
             u = u - self.gene_effects.delta(cells.action, self.strength(cells.action)) / self.input_scale

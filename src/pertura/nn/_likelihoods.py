@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from . import _counts
 
 _PER_10K = 1e4
+_LEAST_REST = 1e-4
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,6 +133,37 @@ class NegativeBinomial(TorchDistribution):
     def expectation(self, scale: str = "counts", depth: Tensor | None = None) -> Tensor:
         """Mean on a scale, without drawing; `scale` and `depth` as in :meth:`conditional_mean`. Its error is below 1e-3."""
         return _counts.expected(self._mean, self._theta, scale, depth)
+
+
+class CellCounts(dist.Independent):
+    """Counts of the genes of a cell, of which the genes that are not registered have the rest of the library.
+
+    Parameters
+    ----------
+    base
+        Counts of the registered genes, batch shape ``(..., n_cells, n_genes)``.
+    library
+        Total counts of the cells, ``(n_cells, 1)``.
+    theta
+        Inverse dispersion of the counts of all other genes, ``(1,)``.
+    """
+
+    def __init__(self, base: NegativeBinomial, library: Tensor, theta: Tensor) -> None:
+        super().__init__(base, 1, validate_args=False)
+        self.library, self.theta = library, theta
+
+    def expand(self, batch_shape: torch.Size, _instance: None = None) -> CellCounts:
+        """The same distribution over a larger batch."""
+        shape = torch.Size(batch_shape) + self.event_shape
+        return CellCounts(self.base_dist.expand(shape), self.library, self.theta)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log probability of the counts of the registered genes, and of their complement to the library."""
+        rest = (self.library - value.sum(-1, keepdim=True)).clamp(min=0.0)
+        # effects on single genes change what is left for the others
+        mean = self.library - self.base_dist.mean.sum(-1, keepdim=True)
+        mean = torch.maximum(mean, _LEAST_REST * self.library)
+        return super().log_prob(value) + NegativeBinomial(mean, self.theta).log_prob(rest).squeeze(-1)
 
 
 class Gaussian(dist.Normal):
@@ -266,6 +298,11 @@ class CountLikelihood(nn.Module):
     (log-expression is linear in h); the larger :math:`\beta`, the more nearly expression is linear on the scale of
     log1p(counts per 10,000), on which a change of a gene that is hardly expressed stays small.
 
+    Where :math:`\ell` holds counts of genes that are not registered, these are one more component: after :meth:`add_rest`,
+    :math:`\rho_g = r_g / (r_0 + \sum_k r_k)` with amounts r. The share of the registered genes then follows the state, and the counts of
+    all other genes, :math:`\ell - \sum_g x_g`, are negative binomial with the mean that the registered genes leave. Only ratios
+    of amounts matter, so that :math:`r_0` is a constant: :meth:`initialize` sets it to the mean share of the data.
+
     Parameters
     ----------
     n_in
@@ -286,16 +323,37 @@ class CountLikelihood(nn.Module):
         self.activation = nn.Linear(n_in, n_genes) if layer is None else layer
         self.log_theta = nn.Parameter(torch.ones(n_genes))
         self.link_sharpness = link_sharpness
+        self.register_buffer("rest", None)
+        self.register_parameter("log_theta_rest", None)
 
-    def initialize(self, mean: Tensor, scale: Tensor) -> None:
-        """Start at the mean composition of the data; `mean` has shape ``(n_genes,)`` and any unit."""
-        rate = 1e4 * mean / mean.sum() + 1e-3
+    def add_rest(self) -> None:
+        """Let libraries hold counts of genes that are not registered."""
+        self.rest = self.log_theta.new_ones(1).detach()
+        self.log_theta_rest = nn.Parameter(torch.full_like(self.rest, 3.0))
+
+    def initialize(self, mean: Tensor, scale: Tensor, library: float | None = None) -> None:
+        """Start at the mean composition of the data.
+
+        Parameters
+        ----------
+        mean
+            Mean expression, ``(n_genes,)``.
+        scale
+            Not used: counts have no unit of their own.
+        library
+            Mean library; by default the sum of `mean`.
+        """
+        total = float(mean.sum())
+        library = total if self.rest is None or library is None else max(library, total)
+        rate = _PER_10K * mean / library + 1e-3
         beta = self.link_sharpness
         with torch.no_grad():
+            if self.rest is not None:
+                self.rest.fill_(_PER_10K * max(1.0 - total / library, _LEAST_REST))
             self.activation.bias.copy_(torch.expm1(beta * torch.log1p(rate).double()).log() / beta)
 
     def amount(self, activation: Tensor) -> Tensor:
-        """Amount of each gene, of which the composition is the share."""
+        """Amount of each gene; their shares are the composition."""
         if self.link_sharpness == 1.0:
             return activation.exp()
         softplus = F.softplus(activation, beta=self.link_sharpness)
@@ -311,16 +369,22 @@ class CountLikelihood(nn.Module):
         """
         activation = self.activation(h)
         if self.link_sharpness == 1.0:
-            return library * (F.log_softmax(activation, dim=-1) + offset).exp()
+            total = activation.logsumexp(-1, keepdim=True)
+            total = total if self.rest is None else torch.logaddexp(total, self.rest.log())
+            return library * (activation - total + offset).exp()
         amount = self.amount(activation)
-        share = library / amount.sum(-1, keepdim=True)
+        share = library / self._total(amount)
         moved = amount if isinstance(offset, float) and offset == 0.0 else self.amount(activation + offset)
         return share * moved if torch.is_grad_enabled() else moved.mul_(share)
 
     def moved_by(self, activation: Tensor, library: Tensor, offset: Tensor | float) -> NegativeBinomial:
         """Distribution of counts, given activations, with an offset; genes are in the batch shape."""
-        total = self.amount(activation).sum(-1, keepdim=True)
+        total = self._total(self.amount(activation))
         return NegativeBinomial((library * self.amount(activation + offset) / total).clamp(min=1e-8), self.theta)
+
+    def _total(self, amount: Tensor) -> Tensor:
+        total = amount.sum(-1, keepdim=True)
+        return total if self.rest is None else total + self.rest
 
     @property
     def linear(self) -> nn.Module:
@@ -336,7 +400,10 @@ class CountLikelihood(nn.Module):
         """Distribution of a cell's counts; one event dimension."""
         rate = self.rate(h, library, offset)
         rate = rate.clamp(min=1e-8) if torch.is_grad_enabled() else rate.clamp_(min=1e-8)
-        return NegativeBinomial(rate, self.theta).to_event(1)
+        counts = NegativeBinomial(rate, self.theta)
+        if self.rest is None:
+            return counts.to_event(1)
+        return CellCounts(counts, library, self.log_theta_rest.clamp(-5.0, 8.0).exp())
 
 
 class GaussianLikelihood(nn.Module):
@@ -366,7 +433,7 @@ class GaussianLikelihood(nn.Module):
             nn.init.normal_(self.log_scale_slope.weight, std=1e-3)
         self.register_buffer("unit", torch.ones(n_genes))
 
-    def initialize(self, mean: Tensor, scale: Tensor) -> None:
+    def initialize(self, mean: Tensor, scale: Tensor, library: float | None = None) -> None:
         """Start at the mean of the data, and measure in units of its spread; both of shape ``(n_genes,)``."""
         with torch.no_grad():
             self.unit.copy_(scale.clamp(min=1e-3))

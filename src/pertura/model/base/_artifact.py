@@ -277,7 +277,7 @@ def describe_quality(module: Any, data: PerturbationDataModule) -> None:
         group = artifact.group(cells.action)
         at = torch.where(group >= 0)[0]
         where = (group[at], cells.qc[at, 0].long())
-        x, own = module.normalized(cells.x[at]).cpu().double(), tuple(w.cpu() for w in where)
+        x, own = module.normalized(cells.x[at], cells.library[at]).cpu().double(), tuple(w.cpu() for w in where)
         total.index_put_(own, x, accumulate=True)
         square.index_put_(own, x**2, accumulate=True)
         number.index_put_(where, torch.ones(len(at), device=device), accumulate=True)

@@ -22,7 +22,8 @@ from scvi.utils import track
 
 from pertura.data import _mudata
 from pertura.data._constants import KEYS
-from pertura.data._fields import ContextField, ExpressionField, PerturbationField, SizeFactorField
+from pertura.data._fields import ContextField, ExpressionField, PerturbationField
+from pertura.data._library import describe
 from pertura.data._perturbation import Perturbation
 from pertura.data._vocabulary import Vocabulary
 from pertura.effects._discrepancy import Discrepancy
@@ -154,6 +155,10 @@ class PerturbationModel(TrainableModel):
         self.options, options = replace(self.options, **found), {**options, **found}
         self._make_module()
         self.module.nonnegative = self.registered.nonnegative
+        if self.registered.is_counts:
+            self._model_summary_string += f"\nLibrary: {describe(self.registered.library, len(self.gene_names))}"
+        if self.registered.library["rest"]:
+            self.module.add_rest()
         given = {**({"preset": preset} if preset else {}), **options, **self._found_options}
         self.init_params_ = {"non_kwargs": given, "kwargs": {}}
 
@@ -214,8 +219,12 @@ class PerturbationModel(TrainableModel):
         batch_key
             Column of ``obs`` with the batch.
         size_factor_key
-            Column of ``obs`` with positive size factors, of which only the ratios matter; by default total counts over
-            the genes of `adata`.
+            Column of ``obs`` with the total counts of whole cells, taken before genes were selected. Predictions are per 10,000
+            of them. Values that are at least the counts of the registered genes are taken for such totals. Values near 1
+            (median below 10, or below a tenth of these counts) are relative factors, of which only the ratios matter:
+            on average the registered genes are then the whole library, and expected counts add up to it. Others are
+            refused. By default, totals are recovered from ``X`` where it is log-normalized and `layer` holds its
+            counts, else they are those of the genes of `adata`. The printed model says which.
         perturbation_features_key
             Descriptions of perturbations, with which new ones can be predicted: key of a DataFrame in ``uns`` (one row
             per perturbation) or of gene embeddings in ``varm``.
@@ -317,7 +326,7 @@ class PerturbationModel(TrainableModel):
     def _fields(cls, args: dict[str, Any], features: pd.DataFrame | None = None) -> list[BaseAnnDataField]:
         """What is registered; a model that needs more than this appends to it."""
         return [
-            ExpressionField(args["layer"]),
+            ExpressionField(args["layer"], args["size_factor_key"]),
             PerturbationField(
                 args["perturbation_key"],
                 args["control"],
@@ -327,7 +336,6 @@ class PerturbationModel(TrainableModel):
             ),
             ContextField(KEYS.CONTEXT, args["context_key"]),
             CategoricalObsField(KEYS.BATCH, args["batch_key"]),
-            SizeFactorField(args["size_factor_key"], args["layer"]),
         ]
 
     @staticmethod

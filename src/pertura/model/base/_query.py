@@ -18,7 +18,8 @@ from scvi.data import AnnDataManager
 from pertura.data import _mudata
 from pertura.data._cells import Batch, CellDataset, Expression
 from pertura.data._constants import KEYS, UNKNOWN
-from pertura.data._fields import not_counts
+from pertura.data._fields import not_counts, sources
+from pertura.data._library import Library
 from pertura.data._perturbation import Perturbation
 from pertura.data._validation import check_expression, check_obs_key, check_size_factor
 from pertura.data._vocabulary import Vocabulary
@@ -38,9 +39,12 @@ class QueryManager(AnnDataManager):
     ----------
     expression
         Expression of the model's genes.
+    library
+        Libraries of the cells.
     """
 
     expression: Expression
+    library: Library
 
 
 @dataclass(frozen=True)
@@ -186,7 +190,8 @@ def _transfer(model: Model, user: AnnData, rows: Rows, annotations: pd.DataFrame
     layer = registered.argument("layer")
     if layer is not None and layer not in user.layers:
         raise ValueError(f"`adata`: the model was trained on layer {layer!r}, which `adata.layers` does not have.")
-    expression = Expression.of(user, layer, registered.gene_names, registered.data_kind)
+    needs_x = registered.library["source"] == "X"
+    expression, x = sources(user, layer, registered.gene_names, registered.data_kind, needs_x)
     obs = user.obs if annotations is None else user.obs.assign(**annotations)
     columns = _columns(registered, obs, model._query_columns)
     if check_expression(user, layer, np.sort(rows)) != "counts" and registered.is_counts:
@@ -195,6 +200,7 @@ def _transfer(model: Model, user: AnnData, rows: Rows, annotations: pd.DataFrame
     fields = [f for f in model._fields(model.registry["setup_args"]) if f.registry_key != KEYS.X]
     manager = QueryManager(fields=fields)
     manager.expression = expression
+    manager.library = Library.of_query(registered.library, expression, x, light.obs, rows)
     manager.register_fields(light, model.registry)
     return manager
 

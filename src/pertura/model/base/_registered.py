@@ -31,6 +31,8 @@ class Registered:
         ``"counts"`` or ``"continuous"``.
     nonnegative
         Whether the smallest registered value is 0, as of counts and their logarithms: then no prediction should be negative.
+    library
+        How the library of a cell is found; see :func:`pertura.data._library.find_library`.
     arguments
         Arguments of ``setup_anndata``.
     mudata
@@ -43,6 +45,7 @@ class Registered:
     batches: tuple[Any, ...]
     data_kind: str
     nonnegative: bool
+    library: dict[str, Any]
     arguments: dict[str, Any]
     mudata: dict[str, Any] | None
 
@@ -58,9 +61,8 @@ class Registered:
             contexts=tuple(map(str, states[KEYS.CONTEXT]["categorical_mapping"])) if has_context else ("all",),
             batches=tuple(states[KEYS.BATCH]["categorical_mapping"]),
             data_kind=states[KEYS.X][ExpressionField.KIND],
-            nonnegative=states[KEYS.X].get(
-                ExpressionField.NONNEGATIVE, states[KEYS.X][ExpressionField.KIND] == "counts"
-            ),
+            nonnegative=states[KEYS.X][ExpressionField.NONNEGATIVE],
+            library=states[KEYS.X][ExpressionField.LIBRARY],
             arguments=arguments,
             mudata=states[KEYS.PERTURBATION].get("mudata"),
         )

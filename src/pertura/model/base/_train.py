@@ -349,7 +349,7 @@ class TrainableModel(BaseModelClass):
         if self.registered.is_counts and not module.normalize_input:
             moments = _moments_of_log_counts(data)
         parts = (moments.mean, np.sqrt(moments.variance), table.raw.mean, np.sqrt(table.raw.variance))
-        module.standardize(*(torch.as_tensor(part, dtype=torch.float32) for part in parts))
+        module.standardize(*(torch.as_tensor(part, dtype=torch.float32) for part in parts), library=table.library)
 
     def _complete(self, table: ConditionTable) -> None:
         """Set what the module takes from the data once it is trained."""
