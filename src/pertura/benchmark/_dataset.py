@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import anndata as ad
 import numpy as np
-import scanpy as sc
 from anndata import AnnData
 from numpy.typing import NDArray
+from scipy import sparse
 
 from pertura import data as splitters
 from pertura import datasets
 from pertura.data import Split
+from pertura.data._fields import sources
+from pertura.data._library import TARGET_SUM, find_library
 from pertura.data._validation import check_expression
 
-TARGET_SUM = 1e4
 ALIASES = {"kang": "kang_2018_mini", "papalexi": "papalexi_2021", "norman": "norman_mcfaline_mini"}
 KINDS = ("unseen_context", "unseen_perturbation", "unseen_combination", "unseen_dose", "held_out_cells")
 
@@ -158,16 +160,24 @@ class Dataset:
     def expression(self, rows: NDArray[np.intp]) -> Any:
         """Expression of some cells on the scale of the evaluation.
 
-        log1p of counts per 10,000 where the layer holds counts (as models predict it), else the layer itself.
+        log1p of counts per 10,000 of the library where the layer holds counts (as models predict it), else the layer itself.
         """
         part = self.adata[rows]
         values = part.X if self.layer is None else part.layers[self.layer]
-        if check_expression(self.adata, self.layer) != "counts":
+        kind, library = self._library
+        if kind != "counts":
             return values.copy()
-        scaled = AnnData(X=values.astype(np.float64))
-        sc.pp.normalize_total(scaled, target_sum=TARGET_SUM)
-        sc.pp.log1p(scaled)
-        return scaled.X
+        library = np.asarray(values.sum(1), dtype=np.float64).ravel() if library is None else library[rows]
+        scaled = sparse.diags(TARGET_SUM / np.maximum(library, 1.0)) @ values
+        return np.log1p(scaled)
+
+    @cached_property
+    def _library(self) -> tuple[str, NDArray[np.float64] | None]:
+        """Kind of the values, and libraries as models take them; `None` for total counts."""
+        key, kind = (self.setup or {}).get("size_factor_key"), check_expression(self.adata, self.layer)
+        needs_x = kind == "counts" and key is None
+        expression, x = sources(self.adata, self.layer, self.adata.var_names, kind, needs_x)
+        return kind, find_library(expression, x, self.adata.obs, self.layer, key)[1]
 
 
 def make_splits(dataset: Dataset, kind: str, *, seed: int = 0, **options: Any) -> list[Split]:

@@ -44,7 +44,10 @@ class ExpressionField(LayerField):
         state = {**super().register_field(adata), self.KIND: kind, self.NONNEGATIVE: smallest == 0}
         needs_x = self.size_factor_key is None and kind == "counts"
         expression, x = sources(adata, self.layer, adata.var_names, kind, needs_x)
-        return {**state, self.LIBRARY: find_library(adata, expression, x, self.layer, self.size_factor_key)}
+        library, values = find_library(expression, x, adata.obs, self.layer, self.size_factor_key)
+        if library["source"] == "X":
+            adata.obs[LIBRARY_COLUMN] = values
+        return {**state, self.LIBRARY: library}
 
     def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs: Any) -> dict[str, Any]:
         """Register new data; values must be of the model's kind. Genes stay the model's own, in its order."""

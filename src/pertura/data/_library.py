@@ -124,76 +124,82 @@ class Library:
 
 
 def find_library(
-    adata: AnnData, expression: Expression, x: Expression | None, layer: str | None, size_factor_key: str | None
-) -> dict[str, Any]:
-    """How the libraries of cells are found; what is recovered from ``X`` is put into ``obs``.
+    expression: Expression, x: Expression | None, obs: pd.DataFrame, layer: str | None, size_factor_key: str | None
+) -> tuple[dict[str, Any], NDArray[np.float64] | None]:
+    """How the libraries of cells are found.
 
     Parameters
     ----------
-    adata
-        Data to register.
     expression, x
-        Its registered counts, and ``X`` where that is something else.
+        Registered counts, and ``X`` where that is something else.
+    obs
+        Annotation of the cells.
     layer
         Name of the registered layer, for messages.
     size_factor_key
-        Column of ``obs``.
+        Column of `obs`.
 
     Returns
     -------
-    ``source`` (``"size_factor"``, ``"X"``, ``"total"``, or ``"none"`` for data that are not counts), ``key``, ``unit`` (counts per unit
-    of relative size factors, else `None`), ``target_sum`` of ``X``, ``median`` library, median ``share`` of the registered genes in
-    it, and ``rest``, whether counts of other genes are in it.
+    state
+        ``source`` (``"size_factor"``, ``"X"``, ``"total"``, or ``"none"`` for data that are not counts), ``key``, ``unit`` (counts per unit
+        of relative size factors, else `None`), ``target_sum`` of ``X``, ``median`` library, median ``share`` of the registered genes
+        in it, and ``rest``, whether counts of other genes are in it.
+    values
+        Libraries, ``(n_cells,)``; `None` where they are total counts of the registered genes.
     """
     state = {"source": "total", "key": size_factor_key, "unit": None, "target_sum": TARGET_SUM, "rest": False}
     if expression.kind != "counts":
-        return {**state, "source": "none"}
+        return {**state, "source": "none"}, None
     if size_factor_key is not None:
-        values = adata.obs[size_factor_key].to_numpy(np.float64)
-        kept = stream(Library(state), expression, adata.n_obs)
+        values, kept = obs[size_factor_key].to_numpy(np.float64), stream(Library(state), expression, len(obs))
         state["source"] = "size_factor"
         if (values < 0.999 * kept).any():
             state["unit"] = _unit_of_relative(values, kept, size_factor_key)
-        return _with_share(state, np.maximum(values, kept) if state["unit"] is None else values * state["unit"], kept)
-    rows = np.unique(np.linspace(0, adata.n_obs - 1, _SAMPLE).astype(np.int64))
+        values = np.maximum(values, kept) if state["unit"] is None else values * state["unit"]
+        return _with_share(state, values, kept), values
+    rows = np.unique(np.linspace(0, len(obs) - 1, _SAMPLE).astype(np.int64))
     counts = expression.stored(rows)
-    found = None if x is None else _made_of(counts, x.stored(rows), None)
-    if found is not None:
-        where = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
-        if found.target_sum is None:
-            logger.warning(
-                "`layer`: `adata.X` is not log1p of normalized `%s`, or its target sum can not be told: predictions are log1p of "
-                "counts per 10,000 of the registered genes. If these are not all genes, register the total counts of whole "
-                "cells as `size_factor_key`.",
-                where,
-            )
-        elif abs(found.target_sum / TARGET_SUM - 1.0) > 0.01:
-            logger.warning(
-                "`layer`: `adata.X` is log1p of counts per %g, predictions are log1p of counts per 10,000. To compare them, make X "
-                "with `sc.pp.normalize_total(adata, target_sum=1e4)`.",
-                found.target_sum,
-            )
-        if found.target_sum is not None and not found.whole:
-            state = {**state, "source": "X", "target_sum": found.target_sum, "median": found.median}
-            library = stream(Library(state, normalized=x, target_sum=found.target_sum), expression, adata.n_obs)
-            kept = stream(Library({"source": "total"}), expression, adata.n_obs)
-            adata.obs[LIBRARY_COLUMN] = library
-            return _with_share(state, library, kept)
+    made = None if x is None else _made_of(counts, x.stored(rows), None)
+    if made is not None:
+        _warn_of_x(made, layer)
+    if made is not None and made.target_sum is not None and not made.whole:
+        kept = stream(Library(state), expression, len(obs))
+        state = {**state, "source": "X", "target_sum": made.target_sum, "median": made.median}
+        values = stream(Library(state, normalized=x, target_sum=made.target_sum), expression, len(obs))
+        return _with_share(state, values, kept), values
     kept = np.asarray(counts.sum(1)).ravel()
-    for column in (c for c in _TOTALS if c in adata.obs and (found is None or not found.whole)):
-        values = adata.obs[column].iloc[rows]
-        if (
-            pd.api.types.is_numeric_dtype(values)
-            and (values >= kept).all()
-            and values.median() > 1.05 * np.median(kept)
-        ):
-            logger.warning(
-                "`size_factor_key`: `adata.obs[%r]` is larger than the counts of the registered genes. If it is the total "
-                "of whole cells, register it, so that predictions are per 10,000 of these.",
-                column,
-            )
-            break
-    return {**state, "median": float(np.median(kept)), "share": 1.0}
+    if made is None or not made.whole:
+        _warn_of_totals(obs.iloc[rows], kept)
+    return {**state, "median": float(np.median(kept)), "share": 1.0}, None
+
+
+def _warn_of_x(made: _Made, layer: str | None) -> None:
+    if made.target_sum is None:
+        logger.warning(
+            "`layer`: `adata.X` is not log1p of normalized counts of `adata.layers[%r]`, or its target sum can not be told: predictions "
+            "are log1p of counts per 10,000 of the registered genes. If these are not all genes, register the total counts of "
+            "whole cells as `size_factor_key`.",
+            layer,
+        )
+    elif abs(made.target_sum / TARGET_SUM - 1.0) > 0.01:
+        logger.warning(
+            "`layer`: `adata.X` is log1p of counts per %g, predictions are log1p of counts per 10,000. To compare them, make X "
+            "with `sc.pp.normalize_total(adata, target_sum=1e4)`.",
+            made.target_sum,
+        )
+
+
+def _warn_of_totals(obs: pd.DataFrame, kept: NDArray[np.float64]) -> None:
+    """Say where ``obs`` has what looks like totals of whole cells."""
+    numeric = [c for c in _TOTALS if c in obs and pd.api.types.is_numeric_dtype(obs[c])]
+    larger = [c for c in numeric if (obs[c] >= kept).all() and obs[c].median() > 1.05 * np.median(kept)]
+    if larger:
+        logger.warning(
+            "`size_factor_key`: `adata.obs[%r]` is larger than the counts of the registered genes. If it is the total of whole "
+            "cells, register it, so that predictions are per 10,000 of these.",
+            larger[0],
+        )
 
 
 def describe(state: dict[str, Any], n_genes: int) -> str:
