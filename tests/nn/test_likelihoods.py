@@ -35,6 +35,49 @@ def test_rates_add_up_to_the_library_and_start_at_the_mean(beta):
     torch.testing.assert_close(rate[0] / 100, mean / mean.sum(), rtol=2e-2, atol=1e-4)
 
 
+@pytest.mark.parametrize("beta", [1.0, 3.0])
+def test_other_genes_have_the_rest_of_the_library(beta):
+    likelihood, plain = _count(beta), _count(beta)
+    likelihood.add_rest()
+    assert {n for n, _ in likelihood.named_parameters()} - {n for n, _ in plain.named_parameters()} == {
+        "log_theta_rest"
+    }
+    mean = torch.tensor([5.0, 1.0, 0.5, 0.1, 3.0, 20.0])
+    likelihood.initialize(mean, torch.ones(6), library=100.0)
+    h, library = torch.zeros(1, 3), torch.tensor([[1000.0]])
+    rate = likelihood.rate(h, library)
+    torch.testing.assert_close(rate[0], mean * 10, rtol=2e-2, atol=1e-2)
+    # the share of the genes follows their activations, with gradients and without, by an offset and by the state
+    with torch.no_grad():
+        moved = likelihood.rate(h, library, torch.full((6,), 1.0))
+        likelihood.activation.bias += 1.0
+        following = likelihood.rate(h, library)
+    assert 650 < moved.sum() < 900
+    assert 400 < following.sum() < 600
+    torch.testing.assert_close(likelihood.rate(h, library), following)
+    by_curve = likelihood.moved_by(likelihood.activation(h), library, 0.0).mean
+    torch.testing.assert_close(by_curve, following)
+
+
+def test_counts_of_other_genes_are_scored():
+    likelihood = _count(3.0)
+    likelihood.add_rest()
+    likelihood.initialize(torch.ones(6), torch.ones(6), library=20.0)
+    h, library, x = torch.randn(4, 3), torch.tensor([[20.0], [40.0], [60.0], [80.0]]), torch.ones(4, 6)
+    found = likelihood(h, library, 0.5)
+    rest, theta = library[:, 0] - 6, likelihood.log_theta_rest.exp()
+    mean = library[:, 0] - found.mean.sum(1)
+    assert (mean > 1).all()
+    genes = NegativeBinomial(found.mean, likelihood.theta).log_prob(x).sum(1)
+    expected = torch.distributions.NegativeBinomial(theta, logits=(mean / theta).log()).log_prob(rest)
+    torch.testing.assert_close(found.log_prob(x), genes + expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.expand((3, 4)).log_prob(x), (genes + expected).expand(3, 4), rtol=1e-4, atol=1e-4)
+    found.log_prob(x).sum().backward()
+    assert likelihood.log_theta_rest.grad.abs() > 0
+    # effects that would take more than the library leave a little
+    assert likelihood(h, library, 9.0).log_prob(x).isfinite().all()
+
+
 def test_linear_on_log1p_where_the_link_is_sharp():
     """Far above zero, a step of the activation is the same step of log1p(counts per 10,000)."""
     likelihood = CountLikelihood(1, 1, link_sharpness=8.0)

@@ -169,7 +169,7 @@ class Dataset:
             return values.copy()
         library = np.asarray(values.sum(1), dtype=np.float64).ravel() if library is None else library[rows]
         scaled = sparse.diags(TARGET_SUM / np.maximum(library, 1.0)) @ values
-        return np.log1p(scaled)
+        return scaled.log1p() if sparse.issparse(scaled) else np.log1p(scaled)
 
     @cached_property
     def _library(self) -> tuple[str, NDArray[np.float64] | None]:
