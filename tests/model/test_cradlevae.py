@@ -157,7 +157,7 @@ def test_the_basal_state_does_not_tell_quality(trained):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         draw = module.abduct(cells, 1, module.draw_globals(1, cells)).state[0, :, :6].numpy()
-        expression = module.normalized(cells.x).numpy()
+        expression = module.normalized(cells.x, cells.library).numpy()
     mean = trained.get_latent_representation(n_samples=30, artefact="removed")
     assert not mean[:, 6:].any()
     assert _told_apart(expression, failed) > 0.95

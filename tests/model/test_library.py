@@ -184,6 +184,11 @@ def test_saved_models_and_other_cells(panel, tmp_path, how):
     """A saved model predicts what it did, for its own cells and for others, by the same rule."""
     adata = panel(how)
     model = trained(pm.SAMSVAE, adata, how, {"n_latent": 2}, max_epochs=1)
+    module, share = model.module, np.asarray(adata.layers["counts"].sum()) / adata.obs["n"].sum()
+    assert module.likelihood.rest.item() == pytest.approx(1e4 * (1 - share), rel=1e-3)
+    (cells,) = model._registered_cells(np.arange(adata.n_obs)).cells(adata.n_obs, torch.device("cpu"))
+    seen = module.standardized(cells.x, cells.library)
+    np.testing.assert_allclose(seen.mean(0), 0.0, atol=1e-3)
     rows = controls(adata)[:20]
     asked = {"indices": rows, "n_samples": 2, "ci": None, "return_anndata": True, "seed": 1}
     expected = model.predict_perturbation("stim", **asked).X

@@ -69,12 +69,12 @@ def test_the_counterfactual_loss_is_the_divergence_from_the_other_quality():
         return module.encoder(u, None, shift, other * artifact)
 
     theirs = q((profile - module.input_mean) / module.input_scale)
-    own = q(module.standardized(cells.x))
+    own = q(module.standardized(cells.x, cells.library))
     (m1, s1), (m2, s2) = (theirs.loc, theirs.scale), (own.loc, own.scale)
     expected = (s2 / s1).log() + (s1**2 + (m1 - m2) ** 2) / (2 * s2**2) - 0.5
     found = module.artifact.divergence(
         cells,
-        module.standardized(cells.x),
+        module.standardized(cells.x, cells.library),
         lambda x: (x - module.input_mean) / module.input_scale,
         lambda u, quality, of: module.encoder(u, None, shift, quality * artifact),
     )
@@ -82,7 +82,7 @@ def test_the_counterfactual_loss_is_the_divergence_from_the_other_quality():
     module.artifact.profile_cells[1] = 0.0  # a perturbation without cells of the other quality has no loss
     less = module.artifact.divergence(
         cells,
-        module.standardized(cells.x),
+        module.standardized(cells.x, cells.library),
         lambda x: (x - module.input_mean) / module.input_scale,
         lambda u, quality, of: module.encoder(u, None, shift, quality * artifact),
     )
@@ -179,10 +179,10 @@ def test_a_rotation_leaves_what_is_decoded(options):
         module.on_step(0.2)
         torch.testing.assert_close(module.on_genes(before), decoded)
         seen = None if module.gene_effects is not None else before[[0] * N]
-        z = module.encoder(module.standardized(cells.x), None, seen, None).loc
+        z = module.encoder(module.standardized(cells.x, cells.library), None, seen, None).loc
         module.on_step(0.5)
         turned = module.shifts.loc
         torch.testing.assert_close(module.on_genes(turned), decoded, atol=1e-4, rtol=1e-4)
         assert not torch.allclose(turned, before, atol=1e-2)
         seen = None if seen is None else turned[[0] * N]
-        torch.testing.assert_close(module.encoder(module.standardized(cells.x), None, seen, None).loc, z)
+        torch.testing.assert_close(module.encoder(module.standardized(cells.x, cells.library), None, seen, None).loc, z)

@@ -54,7 +54,7 @@ def _reference(module, cells, n_draws):
     for _ in range(n_draws):
         table = mask.sample() * effect.sample()
         shift = torch.where((code >= 0)[:, None], table[code.clamp(min=0)], 0.0)
-        posterior = module.encoder(module.standardized(cells.x), None, shift)
+        posterior = module.encoder(module.standardized(cells.x, cells.library), None, shift)
         z = posterior.sample()
         log_p = module.likelihood(module.decoder(z + shift, None), cells.library).log_prob(cells.x)
         local = kl_divergence(Normal(posterior.loc, posterior.scale), Normal(0.0, 1.0)).sum(1)
@@ -135,7 +135,7 @@ def test_a_rotation_leaves_what_is_decoded(options):
         return module.likelihood.linear(module.decoder(state, None))
 
     def basal(shift):
-        return module.encoder(module.standardized(cells.x), None, shift).loc
+        return module.encoder(module.standardized(cells.x, cells.library), None, shift).loc
 
     with torch.no_grad():
         table = module.shifts.proba() * module.shifts.loc

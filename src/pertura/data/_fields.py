@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from ._constants import KEYS
 from ._library import LIBRARY_COLUMN, Library, describe, find_library, stream
 from ._validation import check_expression, smallest_value
 from ._vocabulary import Vocabulary, build_vocabulary, encode_cells
+
+logger = logging.getLogger(__name__)
 
 _OBSM_KEY = f"_scvi_{KEYS.PERTURBATION}"
 
@@ -47,6 +50,7 @@ class ExpressionField(LayerField):
         library, values = find_library(expression, x, adata.obs, self.layer, self.size_factor_key)
         if library["source"] == "X":
             adata.obs[LIBRARY_COLUMN] = values
+        logger.info("Library of a cell: %s.", describe(library, adata.n_vars))
         return {**state, self.LIBRARY: library}
 
     def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs: Any) -> dict[str, Any]:

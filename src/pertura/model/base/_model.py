@@ -743,7 +743,8 @@ class PerturbationModel(TrainableModel):
     ) -> NDArray[np.float64]:
         """Log likelihood of each cell under its own perturbation, importance-weighted over its latent state.
 
-        It is the likelihood of the distribution that predicts. Global parameters are drawn once for all cells and not
+        It is the likelihood of the distribution that predicts; where the library has counts of other genes than the registered
+        ones, their number is part of it. Global parameters are drawn once for all cells and not
         weighted (IWELBO of Bereket and Karaletsos).
 
         Parameters
