@@ -157,6 +157,9 @@ def find_library(
             state["unit"] = _unit_of_relative(values, kept, size_factor_key)
         values = np.maximum(values, kept) if state["unit"] is None else values * state["unit"]
         return _with_share(state, values, kept), values
+    totals = [c for c in _TOTALS if c in obs and pd.api.types.is_numeric_dtype(obs[c])]
+    if x is None and not totals:
+        return state, None
     rows = np.unique(np.linspace(0, len(obs) - 1, _SAMPLE).astype(np.int64))
     counts = expression.stored(rows)
     made = None if x is None else _made_of(counts, x.stored(rows), None)
@@ -167,10 +170,9 @@ def find_library(
         state = {**state, "source": "X", "target_sum": made.target_sum, "median": made.median}
         values = stream(Library(state, normalized=x, target_sum=made.target_sum), expression, len(obs))
         return _with_share(state, values, kept), values
-    kept = np.asarray(counts.sum(1)).ravel()
     if made is None or not made.whole:
-        _warn_of_totals(obs.iloc[rows], kept)
-    return {**state, "median": float(np.median(kept)), "share": 1.0}, None
+        _warn_of_totals(obs[totals].iloc[rows], np.asarray(counts.sum(1)).ravel())
+    return state, None
 
 
 def _warn_of_x(made: _Made, layer: str | None) -> None:
@@ -190,9 +192,8 @@ def _warn_of_x(made: _Made, layer: str | None) -> None:
 
 
 def _warn_of_totals(obs: pd.DataFrame, kept: NDArray[np.float64]) -> None:
-    """Say where ``obs`` has what looks like totals of whole cells."""
-    numeric = [c for c in _TOTALS if c in obs and pd.api.types.is_numeric_dtype(obs[c])]
-    larger = [c for c in numeric if (obs[c] >= kept).all() and obs[c].median() > 1.05 * np.median(kept)]
+    """Say where a column looks like the totals of whole cells."""
+    larger = [c for c in obs if (obs[c] >= kept).all() and obs[c].median() > 1.05 * np.median(kept)]
     if larger:
         logger.warning(
             "`size_factor_key`: `adata.obs[%r]` is larger than the counts of the registered genes. If it is the total of whole "
