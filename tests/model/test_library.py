@@ -119,6 +119,7 @@ def planted(n: int = 120) -> AnnData:
     obs = pd.DataFrame({"condition": label, "cell_type": "all", "n": total}, index=[f"c{i}" for i in range(2 * n)])
     adata = AnnData(np.log1p(1e4 * counts / total[:, None]).astype(np.float32), obs=obs)
     adata.layers["counts"] = counts.astype(np.float32)
+    adata.var_names = [*(f"g{i}" for i in range(23)), "A"]  # some models know perturbations as genes
     return adata
 
 
