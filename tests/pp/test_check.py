@@ -87,12 +87,22 @@ def test_a_part_of_the_genes(kang, caplog):
     """The normalized values tell the library, and with it the depth, which is that of all genes."""
     few = kang[:, :200]
     assert few.is_view
-    status, text, do = found(few, "library", layer="counts")
+    status, text, _ = found(few, "library", layer="counts")
+    assert status == "ok" and "recovered from the log-normalized X" in text and "200 registered genes" in text
+    bare = few.copy()
+    bare.X = bare.layers.pop("counts")
+    bare.raw = datasets.kang_2018_mini()
+    bare.raw._X = kang.layers["counts"]
+    status, text, do = found(bare, "library")
     assert status == "warning" and "10% of the whole library" in text and "size_factor_key" in do
     assert found(few, "depth", layer="counts")[0] == "ok"
     few = few.copy()
     few.obs["total"] = np.asarray(kang.layers["counts"].sum(1)).ravel()
-    assert found(few, "library", layer="counts", size_factor_key="total")[0] == "ok"
+    status, text, _ = found(few, "library", layer="counts", size_factor_key="total")
+    assert status == "ok" and "total counts of whole cells, obs['total']" in text
+    few.obs["small"] = 20.0
+    status, text, _ = found(few, "library", layer="counts", size_factor_key="small")
+    assert status == "problem" and "smaller than the counts" in text
     assert warned(few, caplog, layer="counts") == ""
 
 

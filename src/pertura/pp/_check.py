@@ -12,6 +12,8 @@ from anndata import AnnData
 
 from pertura.data import _diagnostics as diagnose
 from pertura.data._diagnostics import Cells, Finding
+from pertura.data._fields import sources
+from pertura.data._library import describe, find_library
 from pertura.data._validation import (
     _names,
     check_doses,
@@ -132,14 +134,25 @@ def _expression(cells: Cells, size_factor_key: str | None) -> Iterator[Finding]:
 
 
 def _library(cells: Cells, scale: str, share: float | None, size_factor_key: str | None) -> Finding:
-    """What the library of a cell is, and whether the genes are all of it."""
-    adata = cells.adata
-    if size_factor_key is not None:
-        return Finding("library", "ok", f"adata.obs[{size_factor_key!r}]", "size factors; only their ratios matter")
+    """Which library setup would take, by the cells that are read, and whether the genes are all of it."""
     if scale != "counts":
         return Finding("library", "ok", cells.where, "not used: only counts are divided by it")
-    found = f"total counts of the {adata.n_vars:,} genes"
-    if share is not None and share < diagnose._ALL_GENES:
+    adata = cells.adata
+    # libraries are those of cells, whatever else their AnnData holds
+    some = AnnData(
+        obs=adata.obs.iloc[cells.rows],
+        var=pd.DataFrame(index=adata.var_names),
+        X=None if adata.X is None else adata.X[cells.rows],
+        layers={} if cells.layer is None else {cells.layer: adata.layers[cells.layer][cells.rows]},
+    )
+    expression, x = sources(some, cells.layer, some.var_names, "counts", size_factor_key is None)
+    try:
+        state, _ = find_library(expression, x, some.obs, cells.layer, size_factor_key)
+    except ValueError as error:
+        found, _, do = str(error).partition(". ")
+        return Finding("library", "problem", cells.where, found, do)
+    found = describe(state, adata.n_vars)
+    if state["source"] == "total" and share is not None and share < diagnose._ALL_GENES:
         return Finding(
             "library",
             "warning",
