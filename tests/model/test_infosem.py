@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -265,9 +267,14 @@ def test_keys_and_tables_say_the_same(informed):
     for name, value in by_key.module.state_dict().items():
         torch.testing.assert_close(by_table.module.state_dict()[name], value)
     edges = by_key.get_grn(key_added=None)
-    assert list(edges) == ["source", "target", "weight", "proba", "prior_mean"]
-    assert set(edges["source"]) == {"a", "b"}
-    proba = edges.set_index(["source", "target"])["proba"]
+    assert list(edges) == ["source", "target", "weight", "proba"]
+    assert edges["proba"].is_monotonic_decreasing
+    assert set(edges["source"]) == {"a", "b"} and edges.attrs["direction"] == "regulators"
+    odds = edges.set_index(["source", "target"])["proba"].map(lambda p: p / (1 - p))
+    assert odds["a", "b"] > 8 * odds["a", "c"] > 8 * 8 * odds["b", "a"]
+    paper = fitted(informed, QUICK, prior="embedding+edges", preset="paper").get_grn(key_added=None)
+    assert list(paper) == ["source", "target", "weight", "proba", "prior_mean"]
+    proba = paper.set_index(["source", "target"])["proba"]
     assert proba["a", "b"] > 0.9 and proba["b", "a"] < 0.1 and proba["a", "c"] == pytest.approx(0.5, abs=0.1)
 
 
@@ -297,16 +304,48 @@ def test_saved_and_loaded_predicts_the_same(counts_model, tmp_path):
 
 
 def test_prior_summary(informed):
-    model = fitted(informed, QUICK, prior="embedding", n_ensemble=2)
-    table = model.get_prior_summary()
-    assert list(table) == ["explained", "sd_A", "sd_additive", "similarity"] and len(table) == 2
-    assert list(fitted(informed, QUICK, prior="embedding", prior_mean="additive").get_prior_summary()) == [
-        "explained",
-        "sd_A",
-        "sd_additive",
-    ]
-    with pytest.raises(ValueError, match="no prior mean"):
-        fitted(informed, QUICK).get_prior_summary()
+    table = fitted(informed, QUICK, prior="embedding").get_prior_summary()
+    assert list(table) == ["coefficient", "se", "kept"] and list(table.index) == ["similarity"]
+    for options in ({}, {"prior": "embedding", "preset": "paper"}):
+        with pytest.raises(ValueError, match="no prior of the size"):
+            fitted(informed, QUICK, **options).get_prior_summary()
+
+
+@pytest.fixture(scope="module")
+def families() -> tuple[ad.AnnData, pd.DataFrame]:
+    """Genes regulate others of their family, as often down as up; embeddings say who belongs together."""
+    rng = np.random.default_rng(0)
+    n, family = 60, np.arange(60) % 10
+    same = family[:, None] == family
+    edge = np.triu(same, 1) & (rng.random((n, n)) < 0.7)
+    x = gaussian(edge * rng.choice([-0.7, 0.7], (n, n)), 150, rng)
+    x += 1.5 * rng.normal(size=x.shape)
+    adata = ad.AnnData(x.astype(np.float32), var=pd.DataFrame(index=[f"g{i}" for i in range(n)]))
+    adata.varm["gene_embedding"] = np.eye(10)[family] + 0.05 * rng.normal(size=(n, 10))
+    source, target = np.nonzero(edge | edge.T)
+    InfoSEM.setup_anndata(adata)
+    return adata, pd.DataFrame({"source": adata.var_names[source], "target": adata.var_names[target]})
+
+
+@pytest.mark.parametrize("signs", ["as they are", "flipped"])
+def test_embeddings_help_whatever_the_sign_and_wrong_ones_do_no_harm(families, signs):
+    adata, truth = families
+    if signs == "flipped":  # half of the genes are measured with the opposite sign
+        adata = adata.copy()
+        adata.X[:, ::2] *= -1
+        InfoSEM.setup_anndata(adata)
+    wrong = adata.varm["gene_embedding"][np.random.default_rng(1).permutation(adata.n_vars)]
+    wrong = pd.DataFrame(wrong, index=adata.var_names)
+    train = {"max_epochs": 100, "batch_size": 50, "lr": 2e-3}
+    right = fitted(adata, train, prior="embedding")
+    assert right.get_prior_summary().loc["similarity", "kept"] > 0.3
+    permuted = fitted(adata, train, prior="embedding", embedding_key=wrong)
+    assert permuted.get_prior_summary().loc["similarity", "kept"] < 0.3
+    none = fitted(adata, {**train, "max_epochs": 50}).evaluate_grn(truth)["auprc"]
+    assert right.evaluate_grn(truth)["auprc"] > 1.2 * none
+    by_weight = score_network(right._gene_network().frame(), truth)["auprc"]
+    assert by_weight > 1.1 * none, "the prior is one of the weights as well"
+    assert permuted.evaluate_grn(truth)["auprc"] > 0.9 * none
 
 
 @pytest.mark.parametrize(
@@ -340,7 +379,7 @@ def test_presets_are_those_of_the_papers(informed):
     for preset in ("paper", "deepsem"):
         model = InfoSEM(informed, preset=preset, prior="embedding")
         module, plan = model.module, AlternatingPlan(model.module, **model._plan_defaults())
-        assert module.prior_kernel is None and module.prior_shrinkage == 0 and module.alpha == 100
+        assert module.pairs is None and module.additive and module.prior_shrinkage == 0 and module.alpha == 100
         assert (module.noise_mean is None) == module.heteroscedastic == (preset == "paper")
         assert [plan.waits(epoch) for epoch in range(4)] == ["grn", "networks", "networks", "grn"]
         assert plan.optim is torch.optim.RMSprop and plan.optim_kwargs["lr"] == 1e-4
@@ -349,6 +388,7 @@ def test_presets_are_those_of_the_papers(informed):
         assert model._default_max_epochs(7) == 90 and model._default_batch_size(1000) == 64
     assert InfoSEM(informed, preset="paper", n_epochs=3)._default_max_epochs(7) == 3
     assert InfoSEM(informed)._default_max_epochs(6) == 90
+    assert InfoSEM(informed, prior="embedding")._default_max_epochs(6) == 180
 
 
 @pytest.mark.parametrize(
@@ -367,6 +407,21 @@ def test_settings_train_and_predict(informed, options):
     assert np.isfinite(model.predict_perturbation("a", return_anndata=True, n_samples=4).X).all()
     assert np.isfinite(model.posterior_predictive_sample(n_samples=2).todense()).all()
     assert ("proba" in model.get_grn(key_added=None)) == ("posterior" in options)
+
+
+def test_weights_that_hardly_moved_are_warned_of(informed):
+    with pytest.warns(UserWarning, match="weights of the network moved by"):
+        fitted(informed, {"max_epochs": 1, "lr": 1e-6})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "The weights of the network moved")
+        fitted(informed, {"max_epochs": 40, "lr": 1e-2})
+
+
+def test_direction(chain_model, informed):
+    assert chain_model.get_grn(key_added=None).attrs["direction"] == "perturbations"
+    model = fitted(informed, QUICK)
+    assert model.get_grn().attrs["direction"] == "none"
+    assert informed.uns["grn_params"]["direction"] == "none"
 
 
 def test_simulated_cells_resemble_the_data(chain_model, screened_chain):

@@ -48,6 +48,27 @@ def test_edges_come_largest_first(cells):
     assert list(Fixed(None).get_grn()) == ["source", "target", "weight"]
 
 
+def test_the_order_is_that_of_the_score(cells):
+    proba = 1 - np.abs(WEIGHT) / 5
+    edges = Fixed(cells, proba=proba, rank_by="proba", direction="regulators").get_grn(top_k=2)
+    assert edges["weight"].tolist() == [0.5, 1] and edges.attrs["direction"] == "regulators"
+    assert cells.uns["grn_params"]["direction"] == "regulators"
+    truth = [("R1", "b")]
+    by_proba, by_weight = (
+        Fixed(None, proba=proba, rank_by=by).evaluate_grn(truth, targets=["a", "b"])["auprc"]
+        for by in ("proba", "weight")
+    )
+    assert by_proba > by_weight
+
+
+def test_few_edges_are_written_unasked(cells, monkeypatch):
+    monkeypatch.setattr("pertura.model.base._grn._WRITTEN_PER_GENE", 1)
+    edges = Fixed(cells).get_grn()
+    assert len(edges) == 5 and len(cells.uns["grn"]) == cells.varp["grn"].nnz == 4
+    Fixed(cells).get_grn(min_weight=0.1)
+    assert len(cells.uns["grn"]) == 5
+
+
 def test_kept_edges():
     model = Fixed(None)
     assert model.get_grn(top_k=2)["weight"].tolist() == [-4, 3]

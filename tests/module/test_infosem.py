@@ -12,6 +12,7 @@ from pyro.infer import TraceMeanField_ELBO
 
 from pertura.data._constants import KEYS
 from pertura.module import Action, Basal, Cells, Counterfactual, InfoSEM
+from pertura.module._pairs import PairPrior
 from pertura.nn import propagate
 
 G, REGULATORS = 6, np.array([0, 2, 3])
@@ -30,8 +31,9 @@ def embedding(d: int = 3) -> np.ndarray:
     return np.random.default_rng(0).normal(size=(G, d)).astype(np.float32)
 
 
-def similarity() -> np.ndarray:
-    return np.random.default_rng(1).uniform(size=(len(REGULATORS), G)).astype(np.float32)
+def pairs(known: np.ndarray | None = None) -> PairPrior:
+    similarity = np.random.default_rng(1).uniform(size=(len(REGULATORS), G)).astype(np.float32)
+    return PairPrior(similarity, embedding(), REGULATORS, known)
 
 
 def cells_of(codes: list[list[int]], x: torch.Tensor | None = None, dose: float = 1.0) -> Cells:
@@ -105,10 +107,12 @@ def test_sparsity_waits(cells):
 @pytest.mark.parametrize(
     "options", [{}, {"z_prior": "learned"}, {"likelihood": "normal"}, {"posterior": "variational"}]
 )
-@pytest.mark.parametrize("prior", ["none", "embedding", "edges"])
+@pytest.mark.parametrize("prior", ["none", "size", "embedding", "edges"])
 def test_every_parameter_gets_a_gradient(cells, options, prior):
-    if prior != "none":
-        options = {**options, "embedding": embedding(), "similarity": similarity()}
+    if prior == "size":
+        options = {**options, "pairs": pairs()}
+    elif prior != "none":
+        options = {**options, "embedding": embedding()}
     if prior == "edges":
         options["known"] = np.sign(np.random.default_rng(0).normal(size=(3, G))).astype(np.int8)
     module = make(n_ensemble=2, **options)
@@ -165,29 +169,52 @@ def test_augmentation_sets_entries_to_no_expression():
 
 
 def test_without_what_embeddings_say_b_is_deepsem(cells):
-    plain, described = make(), make(embedding=embedding(), similarity=similarity())
-    share_curves(described, plain)
-    with torch.no_grad():
-        described.network_weight.copy_(plain.network_weight)
-    assert not described.prior_mean().any()
-    assert loss(described, cells) == pytest.approx(loss(plain, cells), rel=1e-6)
-    with torch.no_grad():
-        described.prior_kernel.fill_(1.0)
-    assert loss(described, cells) != pytest.approx(loss(plain, cells), rel=1e-6)
+    plain = make()
+    for described, change in ((make(embedding=embedding()), "prior_source"), (make(pairs=pairs()), "log_size")):
+        share_curves(described, plain)
+        with torch.no_grad():
+            described.network_weight.copy_(plain.network_weight)
+        assert loss(described, cells) == pytest.approx(loss(plain, cells), rel=1e-6)
+        with torch.no_grad():
+            getattr(described, change).fill_(1.0)
+        assert loss(described, cells) != pytest.approx(loss(plain, cells), rel=1e-6)
 
 
-def test_prior_mean_is_additive_and_pairwise():
-    module = make(embedding=embedding(), similarity=similarity())
+def test_the_size_of_a_pair_is_the_scale_of_its_prior(cells):
+    module = make(pairs=pairs(), alpha=50.0)
     with torch.no_grad():
-        for parameter in (module.prior_source, module.prior_target, module.prior_kernel):
+        module.log_size.normal_()
+    node = poutine.trace(module.model).get_trace(cells).nodes["A_e"]["fn"].base_dist
+    torch.testing.assert_close(node.scale[0], G / (40 * 50.0) * module.log_size.exp())
+    assert not node.loc.any()
+
+
+def test_pairs_are_looked_at_once_and_weights_start_anew():
+    torch.manual_seed(0)
+    module = make(pairs=pairs())
+    with torch.no_grad():
+        module.network_weight.mul_(-3.0)
+    module.on_step(0.4)
+    assert not module.informed and bool((module.network_weight <= 0).all())
+    module.on_step(0.5)
+    assert module.informed and module.moved() < 0.2 and bool((module.network() >= 0).all())
+    assert not torch.equal(module.log_odds, torch.zeros_like(module.log_odds))
+    with torch.no_grad():
+        module.network_weight.mul_(-3.0)
+    module.on_step(0.6)
+    assert module.moved() > 2, "the second time nothing happens"
+
+
+def test_prior_mean_is_additive():
+    module = make(embedding=embedding())
+    with torch.no_grad():
+        for parameter in (module.prior_source, module.prior_target):
             parameter.normal_()
-    h, k = torch.as_tensor(embedding()), torch.as_tensor(similarity())
+    h = torch.as_tensor(embedding())
     found = module.prior_mean()[0]
     for row, i in enumerate(REGULATORS):
         for j in range(G):
-            expected = (
-                h[i] @ module.prior_source[0] + h[j] @ module.prior_target[0] + module.prior_kernel[0] * k[row, j]
-            )
+            expected = h[i] @ module.prior_source[0] + h[j] @ module.prior_target[0]
             expected = 0.0 if i == j else float(expected) / (G - 1)
             assert float(found[row, j]) == pytest.approx(expected, abs=1e-6)
 

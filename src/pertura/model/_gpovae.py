@@ -311,7 +311,8 @@ class GPOVAE(ArtifactModel, GRNModel):
         proba = (module.shifts.proba() * module.possible).cpu().numpy()
         if isinstance(module, HopsGPOVAE):
             gene = (module.row_genes >= 0).cpu().numpy()
-            return GeneNetwork(self._rows, self._rows[gene], proba[:, gene], proba[:, gene])
+            proba = proba[:, gene]
+            return GeneNetwork(self._rows, self._rows[gene], proba, proba, direction="perturbations")
         with seeded(0, device_of(module)):  # a correlated posterior is averaged over draws
             weight = module.mean_network().cpu().numpy()
-        return GeneNetwork(self._rows, self.gene_names, weight, proba)
+        return GeneNetwork(self._rows, self.gene_names, weight, proba, direction="perturbations")

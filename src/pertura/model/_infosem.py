@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -11,11 +12,13 @@ import pandas as pd
 import torch
 from anndata import AnnData
 from numpy.typing import NDArray
+from scvi import settings
 
 from pertura.data._datamodule import PerturbationDataModule
 from pertura.data._perturbation import Perturbation
 from pertura.effects import ConditionTable
 from pertura.module._infosem import InfoSEM as Module
+from pertura.module._pairs import PairPrior
 from pertura.train._alternating import AlternatingPlan
 
 from ._network_priors import embedding_table, gene_descriptions, known_table, label_matrix, regulator_names
@@ -27,6 +30,7 @@ from .base._train import default_epochs
 # alpha per gene where none is given: DeepSEM's 100 for the 821 genes of mouse dendritic cells
 _ALPHA_PER_GENE = 100 / 821
 _N_STEPS, _N_EPOCHS, _MAX_RESIDUAL_CELLS = 540, 10, 2000
+_LEAST_MOVED = 0.5  # of the weights, in units of their start
 _MODULE_OPTIONS = (
     "n_ensemble",
     "posterior",
@@ -53,8 +57,8 @@ class InfoSEMOptions(Options):
     edges_key: str | pd.DataFrame = option("known_edges")
     regulators: str | Sequence[str] | None = option(None)
     n_ensemble: int = option(1, whole=1)
-    prior_mean: Literal["pairwise", "additive"] = option("pairwise", one_of=("pairwise", "additive"))
-    n_components: int = option(32, whole=1)
+    prior_form: Literal["size", "mean"] = option("size", one_of=("size", "mean"))
+    n_components: int = option(64, whole=1)
     posterior: Literal["map", "variational"] = option("map", one_of=("map", "variational"))
     likelihood: Literal["mse", "normal"] = option("mse", one_of=("mse", "normal"))
     hidden: Sequence[int] = option((64, 64), widths=True)
@@ -82,7 +86,8 @@ class InfoSEMOptions(Options):
 
 # DeepSEM's schedule: encoder and decoder at 1e-4; A at 2e-5 for 821 genes, in units of 33 lr / (G - 1)
 _DEEPSEM = {
-    "prior_mean": "additive",
+    "prior_form": "mean",
+    "n_components": 32,
     "hidden": (128, 128),
     "alpha": 100.0,
     "beta": 1.0,
@@ -114,26 +119,27 @@ class InfoSEM(GRNModel):
     registry
         Registry of a saved model.
     prior
-        ``"none"``: weights are a priori 0 (DeepSEM); ``"embedding"``: their prior mean depends on gene embeddings (InfoSEM-B);
-        ``"embedding+edges"``: and known edges say which are likely (InfoSEM-BC).
+        ``"none"``: weights are a priori 0 (DeepSEM); ``"embedding"``: gene embeddings say which pairs may have large ones
+        (InfoSEM-B); ``"embedding+edges"``: and so do known edges, also of other genes (InfoSEM-BC).
     embedding_key
         Gene embeddings: key of ``varm``, or a DataFrame, one row per gene. Genes without one (all 0 or NaN, or no row) are
         taken for average.
     edges_key
         Known edges: key of ``varp`` (``[source, target]``: 1 for known edges, -1 for pairs that are known to be none), or a
-        DataFrame ``source, target`` (and ``weight``). Pairs that are not listed are unknown. Leave out the edges that you
-        test with.
+        DataFrame ``source, target`` (and ``weight``). Pairs that are not listed are unknown; if none is known to be no edge, those
+        of regulators and genes with a known edge teach what no edge looks like. Leave out the edges that you test with.
     regulators
         Genes whose rows are learned: boolean column of ``var``, or names. `None`: every gene; ``get_grn(regulators=)`` then keeps
         those of regulators. Their rows alone are much faster where genes are many, and less accurate: shared variation
         (e.g. batch) is then absorbed into these edges.
     n_ensemble
         Models trained side by side; weights are their mean :math:`|A|`, with the sign of their mean.
-    prior_mean
-        ``"pairwise"``: an additive term of regulator and target, and a multiple of the similarity of their embeddings, both
-        shrunk; ``"additive"``: the paper's linear term, which can only say who regulates or is regulated much.
+    prior_form
+        ``"size"``: similar genes may have larger weights of either sign, as far as the weights of a first half of the training,
+        without prior, say so of other genes; ``"mean"``: the paper's prior mean, linear in the embeddings of regulator and target,
+        which can only say who regulates or is regulated much, and its logits of known edges.
     n_components
-        Principal components of the embeddings that enter the additive term.
+        Principal components of the embeddings that enter the prior mean, or the classifier of known edges.
     posterior
         ``"map"`` or ``"variational"``: the latter also gives the probability that an edge has the sign it has.
     likelihood
@@ -151,9 +157,9 @@ class InfoSEM(GRNModel):
     z_prior
         ``"standard"``, or ``"learned"`` mean and variance of each gene's noise.
     prior_shrinkage
-        Weight of the absolute prior mean in units of that of the deviation of A from it.
+        For a prior mean: weight of its absolute value in units of that of the deviation of A from it.
     edge_logit_sd
-        Sd of the prior of the logits of known edges.
+        For a prior mean: sd of the prior of the logits of known edges.
     max_radius
         Spectral radius beyond which A is scaled down; 0: no limit.
     controls_only
@@ -167,7 +173,8 @@ class InfoSEM(GRNModel):
     alternate
         Train encoder and decoder for one epoch and A for two, in turn.
     n_epochs
-        Passes over the data where ``train`` is given no number; `None`: at least 540 steps and 10 epochs.
+        Passes over the data where ``train`` is given no number; `None`: at least 540 steps and 10 epochs, twice as many with a
+        prior of the size.
     preset
         ``"paper"``: the InfoSEM paper's standard normal z, state-dependent variance and additive prior mean, without shrinkage,
         augmentation or delay, trained with DeepSEM's schedule; ``"deepsem"``: DeepSEM's own setting, which has a learned
@@ -176,7 +183,10 @@ class InfoSEM(GRNModel):
     Notes
     -----
     Where the default differs from the papers: entries set to zero at random, sparsity after a delay and one optimizer
-    (DAZZLE's), encoder and decoder half as wide; the prior mean has a pairwise term and is shrunk.
+    (DAZZLE's), encoder and decoder half as wide; the prior is one of the size of a weight, not of its mean.
+
+    Cells without perturbations tell who is connected, and hardly who regulates whom: ``get_grn().attrs["direction"]`` says whether
+    knock-outs, or a list of regulators, support the direction of edges.
 
     Counts are modelled as log1p of counts per 10,000 with normal noise, of which predictions read values below 0 as 0. Replicates
     (:meth:`posterior_predictive_sample`) are on that scale, and :meth:`get_marginal_ll` is the normal density of it: compare it
@@ -225,11 +235,13 @@ class InfoSEM(GRNModel):
         rows, informed = genes.get_indexer(regulators), {}
         if options.prior != "none":
             embedding, similarity = gene_descriptions(options.embedding_key, options.n_components)
-            informed = {"embedding": embedding}
-            if options.prior_mean == "pairwise":
-                informed["similarity"] = similarity[rows]
-        if options.prior == "embedding+edges":
-            informed["known"] = label_matrix(options.edges_key, regulators, genes)
+            known = None
+            if options.prior == "embedding+edges":
+                known = label_matrix(options.edges_key, regulators, genes)
+            if options.prior_form == "size":
+                informed = {"pairs": PairPrior(similarity[rows], embedding, rows, known)}
+            else:
+                informed = {"embedding": embedding, "known": known}
         self.module = Module(
             len(genes),
             len(self.registered.batches),
@@ -334,6 +346,13 @@ class InfoSEM(GRNModel):
         self.module.standardize(torch.as_tensor(mean), torch.as_tensor(sd))
 
     def _complete(self, table: ConditionTable) -> None:
+        moved = self.module.moved()
+        if moved < _LEAST_MOVED:
+            warnings.warn(
+                f"The weights of the network moved by {moved:.0%} of the value they started at, and their order means little. "
+                "Train longer (`max_epochs`) or faster (`lr`, `grn_lr_factor`).",
+                stacklevel=settings.warnings_stacklevel + 1,
+            )
         rows = self.train_indices
         if self.options.controls_only:
             rows = rows[self._registered_cells(rows).is_control]
@@ -349,56 +368,53 @@ class InfoSEM(GRNModel):
         return 64
 
     def _default_max_epochs(self, n_batches: int) -> int:
-        return self.options.n_epochs or default_epochs(n_batches, _N_STEPS, _N_EPOCHS)
+        epochs = self.options.n_epochs or default_epochs(n_batches, _N_STEPS, _N_EPOCHS)
+        return epochs if self.options.n_epochs or self.module.pairs is None else 2 * epochs
 
     # -- what it learned --------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _gene_network(self) -> GeneNetwork:
-        module = self.module
+        module, options = self.module, self.options
         weight, proba, prior = module.network(), module.edge_proba(), module.prior_mean()
-        if proba is None and module.network_log_sd is not None:
+        if module.pairs is not None:
+            proba = module.log_odds.sigmoid()[None]
+        elif proba is None and module.network_log_sd is not None:
             proba = torch.special.ndtr(module.network_weight.abs() / module.network_log_sd.exp())
+        perturbed = self.gene_names.isin(self.vocabulary.names).any() and not options.controls_only
         return GeneNetwork(
             regulators=self.gene_names[module.regulators.cpu().numpy()],
             genes=self.gene_names,
             weight=(weight.abs().mean(0) * weight.mean(0).sign()).cpu().numpy(),
             proba=None if proba is None else (proba.mean(0) * module.no_loops).cpu().numpy(),
             prior_mean=None if not isinstance(prior, torch.Tensor) else prior.mean(0).cpu().numpy(),
+            rank_by="weight" if module.pairs is None else "proba",
+            direction="perturbations" if perturbed else "none" if options.regulators is None else "regulators",
         )
 
     @torch.no_grad()
     def get_prior_summary(self) -> pd.DataFrame:
-        """How much of the network is explained by the embeddings.
+        """What the embeddings and known edges say of the size of weights.
 
         Returns
         -------
-        One row per member of the ensemble: ``explained``, the share of the variance of A that the prior mean explains (below 0
-        where it is off); ``sd_A``, ``sd_additive`` and, for a pairwise prior, ``similarity``, the coefficient of the similarity of
-        the embeddings; all but the first in units of 1 / (G - 1), at which weights start.
+        One row per feature of a pair of genes: ``coefficient`` of the log of the size of its weight, ``se``, its standard error
+        over genes, and ``kept``, the share of it that the prior has: 0 where it is no larger than by chance. The features are the
+        ``similarity`` of the embeddings, and what a classifier of ``known_edges`` says of pairs of other genes.
 
         Raises
         ------
         ValueError
-            For a model without embeddings.
+            For a model without a prior of the size.
         """
         self._check_if_trained(warn=False, message="The model is not trained. Call `train()` first.")
         module = self.module
-        if not module.additive:
-            raise ValueError("`prior='none'`: there is no prior mean. Make the model with `prior='embedding'`.")
-        keep = module.no_loops.bool()
-        weight, mean, additive = (
-            (values / module.unit)[:, keep]
-            for values in (module.network_weight, module.prior_mean(), module.prior_mean() - module.pairwise_mean())
-        )
-        table = {
-            "explained": 1 - (weight - mean).var(1) / weight.var(1),
-            "sd_A": weight.std(1),
-            "sd_additive": additive.std(1),
-        }
-        if module.prior_kernel is not None:
-            table["similarity"] = module.prior_kernel
-        return pd.DataFrame({name: v.cpu().numpy() for name, v in table.items()}).rename_axis("member")
+        if module.pairs is None:
+            raise ValueError(
+                "`prior`, `prior_form`: there is no prior of the size of weights. Make the model with `prior='embedding'`."
+            )
+        table = pd.DataFrame(module.pair_coefficients.cpu().numpy(), columns=["coefficient", "se", "kept"])
+        return table.set_index(pd.Index(module.pairs.features, name="feature"))
 
     @torch.no_grad()
     def simulate(self, n_cells: int = 1000, *, seed: int | None = None) -> AnnData:

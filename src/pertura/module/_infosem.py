@@ -2,15 +2,20 @@ r"""InfoSEM: a structural-equation model with informative priors on its network 
 
 .. math::
 
-    M_{ik}              &= h_i^\top w_s + h_k^\top w_t + \kappa\, [\cos(h_i, h_k)]_+ \\
-    A^e_{ik}            &\sim \mathrm{Laplace}(M_{ik}, \sigma_a), \qquad
-    A^l_{ik} \sim N(m_{ik}, \sigma_p^2), \quad m_{ik} = \mathrm{logit}(.95, .05, .5) \\
-    A                   &= A^e \odot \mathrm{sigmoid}(A^l) \\
+    A_{ik}              &\sim \mathrm{Laplace}(0, \sigma_a \exp(b^\top f_{ik})) \\
     z                   &\sim N(0, I), \qquad \tilde x = z (I - A)^{-1} \\
     x_g \mid \tilde x_g &\sim N(f_\theta(\tilde x_g), s_g^2)
 
-with gene embeddings h; without them :math:`M = 0` (DeepSEM), without known edges :math:`A = A^e` (InfoSEM-B). x is standardized
-expression, i a regulator, k a target. The guide is :math:`q(z \mid x) = N(\mu(I - A), \exp(\lambda (I - A)))`, where an encoder
+with features f of a pair of genes, see :mod:`pertura.module._pairs`; without them :math:`b = 0` (DeepSEM). b is learned from the weights
+of a first part of the training without it, after which the weights start anew. The paper's prior is
+
+.. math::
+
+    A^e_{ik} \sim \mathrm{Laplace}(h_i^\top w_s + h_k^\top w_t, \sigma_a), \qquad
+    A^l_{ik} \sim N(m_{ik}, \sigma_p^2), \quad m_{ik} = \mathrm{logit}(.95, .05, .5), \qquad
+    A = A^e \odot \mathrm{sigmoid}(A^l)
+
+with gene embeddings h; without known edges :math:`A = A^e`. x is standardized expression, i a regulator, k a target. The guide is :math:`q(z \mid x) = N(\mu(I - A), \exp(\lambda (I - A)))`, where an encoder
 reads :math:`(\mu_g, \lambda_g)` from :math:`x_g`, and A by MAP or normal. All genes share f and the encoder.
 
 A knock-out of gene g is do(g): the cell keeps the z of all other genes, and :math:`\tilde x_g` is what no expression is encoded as.
@@ -37,6 +42,7 @@ from pertura.nn._scalar import ScalarMLP
 from pertura.nn._sem import propagate, remove_regulation, total_effect
 
 from ._base import Action, Basal, Cells, Counterfactual, Globals, PerturbationModule
+from ._pairs import PairPrior
 
 # logits of known edges, pairs known to be none, and all others
 LOGITS = {1: math.log(0.95 / 0.05), -1: math.log(0.05 / 0.95), 0: 0.0}
@@ -44,6 +50,7 @@ _FLAT_SD = 10.0  # of the noise of a gene that an experimenter sets
 _MIN_SCALE = 0.1  # of heteroscedastic noise, in standard deviations of the gene
 _MAX_NETWORKS = 8  # drawn from a normal posterior for one prediction
 _CLIP = 10.0  # of standardized expression
+_INFORMED_AT = 0.5  # share of the training after which the weights so far teach the prior of the pairs
 
 
 class InfoSEM(PerturbationModule):
@@ -58,12 +65,11 @@ class InfoSEM(PerturbationModule):
     knocked_out
         Position of the gene that each registered perturbation knocks out, -1 for none.
     embedding
-        h, ``(n_genes, n_dimensions)``, whitened; `None` for a prior mean of 0.
-    similarity
-        Cosine of the embeddings of regulators and genes, at least 0, ``(n_regulators, n_genes)``; `None` for an additive
-        prior mean.
+        h of the paper's prior, ``(n_genes, n_dimensions)``, whitened; `None` for a prior mean of 0.
     known
-        1 for known edges, -1 for known non-edges, 0 else, ``(n_regulators, n_genes)``; `None` for none.
+        A^l of the paper's prior: 1 for known edges, -1 for known non-edges, 0 else, ``(n_regulators, n_genes)``; `None` for none.
+    pairs
+        Features of the pairs, of the prior of their size; `None` for none.
     n_ensemble
         Models trained side by side on the same minibatches.
     posterior
@@ -100,8 +106,8 @@ class InfoSEM(PerturbationModule):
         regulators: NDArray[np.int64],
         knocked_out: NDArray[np.int64],
         embedding: NDArray[np.float32] | None = None,
-        similarity: NDArray[np.float32] | None = None,
         known: NDArray[np.int8] | None = None,
+        pairs: PairPrior | None = None,
         n_ensemble: int = 1,
         posterior: Literal["map", "variational"] = "map",
         likelihood: Literal["mse", "normal"] = "mse",
@@ -132,7 +138,7 @@ class InfoSEM(PerturbationModule):
         self.register_buffer("no_loops", torch.ones(len(regulators), n_genes))
         self.no_loops[torch.arange(len(regulators)), self.regulators] = 0.0
         shape = (n_ensemble, len(regulators), n_genes)
-        start = self.unit * (1.0 + 0.164 * torch.rand(shape))
+        start = self._start(shape)
         self.edge_logit = None
         if known is not None:
             logits = torch.zeros(shape[1:])
@@ -145,14 +151,16 @@ class InfoSEM(PerturbationModule):
         self.network_log_sd = None
         if posterior == "variational":
             self.network_log_sd = nn.Parameter(torch.full(shape, math.log(0.1 * self.unit)))
-        self.additive, self.prior_kernel = embedding is not None, None
+        self.pairs, self.additive = pairs, embedding is not None
+        if pairs is not None:
+            self.register_buffer("log_size", torch.zeros(shape[1:]))
+            self.register_buffer("log_odds", torch.zeros(shape[1:]))
+            self.register_buffer("pair_coefficients", torch.zeros(len(pairs.features), 3))
+            self.register_buffer("informed", torch.tensor(False))
         if embedding is not None:
             self.register_buffer("embedding", torch.as_tensor(embedding))
             self.prior_source = nn.Parameter(torch.zeros(n_ensemble, embedding.shape[1]))
             self.prior_target = nn.Parameter(torch.zeros(n_ensemble, embedding.shape[1]))
-        if similarity is not None:
-            self.register_buffer("similarity", torch.as_tensor(similarity) * self.no_loops)
-            self.prior_kernel = nn.Parameter(torch.zeros(n_ensemble))
 
         self.encoder = ScalarMLP(n_ensemble, hidden, 2, n_grid)
         self.decoder = ScalarMLP(n_ensemble, hidden, 2 if self.heteroscedastic else 1, n_grid)
@@ -171,17 +179,34 @@ class InfoSEM(PerturbationModule):
 
     # -- the network ------------------------------------------------------------------------------------------------
 
-    def pairwise_mean(self) -> Tensor | float:
-        """What the similarity of embeddings adds to M; 0 for an additive prior mean."""
-        return 0.0 if self.prior_kernel is None else self.unit * self.prior_kernel[:, None, None] * self.similarity
+    def _start(self, shape: Sequence[int]) -> Tensor:
+        return self.unit * (1.0 + 0.164 * torch.rand(tuple(shape), device=self.no_loops.device))
+
+    @torch.no_grad()
+    def moved(self) -> float:
+        """Mean distance of the weights from where they start, in units of that."""
+        weight = self.network()[:, self.no_loops.bool()] / self.unit
+        return float((weight - 1.082).abs().mean())
+
+    @torch.no_grad()
+    def learn_pair_prior(self) -> None:
+        """Learn what features of pairs say of the size of the weights that were found without them, and start anew with it."""
+        found = self.pairs.learn(self.network().abs().mean(0).cpu().numpy())
+        self.log_size.copy_(torch.as_tensor(found.log_size))
+        self.log_odds.copy_(torch.as_tensor(found.log_odds))
+        self.pair_coefficients.copy_(torch.as_tensor(found.coefficients))
+        self.network_weight.copy_(self._start(self.network_weight.shape) * self.no_loops)
+        if self.network_log_sd is not None:
+            self.network_log_sd.fill_(math.log(0.1 * self.unit))
+        self.informed.fill_(True)
 
     def prior_mean(self) -> Tensor | float:
-        """M, ``(n_members, n_regulators, n_genes)``; 0 without embeddings."""
+        """M, ``(n_members, n_regulators, n_genes)``; 0 but for the paper's prior."""
         if not self.additive:
             return 0.0
         h = self.embedding
         mean = (h[self.regulators] @ self.prior_source.mT).mT[..., None] + (h @ self.prior_target.mT).mT[:, None]
-        return self.unit * (mean * self.no_loops) + self.pairwise_mean()
+        return self.unit * (mean * self.no_loops)
 
     def network(self, weight: Tensor | None = None, logit: Tensor | None = None) -> Tensor:
         """A, ``(n_members, n_regulators, n_genes)``, by default at the posterior mean of its factors."""
@@ -189,7 +214,7 @@ class InfoSEM(PerturbationModule):
         return weight if self.edge_logit is None else weight * self.edge_proba(logit)
 
     def edge_proba(self, logit: Tensor | None = None) -> Tensor | None:
-        """sigmoid(A^l); `None` without known edges."""
+        """sigmoid(A^l) of the paper's prior; `None` without known edges."""
         return None if self.edge_logit is None else torch.sigmoid(self.edge_logit if logit is None else logit)
 
     def regulated(self, z: Tensor, weight: Tensor) -> Tensor:
@@ -245,6 +270,8 @@ class InfoSEM(PerturbationModule):
     def _sample_network(self, n_cells: int) -> Tensor:
         """A from its prior, at the weight that one minibatch has in the data; by MAP a parameter observed under its prior."""
         sd = self.n_genes / (max(self.n_train, n_cells) * self.alpha)
+        if self.pairs is not None:
+            sd = sd * self.log_size.exp()
         mean = self.prior_mean()
         own = self.network_weight * self.no_loops
         with pyro.poutine.scale(scale=self._share(n_cells)):
@@ -255,7 +282,7 @@ class InfoSEM(PerturbationModule):
                 pyro.sample("A_l", prior.to_event(3), obs=self.edge_logit)
             if isinstance(mean, Tensor):
                 # without this the deviation of A from M is dear, and M free: A then collapses onto M
-                pyro.factor("M", -self.prior_shrinkage * mean.abs().sum() / sd)
+                pyro.factor("M", -self.prior_shrinkage * (mean.abs() / sd).sum())
         return self.network(weight)
 
     def _share(self, n_cells: int) -> float:
@@ -315,8 +342,10 @@ class InfoSEM(PerturbationModule):
         return (cells,), {"x": x}
 
     def on_step(self, progress: float) -> None:
-        """Keep A stable; the share of the training that is done decides when sparsity sets in."""
+        """Keep A stable; the share of the training that is done decides when sparsity sets in, and when pairs are looked at."""
         self.progress = progress
+        if self.pairs is not None and progress >= _INFORMED_AT and not bool(self.informed):
+            self.learn_pair_prior()
         if not self.max_radius:
             return
         with torch.no_grad():

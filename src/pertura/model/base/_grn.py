@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,7 @@ from ._model import PerturbationModel
 from ._write import clear, provenance, reserve
 
 Floats = NDArray[np.float32]
+_WRITTEN_PER_GENE = 10  # edges that are written where no limit is asked
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ class GeneNetwork:
         Probability that there is an edge, of the same shape, where the model has one.
     prior_mean
         What the model expected of the weight before it saw expression, where it has such a prior.
+    rank_by
+        Which of the two orders edges: ``"weight"`` (its absolute value) or ``"proba"``.
+    direction
+        What tells regulator from target: ``"perturbations"``, ``"regulators"`` (a list of them) or ``"none"``.
     """
 
     regulators: pd.Index
@@ -42,6 +47,8 @@ class GeneNetwork:
     weight: Floats
     proba: Floats | None = None
     prior_mean: Floats | None = None
+    rank_by: Literal["weight", "proba"] = "weight"
+    direction: Literal["perturbations", "regulators", "none"] = "none"
 
     def __post_init__(self) -> None:
         """Check shapes."""
@@ -56,20 +63,21 @@ class GeneNetwork:
         return pd.DataFrame(getattr(self, name), index=self.regulators, columns=self.genes)
 
     def edges(self, keep: NDArray[np.bool_]) -> pd.DataFrame:
-        """Kept pairs as ``source, target, weight`` (and ``proba``, ``prior_mean``), the largest weights first."""
+        """Kept pairs as ``source, target, weight`` (and ``proba``, ``prior_mean``), the first edges first."""
         row, column = np.nonzero(keep)
-        weight = self.weight[row, column]
-        order = np.argsort(-np.abs(weight), kind="stable")
+        order = np.argsort(-np.abs(getattr(self, self.rank_by)[row, column]), kind="stable")
         row, column = row[order], column[order]
         table = {
             "source": self.regulators.to_numpy(object)[row],
             "target": self.genes.to_numpy(object)[column],
-            "weight": weight[order],
+            "weight": self.weight[row, column],
         }
         for name in ("proba", "prior_mean"):
             if getattr(self, name) is not None:
                 table[name] = getattr(self, name)[row, column]
-        return pd.DataFrame(table)
+        frame = pd.DataFrame(table)
+        frame.attrs["direction"] = self.direction
+        return frame
 
 
 class GRNModel(PerturbationModel):
@@ -101,21 +109,25 @@ class GRNModel(PerturbationModel):
         regulators, targets
             Sources and targets to keep; by default all that the model has.
         top_k
-            Keep that many edges with the largest \|weight\|.
+            Keep that many edges, the first of the table.
         min_weight
             Keep edges with a larger \|weight\|.
         adata
             Where the edges are written; by default the model's own data, if it has some. Genes are matched by name.
         key_added
-            Edges are written to ``varp[key_added]`` (sparse, ``[source, target]``) and ``uns[key_added]`` (the returned
-            table), what was asked to ``uns[key_added + "_params"]``. `None` writes nothing.
+            Edges are written to ``varp[key_added]`` (sparse, ``[source, target]``) and ``uns[key_added]`` (the table), what was
+            asked to ``uns[key_added + "_params"]``. `None` writes nothing. Where neither `top_k` nor `min_weight` limits the table,
+            ten edges per gene are written, the first ones; the returned table has all.
         overwrite
             Whether keys that are not pertura's may be overwritten.
 
         Returns
         -------
-        One row per edge, the largest \|weight\| first: ``source, target, weight``, as decoupler reads it; ``proba``,
-        ``prior_mean`` where the model has them. Positive weights activate.
+        One row per edge: ``source, target, weight``, as decoupler reads it; ``proba``, the posterior probability of the edge,
+        and ``prior_mean`` where the model has them. Positive weights activate. InfoSEM with a prior of the size of weights has
+        the most probable edges first, all others the largest \|weight\|. ``attrs["direction"]`` says what tells regulator from
+        target: ``"perturbations"``, ``"regulators"`` (a list of them), or ``"none"``: an edge then says that two genes
+        are connected, and the order of the two means little.
 
         Raises
         ------
@@ -139,8 +151,10 @@ class GRNModel(PerturbationModel):
         if key_added is not None:
             check_key(key_added)
             if user is not None:
-                asked = {"top_k": top_k, "min_weight": min_weight}
-                _write_network(self, user, edges, network.genes, key_added, overwrite, asked)
+                asked = {"top_k": top_k, "min_weight": min_weight, "direction": network.direction}
+                limited = top_k is not None or min_weight > 0
+                written = edges if limited else edges.iloc[: _WRITTEN_PER_GENE * len(network.genes)]
+                _write_network(self, user, written, network.genes, key_added, overwrite, asked)
         return edges
 
     def evaluate_grn(
@@ -150,7 +164,7 @@ class GRNModel(PerturbationModel):
         regulators: Sequence[str] | None = None,
         targets: Sequence[str] | None = None,
     ) -> pd.Series:
-        r"""Compare the network with known edges; pairs are ranked by \|weight\|.
+        r"""Compare the network with known edges; pairs are ranked as in :meth:`get_grn`.
 
         Parameters
         ----------
@@ -165,7 +179,8 @@ class GRNModel(PerturbationModel):
         ``auprc, auprc_ratio, auroc, epr, hit_at, macro_auprc, density, n_edges, n_candidates``, see
         :func:`pertura.metrics.score_network`.
         """
-        return score_network(self._learned_network().frame(), truth, regulators=regulators, targets=targets)
+        network = self._learned_network()
+        return score_network(network.frame(network.rank_by), truth, regulators=regulators, targets=targets)
 
 
 def _chosen(argument: str, names: Sequence[str] | None, known: pd.Index) -> NDArray[np.bool_]:
