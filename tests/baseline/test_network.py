@@ -44,6 +44,22 @@ def test_correlation_is_numpy_s(chain: AnnData):
     np.testing.assert_allclose(baseline.Correlation(layer="s").fit(chain).score(pairs), found, atol=1e-6)
 
 
+def test_other_correlations(chain: AnnData):
+    """Given the rest, g0 and g3 are not correlated; what all genes of a cell share is taken away; CLR is symmetric."""
+    plain, partial = (baseline.Correlation(kind=k).fit(chain).weight_ for k in ("pearson", "partial"))
+    assert plain[0, 3] > 0.5 and partial[0, 3] < 0.6 * plain[0, 3] and partial[2, 3] > 0.5
+    clr = baseline.Correlation(kind="clr").fit(chain).weight_
+    np.testing.assert_allclose(clr, clr.T)
+    assert clr[2, 3] == clr.max() and not clr[:, 11].any()
+    shifted = chain.copy()
+    shifted.X += 20 * np.random.default_rng(0).normal(size=(400, 1)).astype(np.float32) * chain.X.std(0)
+    found = [baseline.Correlation(center_cells=c).fit(shifted).weight_[4:11, 4:11] for c in (False, True)]
+    off = ~np.eye(7, dtype=bool)
+    assert found[0][off].min() > 0.9 and found[1][off].max() < 0.5
+    with pytest.raises(ValueError, match="`kind`"):
+        baseline.Correlation(kind="other")
+
+
 @pytest.mark.parametrize("method", ["extra_trees", "random_forest"])
 def test_trees_find_direct_regulators(chain: AnnData, method: str):
     model = baseline.TreeEnsemble(regulators=["g0", "g1", "g4"], method=method, n_estimators=20).fit(chain)

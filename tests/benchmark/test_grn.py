@@ -187,7 +187,7 @@ def test_a_file_of_something_else_is_refused(data, tmp_path):
 
 
 def test_command_line(data, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(_command, "beeline_data", lambda embedding: data)
+    monkeypatch.setattr(_command, "network_data", lambda name, embedding: data)
     out = tmp_path / "grn.csv"
     command = ["grn", "--models", "correlation", "one-hot LR", "embedding cosine", "--seeds", "2", "--out", str(out)]
     assert _command.main(command) == 0
@@ -199,9 +199,33 @@ def test_command_line(data, monkeypatch, capsys, tmp_path):
     assert "none of" in capsys.readouterr().err
 
 
+def test_a_network_is_scored_by_what_orders_it():
+    edges = pd.DataFrame({"source": ["a", "b"], "target": "c", "weight": [0.1, -3.0], "proba": [0.9, 0.2]})
+    pairs = edges[["source", "target"]]
+    assert GivenNetwork(edges).score(pairs).tolist() == [0.9, 0.2]
+    assert GivenNetwork(edges.iloc[::-1]).score(pairs).tolist() == [0.1, 3.0]
+
+
+def test_expression_of_which_the_truth_is_known(load_dataset):
+    adata, truths = _grn.network_data("simulated")
+    assert "gene_embedding" not in adata.varm and set(truths["planted"]["source"]) <= set(
+        adata.var_names[adata.var["is_regulator"]]
+    )
+    scorers = _grn.grn_models()
+    assert not _grn.needs_embedding(scorers["InfoSEM none"]) and not _grn.needs_embedding(scorers["CLR"])
+    assert _grn.needs_embedding(scorers["InfoSEM B"]) and _grn.needs_embedding(scorers["embedding cosine"])
+    with pytest.raises(ValueError, match="`name`"):
+        _grn.network_data("unknown")
+    load_dataset("trrust"), load_dataset("dorothea"), load_dataset("gene_sets", collection="go_bp")
+    adata, truths = _grn.network_data("kang")
+    assert set(adata.obs["condition"]) == {"ctrl"} and "gene_embedding" in adata.varm
+    for truth in truths.values():
+        assert len(truth) > 50 and set(truth["source"]) <= set(adata.var_names[adata.var["is_regulator"]])
+
+
 def test_the_data_of_the_command_line(load_dataset):
     load_dataset("beeline_mdc"), load_dataset("gene_sets", collection="go_bp"), load_dataset("biobert_mesc500")
-    adata, truths = _grn.beeline_data()
+    adata, truths = _grn.network_data()
     assert {name: len(t) for name, t in truths.items()} == {"STRING": 4815, "Specific": 756, "Non-specific": 3067}
     assert adata.varm["gene_embedding"].shape == (821, 64)
     regulators = set(adata.var_names[adata.var["is_regulator"]])

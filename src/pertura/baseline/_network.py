@@ -49,22 +49,53 @@ class NetworkBaseline(ABC):
 
 
 class Correlation(NetworkBaseline):
-    r"""Absolute correlation of the expression of two genes: no direction, no confounder, no prior.
+    r"""Absolute correlation of the expression of two genes: no direction, no prior.
 
     Parameters
     ----------
     layer
         `None` for ``X``. Values should be on a log scale.
+    kind
+        ``"pearson"``; ``"partial"``: given all other genes, of the covariance shrunk by Ledoit and Wolf; ``"clr"``: the
+        correlation's mutual information against that of each of the two genes with all others.
+    center_cells
+        Subtract the mean of each cell over standardized genes first, which differs with its depth and quality.
+
+    References
+    ----------
+    Faith et al. 2007, PLoS Biol 5:e8 (CLR).
     """
 
-    def __init__(self, *, layer: str | None = None) -> None:
-        self.layer = layer
+    def __init__(
+        self,
+        *,
+        layer: str | None = None,
+        kind: Literal["pearson", "partial", "clr"] = "pearson",
+        center_cells: bool = False,
+    ) -> None:
+        if kind not in ("pearson", "partial", "clr"):
+            raise ValueError(f"`kind` must be 'pearson', 'partial' or 'clr', got {kind!r}.")
+        self.layer, self.kind, self.center_cells = layer, kind, center_cells
 
     def fit(self, adata: AnnData, train: pd.DataFrame | None = None) -> Self:
         """See :meth:`NetworkBaseline.fit`."""
         z = _standardized(adata, self.layer)
+        if self.center_cells:
+            z = _unit_variance(z - z.mean(1, keepdims=True))
         self.genes_ = adata.var_names.astype(str)
+        if self.kind == "partial":
+            from sklearn.covariance import LedoitWolf
+
+            precision = LedoitWolf(assume_centered=True).fit(z).precision_
+            d = np.sqrt(np.diag(precision))
+            self.weight_ = np.abs(precision / np.outer(d, d))
+            return self
         self.weight_ = np.abs(z.T @ z) / len(z)
+        if self.kind == "clr":
+            information = -0.5 * np.log1p(-(np.minimum(self.weight_, 1 - 1e-9) ** 2))
+            np.fill_diagonal(information, 0.0)
+            above = np.maximum((information - information.mean(1)) / np.maximum(information.std(1), 1e-12), 0)
+            self.weight_ = np.sqrt(above**2 + above.T**2)
         return self
 
     def score(self, pairs: pd.DataFrame) -> Floats:
@@ -278,6 +309,10 @@ def _standardized(adata: AnnData, layer: str | None) -> Floats:
         raise ValueError(f"`layer`: `adata.layers` has no {layer!r} (layers: {list(adata.layers)}).")
     values = adata.X if layer is None else adata.layers[layer]
     x = np.asarray(values.toarray() if hasattr(values, "toarray") else values, np.float64)
+    return _unit_variance(x)
+
+
+def _unit_variance(x: Floats) -> Floats:
     x = x - x.mean(0)
     sd = x.std(0)
     return np.where(sd > 1e-12, x / np.maximum(sd, 1e-12), 0.0)

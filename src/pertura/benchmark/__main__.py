@@ -12,7 +12,7 @@ import pandas as pd
 from pertura.datasets import DataNotAvailable
 
 from ._dataset import ALIASES, KINDS, Dataset, make_splits
-from ._grn import beeline_data, grn_models, run_grn, summarize_grn
+from ._grn import NETWORK_DATA, grn_models, needs_embedding, network_data, run_grn, summarize_grn
 from ._phases import run_phases
 from ._runner import DEFAULT_METRICS, run
 from ._spec import parse_model
@@ -120,9 +120,9 @@ def _draw(table: pd.DataFrame, path: str) -> None:
 def _grn_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pertura benchmark grn",
-        description="Score networks of mouse dendritic cells (BEELINE) against three known networks, on edges of seen "
-        "genes and of genes that were held out.",
+        description="Score networks against known ones, on edges of seen genes and of genes that were held out.",
     )
+    parser.add_argument("data", nargs="?", choices=NETWORK_DATA, default="beeline_mdc", help="default: %(default)s")
     parser.add_argument("--embedding", choices=("go_bp", "biobert"), default="go_bp", help="default: %(default)s")
     parser.add_argument("--models", nargs="+", metavar="MODEL", help=f"default: all of {', '.join(grn_models())}")
     parser.add_argument("--seeds", type=int, default=3, help="number of splits of each kind (default: %(default)s)")
@@ -135,9 +135,10 @@ def _grn(options: argparse.Namespace) -> pd.DataFrame:
     unknown = [n for n in options.models or () if n not in known]
     if unknown:
         raise ValueError(f"`--models`: {unknown} are none of {list(known)}.")
-    adata, truths = beeline_data(options.embedding)
-    chosen = {n: known[n] for n in options.models or known}
-    dataset = f"beeline_mdc, {options.embedding}"
+    adata, truths = network_data(options.data, options.embedding)
+    described = "gene_embedding" in adata.varm
+    chosen = {n: known[n] for n in options.models or known if described or not needs_embedding(known[n])}
+    dataset = f"{options.data}, {options.embedding}" if described else options.data
     return summarize_grn(run_grn(adata, truths, chosen, seeds=options.seeds, dataset=dataset, out=options.out))
 
 

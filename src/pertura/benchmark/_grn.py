@@ -43,12 +43,14 @@ class Scorer(Protocol):
 
 
 class GivenNetwork:
-    r"""A network that is there already, from any tool, as a scorer of pairs by \|weight\|.
+    r"""A network that is there already, from any tool, as a scorer of pairs.
+
+    Pairs are scored by \|weight\|, or by ``proba`` if the table has the most probable edges first.
 
     Parameters
     ----------
     edges
-        ``source, target, weight``; pairs that are not listed have weight 0.
+        ``source, target, weight`` (and ``proba``); pairs that are not listed have score 0.
     """
 
     uses_labels = False
@@ -60,7 +62,10 @@ class GivenNetwork:
         if edges.duplicated(["source", "target"]).any():
             raise ValueError("`edges` lists some edges twice; aggregate them first, e.g. by their largest weight.")
         names = pd.MultiIndex.from_frame(edges[["source", "target"]].astype(str))
-        self.weight = pd.Series(edges["weight"].abs().to_numpy(np.float64), index=names)
+        score = edges["weight"].abs()
+        if "proba" in edges and edges["proba"].is_monotonic_decreasing:
+            score = edges["proba"]
+        self.weight = pd.Series(score.to_numpy(np.float64), index=names)
 
     def __repr__(self) -> str:
         """Number of edges and a fingerprint of their weights."""
@@ -135,44 +140,91 @@ class NetworkModel:
         return self
 
     def score(self, pairs: pd.DataFrame) -> NDArray[np.float64]:
-        r"""\|weight\|, 0 for pairs that the network does not have."""
+        """Score of each pair, 0 for those that the network does not have."""
         return self.network_.score(pairs)
 
 
 def grn_models() -> dict[str, Scorer]:
-    """Scorers of the command line by name, for the data of :func:`beeline_data`.
+    """Scorers of the command line by name, for the data of :func:`network_data`.
 
-    InfoSEM learns the rows of all genes, of which those of regulators are scored; "regulator rows" learns these alone. With known edges (BC) it
-    is fitted for each split: one network instead of an ensemble, 30 epochs instead of 90, and for ``"unseen_both"`` alone. The
-    same without known edges, and without prior ("one"), is what to compare it with.
+    InfoSEM learns the rows of all genes, of which those of regulators are scored. With known edges (BC) it is fitted for each split,
+    with a third of the epochs and for ``"unseen_both"`` alone. ``"paper"`` are the papers' priors and schedule.
     """
     from pertura import baseline
-
-    short = {"max_epochs": 30}
 
     def infosem(edges: bool = False, **options: Any) -> NetworkModel:
         return NetworkModel("InfoSEM", edges=edges, splits=("unseen_both",) if edges else None, **options)
 
     return {
         "correlation": baseline.Correlation(),
+        "correlation, centered cells": baseline.Correlation(center_cells=True),
+        "partial correlation": baseline.Correlation(kind="partial"),
+        "CLR": baseline.Correlation(kind="clr"),
         "trees": baseline.TreeEnsemble(regulators="is_regulator", n_estimators=50),
         "regulator rate": baseline.RegulatorRate(),
         "one-hot LR": baseline.OneHotLogistic(),
         "embedding LR": baseline.EmbeddingLogistic(),
         "embedding LR products": baseline.EmbeddingLogistic(products=True),
         "embedding cosine": baseline.EmbeddingCosine(),
-        "InfoSEM none": infosem(prior="none", n_ensemble=2),
-        "InfoSEM B": infosem(prior="embedding", n_ensemble=2),
-        "InfoSEM B additive": infosem(prior="embedding", prior_mean="additive", n_ensemble=2),
-        "InfoSEM none, regulator rows": infosem(prior="none", n_ensemble=2, regulators="is_regulator"),
-        "InfoSEM none, paper": infosem(prior="none", n_ensemble=2, preset="deepsem"),
-        "InfoSEM B, paper": infosem(prior="embedding", n_ensemble=2, preset="deepsem"),
-        "InfoSEM none, one": infosem(prior="none", train=short),
-        "InfoSEM B, one": infosem(prior="embedding", train=short),
-        "InfoSEM B additive, one": infosem(prior="embedding", prior_mean="additive", train=short),
-        "InfoSEM BC, one": infosem(edges=True, prior="embedding+edges", train=short),
-        "InfoSEM BC additive, one": infosem(edges=True, prior="embedding+edges", prior_mean="additive", train=short),
+        "InfoSEM none": infosem(prior="none"),
+        "InfoSEM B": infosem(prior="embedding"),
+        "InfoSEM BC": infosem(edges=True, prior="embedding+edges", train={"max_epochs": 60}),
+        "InfoSEM none, regulator rows": infosem(prior="none", regulators="is_regulator"),
+        "InfoSEM none, paper": infosem(prior="none", preset="deepsem"),
+        "InfoSEM B, paper": infosem(prior="embedding", preset="paper"),
     }
+
+
+def needs_embedding(model: Scorer) -> bool:
+    """Whether a scorer of :func:`grn_models` reads gene embeddings."""
+    return hasattr(model, "embedding_key") or getattr(model, "options", {}).get("prior", "none") != "none"
+
+
+NETWORK_DATA = ("beeline_mdc", "kang", "gsd", "hsc", "simulated")
+
+
+def network_data(name: str = "beeline_mdc", embedding: str = "go_bp") -> tuple[AnnData, dict[str, pd.DataFrame]]:
+    """Expression with known networks, by name.
+
+    Parameters
+    ----------
+    name
+        ``"beeline_mdc"``, see :func:`beeline_data`; ``"kang"``: unstimulated blood cells of Kang et al. 2018 (the regulators of the
+        networks and the 500 most variable genes), against TRRUST and DoRothEA A to C; ``"gsd"``, ``"hsc"``: BEELINE's curated models;
+        ``"simulated"``: knock-outs and controls of :func:`pertura.datasets.simulate`, their labels unused.
+    embedding
+        Source of :func:`pertura.priors.gene_embeddings` for data whose genes are real.
+
+    Returns
+    -------
+    AnnData with ``var["is_regulator"]``, and with ``varm["gene_embedding"]`` where genes are real; known networks by name.
+    """
+    from pertura import datasets, priors
+
+    if name == "beeline_mdc":
+        return beeline_data(embedding)
+    if name in ("gsd", "hsc"):
+        adata = datasets.beeline_curated(name.upper())
+        adata.var["is_regulator"] = True
+        return adata, {name.upper(): adata.uns["ground_truth"]}
+    if name == "simulated":
+        adata = datasets.simulate(n_genes=200, n_regulators=20, n_perturbations=10, seed=0)
+        truth = datasets.true_network(adata)
+        adata.var["is_regulator"] = adata.var_names.isin(truth["source"])
+        return adata, {"planted": truth}
+    if name != "kang":
+        raise ValueError(f"`name` must be one of {NETWORK_DATA}, got {name!r}.")
+    adata = datasets.kang_2018_mini()
+    adata = adata[adata.obs["condition"] == "ctrl"].copy()
+    adata.X = adata.X.toarray()
+    truths = {"TRRUST": datasets.trrust(), "DoRothEA": datasets.dorothea("ABC")}
+    adata.var["is_regulator"] = adata.var_names.isin(pd.concat(truths.values())["source"])
+    rank = pd.Series(-adata.X.var(0)).rank().to_numpy()
+    adata = adata[:, (rank <= 500) | adata.var["is_regulator"]].copy()
+    priors.gene_embeddings(adata, embedding)
+    genes = adata.var_names
+    kept = {n: t[t["source"].isin(genes) & t["target"].isin(genes)] for n, t in truths.items()}
+    return adata, {n: t[t["source"] != t["target"]].drop_duplicates(["source", "target"]) for n, t in kept.items()}
 
 
 def beeline_data(embedding: str = "go_bp") -> tuple[AnnData, dict[str, pd.DataFrame]]:
