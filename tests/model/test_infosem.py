@@ -379,7 +379,8 @@ def test_presets_are_those_of_the_papers(informed):
     for preset in ("paper", "deepsem"):
         model = InfoSEM(informed, preset=preset, prior="embedding")
         module, plan = model.module, AlternatingPlan(model.module, **model._plan_defaults())
-        assert module.pairs is None and module.additive and module.prior_shrinkage == 0 and module.alpha == 100
+        assert module.pairs is None and module.additive and module.prior_shrinkage == 0
+        assert module.alpha == pytest.approx(100 * 3 / 821), "100 for the genes that DeepSEM has"
         assert (module.noise_mean is None) == module.heteroscedastic == (preset == "paper")
         assert [plan.waits(epoch) for epoch in range(4)] == ["grn", "networks", "networks", "grn"]
         assert plan.optim is torch.optim.RMSprop and plan.optim_kwargs["lr"] == 1e-4
@@ -410,10 +411,12 @@ def test_settings_train_and_predict(informed, options):
 
 
 def test_weights_that_hardly_moved_are_warned_of(informed):
-    with pytest.warns(UserWarning, match="weights of the network moved by"):
+    with pytest.warns(UserWarning, match="moved by 1"):
         fitted(informed, {"max_epochs": 1, "lr": 1e-6})
+    with pytest.warns(UserWarning, match="shrunk to nearly 0"):
+        fitted(informed, {"max_epochs": 40, "lr": 1e-2}, alpha=1e4)
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", "The weights of the network moved")
+        warnings.filterwarnings("error", "The weights of the network")
         fitted(informed, {"max_epochs": 40, "lr": 1e-2})
 
 

@@ -197,12 +197,12 @@ def test_pairs_are_looked_at_once_and_weights_start_anew():
     module.on_step(0.4)
     assert not module.informed and bool((module.network_weight <= 0).all())
     module.on_step(0.5)
-    assert module.informed and module.moved() < 0.2 and bool((module.network() >= 0).all())
+    assert module.informed and module.moved()[0] < 0.2 and bool((module.network() >= 0).all())
     assert not torch.equal(module.log_odds, torch.zeros_like(module.log_odds))
     with torch.no_grad():
         module.network_weight.mul_(-3.0)
     module.on_step(0.6)
-    assert module.moved() > 2, "the second time nothing happens"
+    assert module.moved()[0] > 2, "the second time nothing happens"
 
 
 def test_prior_mean_is_additive():

@@ -30,7 +30,8 @@ from .base._train import default_epochs
 # alpha per gene where none is given: DeepSEM's 100 for the 821 genes of mouse dendritic cells
 _ALPHA_PER_GENE = 100 / 821
 _N_STEPS, _N_EPOCHS, _MAX_RESIDUAL_CELLS = 540, 10, 2000
-_LEAST_MOVED = 0.5  # of the weights, in units of their start
+# mean distance of the weights from their start, and largest weight, in units of the start
+_LEAST_MOVED, _LEAST_LARGEST = 0.5, 0.1
 _MODULE_OPTIONS = (
     "n_ensemble",
     "posterior",
@@ -84,12 +85,11 @@ class InfoSEMOptions(Options):
                 raise ValueError(f"`{name}` must be a key or a DataFrame, got {type(getattr(self, name)).__name__}.")
 
 
-# DeepSEM's schedule: encoder and decoder at 1e-4; A at 2e-5 for 821 genes, in units of 33 lr / (G - 1)
+# DeepSEM's schedule, with its alpha of 100 for 821 genes: encoder and decoder at 1e-4; A at 2e-5 for 821 genes, in units of 33 lr / (G - 1)
 _DEEPSEM = {
     "prior_form": "mean",
     "n_components": 32,
     "hidden": (128, 128),
-    "alpha": 100.0,
     "beta": 1.0,
     "augmentation": 0.0,
     "sparsity_delay": 0.0,
@@ -346,12 +346,15 @@ class InfoSEM(GRNModel):
         self.module.standardize(torch.as_tensor(mean), torch.as_tensor(sd))
 
     def _complete(self, table: ConditionTable) -> None:
-        moved = self.module.moved()
+        moved, largest = self.module.moved()
+        problem = ""
         if moved < _LEAST_MOVED:
+            problem = f"moved by {moved:.0%} of the value they started at. Train longer (`max_epochs`) or faster (`lr`)"
+        elif largest < _LEAST_LARGEST:
+            problem = f"were all shrunk to nearly 0. Ask for less sparsity (`alpha`, here {self.module.alpha:.3g})"
+        if problem:
             warnings.warn(
-                f"The weights of the network moved by {moved:.0%} of the value they started at, and their order means little. "
-                "Train longer (`max_epochs`) or faster (`lr`, `grn_lr_factor`).",
-                stacklevel=settings.warnings_stacklevel + 1,
+                f"The weights of the network mean little: they {problem}.", stacklevel=settings.warnings_stacklevel + 1
             )
         rows = self.train_indices
         if self.options.controls_only:

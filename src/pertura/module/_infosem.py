@@ -183,10 +183,10 @@ class InfoSEM(PerturbationModule):
         return self.unit * (1.0 + 0.164 * torch.rand(tuple(shape), device=self.no_loops.device))
 
     @torch.no_grad()
-    def moved(self) -> float:
-        """Mean distance of the weights from where they start, in units of that."""
+    def moved(self) -> tuple[float, float]:
+        """Mean distance of the weights from where they start, and the largest weight, in units of the start."""
         weight = self.network()[:, self.no_loops.bool()] / self.unit
-        return float((weight - 1.082).abs().mean())
+        return float((weight - 1.082).abs().mean()), float(weight.abs().max())
 
     @torch.no_grad()
     def learn_pair_prior(self) -> None:
