@@ -108,9 +108,12 @@ class PairPrior:
 
     def _size_of(self, size: Floats, f: Floats) -> tuple[Floats, Floats]:
         """Log size of pairs by coefficients from other genes, and the coefficients."""
-        row, column = np.nonzero(self.regulators[:, None] != np.arange(size.shape[1]))
-        some = np.random.default_rng(1).permutation(len(row))[:_MAX_PAIRS]
-        row, column = row[some], column[some]
+        flat = np.arange(size.size)
+        if size.size > _MAX_PAIRS:
+            flat = np.random.default_rng(1).integers(size.size, size=_MAX_PAIRS)
+        row, column = np.unravel_index(flat, size.shape)
+        pair = self.regulators[row] != column
+        row, column = row[pair], column[pair]
         y, x = size[row, column].astype(np.float64), f[row, column].astype(np.float64)
         source, target = self.fold[self.regulators[row]], self.fold[column]
         found = np.zeros((_FOLDS, _FOLDS, x.shape[1]))
