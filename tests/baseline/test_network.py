@@ -56,6 +56,7 @@ def test_other_correlations(chain: AnnData):
     found = [baseline.Correlation(center_cells=c).fit(shifted).weight_[4:11, 4:11] for c in (False, True)]
     off = ~np.eye(7, dtype=bool)
     assert found[0][off].min() > 0.9 and found[1][off].max() < 0.5
+    assert not baseline.Correlation(center_cells=True).fit(shifted).weight_[11].any(), "what does not vary stays so"
     with pytest.raises(ValueError, match="`kind`"):
         baseline.Correlation(kind="other")
 

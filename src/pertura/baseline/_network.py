@@ -81,7 +81,8 @@ class Correlation(NetworkBaseline):
         """See :meth:`NetworkBaseline.fit`."""
         z = _standardized(adata, self.layer)
         if self.center_cells:
-            z = _unit_variance(z - z.mean(1, keepdims=True))
+            varies = z.any(0)
+            z = _unit_variance(varies * (z - z[:, varies].mean(1, keepdims=True)))
         self.genes_ = adata.var_names.astype(str)
         if self.kind == "partial":
             from sklearn.covariance import LedoitWolf
