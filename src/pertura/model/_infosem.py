@@ -32,8 +32,6 @@ _ALPHA_PER_GENE = 100 / 821
 _N_STEPS, _N_EPOCHS, _MAX_RESIDUAL_CELLS = 540, 10, 2000
 # mean distance of the weights from their start, and largest weight, in units of the start
 _LEAST_MOVED, _LEAST_LARGEST = 0.5, 0.1
-# mean distance of the weights from their start, and largest weight, in units of the start
-_LEAST_MOVED, _LEAST_LARGEST = 0.5, 0.1
 _MODULE_OPTIONS = (
     "n_ensemble",
     "posterior",
