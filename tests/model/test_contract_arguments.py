@@ -290,10 +290,17 @@ ONLY_PREDICT: list[tuple[str, Any]] = [
     ("by", None),
     ("return_anndata", "yes"),
     ("overwrite", 1),
+    ("out", "predictions.csv"),
 ]
 METHODS = {
     "predict_perturbation": [*WRONG_ASKED, *ONLY_PREDICT],
-    "get_perturbation_effect": [*WRONG_ASKED, ("ci", None), ("delta", -0.1), ("delta", "small")],
+    # without a perturbation, the effects of all are asked
+    "get_perturbation_effect": [
+        *(w for w in WRONG_ASKED if w != ("perturbation", None)),
+        ("ci", None),
+        ("delta", -0.1),
+        ("delta", "small"),
+    ],
     "iter_predictions": [*WRONG_ASKED, ("chunk_size", 0), ("chunk_size", 1.5)],
     "get_latent_representation": [
         *(w for w in WRONG_ASKED if w[0] in ("adata", "indices", "n_samples", "batch_size", "seed") and w[1] != 1),

@@ -47,7 +47,7 @@ def trained(screen):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = CRADLEVAE(adata, n_latent=6)
-    model.train(max_epochs=40, **QUIET)
+    model.train(max_epochs=80, **QUIET)
     return model
 
 

@@ -9,6 +9,7 @@ import pytest
 import pertura.model.base._model as base
 import pertura.model.base._out as out
 import pertura.model.base._predict as predict
+from pertura import datasets
 
 from .conftest import MODELS
 
@@ -16,10 +17,21 @@ N = {"n_samples": 4}
 SUFFIXES = (".zarr", ".h5ad")
 
 
-@pytest.fixture(scope="session")
-def spec():
+@pytest.fixture(scope="module")
+def trained():
     """The file does not know which model predicts."""
-    return next(spec for spec in MODELS if spec.name == "model.SAMSVAE")
+    spec = next(spec for spec in MODELS if spec.name == "model.SAMSVAE")
+    adata = datasets.simulate(
+        n_cells_per_condition=10,
+        n_control_cells=20,
+        n_genes=40,
+        n_regulators=6,
+        n_perturbations=3,
+        n_biomarkers=2,
+        n_truth_cells=10,
+    )
+    spec.setup(adata)
+    return spec.fit(spec.make(adata), max_epochs=1)
 
 
 @pytest.fixture(autouse=True)

@@ -381,9 +381,9 @@ def test_error_of_predictions_leaves_random_states_alone(bulk):
 def test_error_of_predictions_falls_while_effects_are_learned(screen):
     model = make(PertVAE, screen)
     effect = model.module.effect_b
-    fit(model, 30, train_size=0.7, batch_size=60)
+    fit(model, 60, train_size=0.7, batch_size=60)
     found = model.history["prediction_validation"]["prediction_validation"].to_numpy(float)
-    assert len(found) == 30 and float(effect.detach().abs().max()) > 0.1
+    assert len(found) == 60 and float(effect.detach().abs().max()) > 0.1
     assert found[-5:].mean() < 0.95 * found[0]
 
 

@@ -181,9 +181,9 @@ def effects_to_anndata(effects: pd.DataFrame) -> AnnData:
     # what scanpy orders conditions by; its own choice of 50 components needs as many conditions
     out.obsm["X_pca"] = sc.pp.pca(np.nan_to_num(out.X), n_comps=min(out.shape) - 1) if min(out.shape) > 1 else out.X * 0
     # a model's table has fold changes where its scale has them
-    ranked = effects.rename(columns={value: "lfc_mean", sd: "lfc_sd"}).assign(
-        condition=obs["condition"].to_numpy()[row]
-    )
+    ranked = effects.rename(columns={value: "lfc_mean"}).assign(condition=obs["condition"].to_numpy()[row])
+    if "gene_sd" not in ranked:
+        ranked["gene_sd"] = ranked[sd]
     params = {"groupby": "condition", "reference": "control", "method": "effect", "use_raw": False, "layer": None}
     from pertura.model.base._write import ranked_effects  # models are slow to import
 
