@@ -8,7 +8,7 @@ import pytest
 import torch
 from anndata import AnnData
 
-from pertura.effects import fit_dosed
+from pertura.effects import fit_curvature, fit_dosed
 from pertura.effects._dosed import hill, solve_effects
 from pertura.effects._features import correlations
 from pertura.module import _latent
@@ -63,3 +63,34 @@ def test_effects_of_doses_and_combinations_are_solved_together():
     design = np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0.5, 0], [0, 0, 1, 0], [1, 0, 0, 1], [0, 0, 0, 0.7]])
     found, _, _ = solve_effects(design, design @ truth, np.full((6, 6), 1e-6))
     assert correlations(found, truth).min() > 0.98
+
+
+def curved_profiles(kappa: list[float], doses: list[float], noise: float) -> AnnData:
+    rng = np.random.default_rng(0)
+    what, dose = np.repeat(np.arange(len(kappa)), 4 * len(doses)), np.tile(np.repeat(doses, 4), len(kappa))
+    k = np.asarray(kappa)[what]
+    strength = np.log1p(k * dose / max(doses)) / np.log1p(k)
+    x = np.concatenate([np.zeros((40, 30)), strength[:, None] * rng.normal(size=(len(kappa), 30))[what]])
+    x += noise * rng.normal(size=x.shape)
+    obs = pd.DataFrame({"perturbation": ["ctrl"] * 40 + [f"p{w}" for w in what], "dose": [0.0] * 40 + list(dose)})
+    return AnnData(x.astype(np.float32), obs=obs.set_axis(obs.index.astype(str)))
+
+
+def test_planted_curvatures_are_found(measure):
+    planted = [0.3, 30.0, 3000.0]
+    table = measure(curved_profiles(planted, [1.0, 10.0, 100.0], 0.05), setup=CONTINUOUS)
+    found = fit_curvature(table, np.full(3, 100.0))
+    # of nearly straight curves only their straightness is told
+    assert found[0] < 3 and 15 < found[1] < 60 and 1500 < found[2] < 6000
+
+
+def test_one_dose_tells_no_curvature(measure):
+    table = measure(curved_profiles([3.0, 3.0], [10.0], 0.05), setup=CONTINUOUS)
+    assert fit_curvature(table, np.full(2, 10.0)) is None
+
+
+def test_what_is_not_known_of_one_is_learned_from_the_others(measure):
+    adata = curved_profiles([30.0] * 6, [1.0, 10.0, 100.0], 0.05)
+    adata = adata[~((adata.obs["perturbation"] == "p5") & (adata.obs["dose"] < 100))].copy()
+    table = measure(adata, setup=CONTINUOUS)
+    assert 15 < fit_curvature(table, np.full(6, 100.0))[5] < 60

@@ -9,7 +9,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "_contexts": ["Asked", "Conditions", "choose_strength", "ridge_weights", "softmax_weights"],
         "_discrepancy": ["Discrepancy", "Error", "Spread", "calibrate", "fit_discrepancy", "fit_error", "widened"],
-        "_dosed": ["DoseEffects", "fit_dosed"],
+        "_dosed": ["DoseEffects", "fit_curvature", "fit_dosed"],
         "_features": ["FeatureRidge", "fit_features"],
         "_measured": ["MeasuredEffect", "fit_measured"],
         "_matching": ["matched_differences"],

@@ -16,6 +16,7 @@ from ._table import ConditionTable
 Matrix = NDArray[np.float64]
 
 _LOG_K, _LOG_N = (-1.5, -0.75, 0.0, 0.75), (-0.5, 0.0, 0.5)
+_KAPPA = np.geomspace(0.1, 1e4, 21)
 _MAX_SOLVED = 500  # perturbations up to which the shape of the dose response is chosen
 
 
@@ -54,6 +55,53 @@ def hill(dose: NDArray, log_k: float, log_n: float) -> NDArray[np.float64]:
     """Hill curve that is 0 at dose 0 and 1 at dose 1."""
     k, power = np.exp(log_k) ** np.exp(log_n), np.maximum(dose, 0.0) ** np.exp(log_n)
     return power * (1.0 + k) / (power + k)
+
+
+def fit_curvature(table: ConditionTable, max_dose: NDArray[np.float64]) -> NDArray[np.float64] | None:
+    r"""Curvature of the dose response :math:`\log(1 + \kappa d) / \log(1 + \kappa)` of each perturbation.
+
+    Conditions of one perturbation are multiples of one effect in each context. How frequent the curvatures of a grid are is learned from
+    all perturbations, so that one of which little is known has a usual one.
+
+    Parameters
+    ----------
+    table
+        What was measured.
+    max_dose
+        Highest registered dose of each perturbation, ``(n_perturbations,)``; doses are in units of it.
+
+    Returns
+    -------
+    Geometric posterior mean of kappa, ``(n_perturbations,)``; `None` where no perturbation was measured at several doses.
+    """
+    found = table.effects()
+    codes, kept = table.codes[table.treated], found.measured
+    kept &= (codes[:, 0] >= 0) & (codes[:, 1:] < 0).all(1)
+    at, code = table.treated[kept], codes[kept, 0]
+    dose = table.dose[at, 0] / max_dose[code]
+    groups, group = np.unique(np.stack([code, table.context[at]], 1), axis=0, return_inverse=True)
+    group = group.ravel()
+    spread = np.full((2, len(groups)), [[np.inf], [-np.inf]])
+    np.minimum.at(spread[0], group, dose)
+    np.maximum.at(spread[1], group, dose)
+    if not (spread[1] > 1.001 * spread[0]).any():
+        return None
+    effect, weight = found.effect[kept], 1.0 / np.maximum(found.se[kept] ** 2, 1e-12)
+    gain = np.empty((len(max_dose), len(_KAPPA)))
+    for k, kappa in enumerate(_KAPPA):
+        strength = (np.log1p(kappa * dose) / np.log1p(kappa))[:, None]
+        top, bottom = np.zeros((2, len(groups), effect.shape[1]))
+        np.add.at(top, group, weight * strength * effect)
+        np.add.at(bottom, group, weight * strength**2)
+        # what the best effect explains, in units of noise
+        gain[:, k] = 0.5 * np.bincount(groups[:, 0], (top**2 / bottom).sum(1), len(max_dose))
+    likelihood = np.exp(gain - gain.max(1, keepdims=True))
+    share = np.full(len(_KAPPA), 1.0 / len(_KAPPA))
+    for _ in range(50):
+        posterior = likelihood * share
+        posterior /= posterior.sum(1, keepdims=True)
+        share = (posterior.sum(0) + 1.0 / len(_KAPPA)) / (len(posterior) + 1.0)
+    return np.exp(posterior @ np.log(_KAPPA))
 
 
 def fit_dosed(table: ConditionTable, max_dose: NDArray[np.float64]) -> DoseEffects:

@@ -20,7 +20,7 @@ from scvi.model.base import BaseModelClass
 from pertura.data._constants import KEYS, UNKNOWN
 from pertura.data._datamodule import PerturbationDataModule
 from pertura.data._perturbation import Perturbation
-from pertura.effects import ConditionTable, calibrate
+from pertura.effects import ConditionTable, calibrate, fit_curvature
 from pertura.effects._table import Moments
 from pertura.module._base import PerturbationModule
 from pertura.train._best import KeepBest
@@ -344,12 +344,17 @@ class TrainableModel(BaseModelClass):
         """Set what the module takes from the data before training."""
 
     def _standardize(self, data: PerturbationDataModule, table: ConditionTable) -> None:
-        """Standardization of an encoder's input, and where the decoder starts."""
+        """Standardization of an encoder's input, and where the decoder and the dose response start."""
         module, moments = self.module, table.normalized
         if self.registered.is_counts and not module.normalize_input:
             moments = _moments_of_log_counts(data)
         parts = (moments.mean, np.sqrt(moments.variance), table.raw.mean, np.sqrt(table.raw.variance))
         module.standardize(*(torch.as_tensor(part, dtype=torch.float32) for part in parts), library=table.library)
+        kappa = fit_curvature(table, np.asarray(self.vocabulary.max_dose, dtype=np.float64))
+        for name, parameter in module.named_parameters():
+            if kappa is not None and name.endswith("log_kappa"):
+                # a curvature moves little in training: it starts where doses were measured to be
+                parameter.data[: len(kappa)] = torch.as_tensor(kappa + np.log(-np.expm1(-kappa)))
 
     def _complete(self, table: ConditionTable) -> None:
         """Set what the module takes from the data once it is trained."""
