@@ -55,6 +55,15 @@ def test_leave_context_out(adata):
     assert sorted(tested) == list(np.flatnonzero(adata.obs["perturbation"] != "ctrl"))
 
 
+def test_validation_rows_follow_the_seed(adata):
+    chosen = [
+        leave_context_out(adata, context_key="cell_type", contexts=["CD14"], val_fraction=0.1, seed=seed, **KEYS)[0].val
+        for seed in (0, 0, 1)
+    ]
+    assert np.array_equal(chosen[0], chosen[1])
+    assert len(np.intersect1d(chosen[0], chosen[2])) < 0.3 * len(chosen[0])
+
+
 def test_leave_context_out_for_one_perturbation(adata):
     (split,) = leave_context_out(
         adata, context_key="cell_type", perturbations="A", contexts=["B cells"], val_fraction=0.1, **KEYS

@@ -302,3 +302,19 @@ def test_errors_of_the_prediction(truth, pred):
         mt.evaluate(frame, truth, metrics=["energy_distance"], **options)
     with pytest.raises(ValueError, match="`low` lacks 1"):
         mt.evaluate(frame, truth, low=frame.iloc[1:], high=frame, **options)
+
+
+def test_false_discoveries_are_counted_gene_by_gene_within_a_condition():
+    """Two conditions, of which only one responds: what the other is like changes nothing."""
+    from pertura.metrics._pseudobulk import moments, welch
+
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(90, 12))
+    x[30:60, :6] += 1.0
+    found = moments(x, np.repeat([0, 1, 2], 30), pd.RangeIndex(3))
+    control, both = found.take(pd.Index([0, 0])), found.take(pd.Index([1, 2]))
+    t, adjusted = welch(both, control)
+    for row, cells in enumerate((x[30:60], x[60:])):
+        expected = ttest_ind(cells, x[:30], equal_var=False)
+        np.testing.assert_allclose(t[row], expected.statistic)
+        np.testing.assert_allclose(adjusted[row], false_discovery_control(expected.pvalue))

@@ -52,8 +52,8 @@ class Spec:
         Arguments with which it finds planted effects.
     planted_r, planted_slope
         Correlation with planted effects, and their size, that it reaches at least.
-    planted_dose
-        Whether it learns a response to doses.
+    planted_continuous
+        Size of planted effects on continuous data that it reaches at least.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Spec:
     planted_train: dict[str, Any] = field(default_factory=lambda: {"max_epochs": 60, "batch_size": 64})
     planted_r: float = 0.7
     planted_slope: float = 0.5
-    planted_dose: bool = True
+    planted_continuous: float = 0.5
 
     @property
     def cls(self) -> type:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from pertura.effects import Error
 
@@ -182,6 +183,22 @@ def test_unseen_batch(trained, screen):
     adata.obs["batch"] = "elsewhere"
     with pytest.raises(ValueError, match=r"batch 'elsewhere' in `obs\['batch'\]` was not in training .*batch_1"):
         ask(trained, adata)
+
+
+def test_prediction_is_in_the_batch_of_the_cell(spec, trained):
+    """The same basal state, in another batch, is other expression."""
+    if not spec.samples:
+        return
+    module = trained.module.eval()
+    with torch.no_grad():
+        cells = next(trained._registered_cells(np.arange(6)).cells(6, torch.device("cpu")))
+        basal = module.abduct(cells, 2, module.draw_globals(2, cells))
+        means = []
+        for batch in (0, 1):
+            moved = replace(basal, cells=replace(cells, batch=torch.full_like(cells.batch, batch)))
+            found = module.counterfactual(moved, cells.action)
+            means.append(found.expression.expectation(trained.registered.default_scale, cells.library))
+    assert ((means[0] - means[1]).abs() > 1e-5).float().mean() > 0.9
 
 
 def test_cells_under_an_unknown_perturbation(trained, screen):
@@ -360,4 +377,7 @@ def test_doses(trained_dosed):
     equal(ask(model).X, ask(model, dose=reference).X)
     table = model.get_perturbation_effect(name, dose=[1, 10], **N)
     assert table["dose"].unique().tolist() == ["1", "10"]
-    assert "dose" not in model.predict_perturbation(name, return_anndata=True, **N).uns["prediction"].get("", {})
+    # without a dose, the reference is asked, and said
+    assert model.predict_perturbation(name, return_anndata=True, **N).obs["dose"].unique().tolist() == [
+        f"{reference:g}"
+    ]

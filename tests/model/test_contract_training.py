@@ -14,7 +14,6 @@ import lightning.pytorch as pl
 import numpy as np
 import pyro
 import pytest
-import scvi
 import torch
 from scvi import settings
 
@@ -230,12 +229,28 @@ def test_external_indexing(spec, screen):
     assert not differing(state(model), state(other))
 
 
+class Seed(pl.Callback):
+    """What the draws of a training start from."""
+
+    seen: int | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.seen = torch.initial_seed()
+
+
 def test_seeds(gradient_spec, screen):
     adata = screen()
     gradient_spec.setup(adata)
-    one, same, other = (gradient_spec.fit(gradient_spec.make(adata), max_epochs=1, seed=s) for s in (0, 0, 1))
+    models, drawn = [], []
+    for seed in (0, 0, 1):
+        callback = Seed()
+        models.append(gradient_spec.fit(gradient_spec.make(adata), max_epochs=1, seed=seed, callbacks=[callback]))
+        drawn.append(callback.seen)
+    one, same, other = models
     assert not differing(state(one), state(same))
     assert differing(state(one), state(other))
+    # the order of the minibatches is not all that differs
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_global_random_state_is_left_alone(spec, screen):
@@ -301,7 +316,24 @@ def test_loss_that_is_not_finite_stops(gradient_spec, screen):
 
 
 def test_plan_is_told_of_max_epochs(gradient_spec, screen):
-    """Schedules and warm-ups are fractions of the epochs, which the default sets from the size of the data."""
+    """Schedules and warm-ups are fractions of the epochs, and end with them."""
+    adata = screen()
+    gradient_spec.setup(adata)
+    model = gradient_spec.make(adata)
+    told = []
+
+    class Told(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+            told.append((trainer.max_epochs, module.annealing, module.kl_weight, module.n_epochs_kl_warmup))
+
+    options = {"n_epochs_kl_warmup": 0.5, "max_kl_weight": 0.8}
+    gradient_spec.fit(model, max_epochs=4, plan_kwargs=options, callbacks=[Told()])
+    assert {epochs for epochs, *_ in told} == {4} and {warmup for *_, warmup in told} == {2}
+    np.testing.assert_allclose([share for _, share, *_ in told], [0.25, 0.5, 0.75, 1.0], atol=0.13)
+    assert told[0][2] < 0.8 and told[-1][2] == pytest.approx(0.8)
+
+
+def test_default_epochs_follow_the_size_of_the_data(gradient_spec, screen):
     adata = screen()
     gradient_spec.setup(adata)
     model = gradient_spec.make(adata)
@@ -343,8 +375,3 @@ def test_distributed_processes_end_with_equal_weights(gradient_spec, tmp_path):
     (one, rows, _), (two, others, _) = (torch.load(Path(tmp_path) / f"rank{r}.pt", weights_only=False) for r in (0, 1))
     assert not differing(one, two)
     assert len(set(rows) & set(others)) < 0.5 * len(rows), "each process sees its own cells"
-
-
-def test_versions_supported():
-    major, minor = (int(part) for part in scvi.__version__.split(".")[:2])
-    assert (major, minor) >= (1, 4)

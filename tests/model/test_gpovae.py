@@ -57,6 +57,12 @@ def test_the_network_is_better_than_shifts_and_correlation(trained):
     assert np.isclose(found, trained.evaluate_grn(datasets.true_network(adata), regulators=list(names))["auprc"])
 
 
+def test_measured_shifts_are_no_more_precise_than_the_floor(screen):
+    model = fitted(screen(), max_epochs=1, shift_floor=2.0)
+    precision = model.module.shift_precision
+    assert precision.max() <= 0.25 and (precision > 0.05).any()
+
+
 def test_effects_of_measured_perturbations_are_those_measured(trained):
     truth = datasets.true_effects(trained.adata).droplevel("cell_type")
     table = trained.get_perturbation_effect(list(truth.index), n_samples=4)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from pertura.effects import ConditionMeans
 from pertura.module import Action
-from pertura.module._added_effects import MeasuredMeans, MovedCells, _same, add_effect
+from pertura.module._added_effects import MeasuredMeans, MovedCells, _same, add_effect, split_controls
 
 WHICH = torch.tensor([0, 1, 1, 0])
 
@@ -71,3 +73,28 @@ def test_means_take_the_size_of_what_is_loaded():
     other.load_state_dict(one.state_dict())
     assert len(other.conditions) == 2
     torch.testing.assert_close(other.effect, one.effect)
+
+
+def test_profiles_and_effects_have_different_halves_of_the_controls():
+    """Noise of a control profile must not be in the effect that is predicted from it."""
+    rng = np.random.default_rng(0)
+    halves = rng.normal(size=(2, 2, 5)).astype(np.float32)  # contexts, halves, genes
+    treated = rng.normal(size=(2, 5)).astype(np.float32)
+    control = halves.mean(1)
+    means = MeasuredMeans(5, 2, np.ones(1))
+    means.set(
+        ConditionMeans(
+            codes=np.array([[0], [0]]),
+            dose=np.ones((2, 1)),
+            context=np.array([0, 1]),
+            mean=np.concatenate([treated, control]),
+            variance=np.ones((4, 5), np.float32),
+            has_control=np.array([True, True]),
+        )
+    )
+    table = SimpleNamespace(
+        is_control=np.array([True, True]), n=np.array([[3, 3], [3, 3]]), context=np.array([0, 1]), mean=halves
+    )
+    for half, (profiles, effects) in enumerate(split_controls(means, table)):
+        np.testing.assert_allclose(profiles, halves[:, half], atol=1e-6)
+        np.testing.assert_allclose(effects, treated - halves[:, 1 - half], atol=1e-6)

@@ -78,6 +78,33 @@ def test_counts_of_other_genes_are_scored():
     assert likelihood(h, library, 9.0).log_prob(x).isfinite().all()
 
 
+@pytest.mark.parametrize("beta", [1.0, 3.0])
+def test_an_offset_moves_its_gene_alone(beta):
+    likelihood, h, library = _count(beta), torch.randn(4, 3), torch.full((4, 1), 1000.0)
+    offset = torch.tensor([0.0, 0.7, 0.0, 0.0, -0.4, 0.0])
+    for gradient in (True, False):
+        with torch.set_grad_enabled(gradient):
+            rate, moved = (likelihood.rate(h, library, o) for o in (0.0, offset))
+        ratio = moved / rate
+        torch.testing.assert_close(ratio[:, offset == 0], torch.ones(4, 4))
+        assert (ratio[:, 1] > 1.3).all() and (ratio[:, 4] < 0.85).all()
+    likelihood.activation.weight.data.zero_()
+    torch.testing.assert_close(
+        likelihood(h, library, offset).base_dist.mean,
+        likelihood.moved_by(likelihood.activation(h), library, offset).mean,
+    )
+
+
+def test_an_offset_of_a_gaussian_is_added_to_the_mean():
+    torch.manual_seed(0)
+    likelihood, h, library = GaussianLikelihood(3, 5), torch.randn(4, 3), torch.ones(4, 1)
+    likelihood.initialize(torch.randn(5), torch.rand(5) + 0.5)
+    offset = torch.randn(4, 5)
+    own, moved = (likelihood(h, library, o).base_dist for o in (0.0, offset))
+    torch.testing.assert_close(moved.loc - own.loc, offset)
+    assert torch.equal(moved.scale, own.scale)
+
+
 def test_linear_on_log1p_where_the_link_is_sharp():
     """Far above zero, a step of the activation is the same step of log1p(counts per 10,000)."""
     likelihood = CountLikelihood(1, 1, link_sharpness=8.0)
