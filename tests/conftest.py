@@ -84,8 +84,20 @@ def offline(no_network: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.fixture(scope="session")
-def load_dataset(data_cache: None) -> Callable[..., Any]:
-    """`load_dataset("papalexi_2021", **arguments)` gives a fresh copy; skips what is in neither package, cache nor network."""
+def without_data() -> Callable[[object], None]:
+    """`without_data(reason)` skips the test, or lets it fail where `PERTURA_REQUIRE_DATA` says that all data must be there."""
+
+    def leave(reason: object) -> None:
+        if os.environ.get("PERTURA_REQUIRE_DATA", "0") not in ("", "0"):
+            pytest.fail(f"PERTURA_REQUIRE_DATA is set, but data are missing: {reason}", pytrace=False)
+        pytest.skip(str(reason))
+
+    return leave
+
+
+@pytest.fixture(scope="session")
+def load_dataset(data_cache: None, without_data: Callable[[object], None]) -> Callable[..., Any]:
+    """`load_dataset("papalexi_2021", **arguments)` gives a fresh copy; `without_data` what is in neither package, cache nor network."""
     from pertura import datasets
 
     loaded: dict[str, Any] = {}
@@ -99,7 +111,7 @@ def load_dataset(data_cache: None) -> Callable[..., Any]:
                 loaded[key] = error
         value = loaded[key]
         if isinstance(value, datasets.DataNotAvailable):
-            pytest.skip(str(value))
+            without_data(value)
         return value.copy() if hasattr(value, "obs") else copy.deepcopy(value)
 
     return load

@@ -43,6 +43,8 @@ class Spec:
         Whether a perturbation is an intervention on the gene whose name it bears, and features of others are refused.
     samples
         Whether it has a distribution of cells, to draw replicates from.
+    replicates_counts
+        Whether replicates have the distribution of counts, and not that of their logarithms alone.
     scores
         Whether it has a likelihood of cells.
     likes_own
@@ -65,6 +67,7 @@ class Spec:
     knows_genes: bool = False
     only_genes: bool = False
     samples: bool = True
+    replicates_counts: bool = True
     scores: bool = True
     likes_own: bool = True
     planted: dict[str, Any] = field(default_factory=dict)
@@ -88,6 +91,26 @@ class Spec:
     def fit(self, model: Any, **arguments: Any) -> Any:
         model.train(**{**QUIET, **self.train, **arguments})
         return model
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the marker."""
+    config.addinivalue_line(
+        "markers", "needs(name, value=True): only for models whose `Spec` has an attribute of that value"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out, rather than pass or skip, what makes no sense for a model."""
+    kept, dropped = [], []
+    for item in items:
+        spec = item.callspec.params.get("spec") if hasattr(item, "callspec") else None
+        wanted = [(mark.args[0], mark.kwargs.get("value", True)) for mark in item.iter_markers("needs")]
+        fits = spec is None or all(bool(getattr(spec, name)) == value for name, value in wanted)
+        (kept if fits else dropped).append(item)
+    items[:] = kept
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
 
 
 _SMALL = {"n_latent": 4, "n_hidden": 16}
@@ -130,9 +153,12 @@ MODELS = [
         train=_SHORT,
         knows_genes=True,
         only_genes=True,
+        replicates_counts=False,
         likes_own=False,
         planted_r=0.5,
         planted_slope=0.3,
+        # a knocked-out gene goes to 0, which is the mean of centered data
+        planted_continuous=0.01,
     ),
     Spec("baseline.Additive", refuses_unseen=False, **_CLOSED_FORM),
     Spec("baseline.Linear", knows_genes=True, **_CLOSED_FORM),

@@ -185,10 +185,9 @@ def test_unseen_batch(trained, screen):
         ask(trained, adata)
 
 
-def test_prediction_is_in_the_batch_of_the_cell(spec, trained):
+@pytest.mark.needs("samples")
+def test_prediction_is_in_the_batch_of_the_cell(trained):
     """The same basal state, in another batch, is other expression."""
-    if not spec.samples:
-        return
     module = trained.module.eval()
     with torch.no_grad():
         cells = next(trained._registered_cells(np.arange(6)).cells(6, torch.device("cpu")))
@@ -261,9 +260,8 @@ def test_contexts_old_and_new_together(trained, screen):
 # -- perturbations --------------------------------------------------------------------------------------------------
 
 
-def test_unseen_perturbation_is_refused(spec, trained):
-    if not spec.refuses_unseen:
-        return
+@pytest.mark.needs("refuses_unseen")
+def test_unseen_perturbation_is_refused(trained):
     with pytest.raises(ValueError, match="`perturbation`: 'novel' was not seen in training") as raised:
         ask(trained, perturbation="novel")
     message = str(raised.value)

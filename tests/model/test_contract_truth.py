@@ -189,9 +189,8 @@ def test_proba_de_does_not_grow_with_ignorance(fitted):
     assert (table.loc[unsure, "proba_de"] <= 0.55).all()
 
 
-def test_blocks_of_cells_have_noise_of_their_own(fitted, spec):
-    if not spec.samples:
-        return
+@pytest.mark.needs("samples")
+def test_blocks_of_cells_have_noise_of_their_own(fitted):
     adata = fitted.adata
     rows = np.tile(np.flatnonzero(adata.obs["perturbation"] == "control")[:1], 300)
     copies = adata[rows].copy()
@@ -200,10 +199,10 @@ def test_blocks_of_cells_have_noise_of_their_own(fitted, spec):
     assert not np.array_equal(found[0], found[256]) and not np.array_equal(found[:40], found[256:296])
 
 
-def test_replicates_are_like_the_cells(fitted, spec):
+@pytest.mark.needs("samples")
+@pytest.mark.needs("replicates_counts")
+def test_replicates_are_like_the_cells(fitted):
     """Mean, zeros and spread of each gene, where a replicate has the distribution of the registered layer."""
-    if not spec.samples or fitted.module.native_scale != "counts":
-        return
     rows = np.flatnonzero(fitted.adata.obs["perturbation"] == "control")
     counts = fitted.adata.layers["counts"][rows].toarray()
     drawn = fitted.posterior_predictive_sample(indices=rows, n_samples=2).todense()
@@ -213,10 +212,9 @@ def test_replicates_are_like_the_cells(fitted, spec):
     assert 0.8 < np.median(ratio) < 1.25 and 0.5 < ratio.min() and ratio.max() < 2.2
 
 
-def test_warm_up_weighs_divergences_alone(fitted, spec):
+@pytest.mark.needs("scores")
+def test_warm_up_weighs_divergences_alone(fitted):
     """Prior and posterior of a latent variable count alike, expression fully, whatever the weight of the divergences."""
-    if not spec.scores:
-        return
     import pyro
 
     module, rows = fitted.module, np.arange(20)
@@ -243,11 +241,8 @@ def test_warm_up_weighs_divergences_alone(fitted, spec):
     assert scales[0][-1] == scales[1][-1]
 
 
+@pytest.mark.needs("scores")
 def test_likelihood_is_that_of_the_perturbation(fitted, spec):
-    if not spec.scores:
-        with pytest.raises((ValueError, NotImplementedError)):
-            fitted.get_marginal_ll()
-        return
     adata = fitted.adata
     rows = np.flatnonzero((adata.obs["perturbation"] == fitted.vocabulary.names[0]) & (adata.obs["dose"] == 10.0))
     own = fitted.get_marginal_ll(indices=rows, n_samples=50)
@@ -256,6 +251,12 @@ def test_likelihood_is_that_of_the_perturbation(fitted, spec):
     assert own.shape == (len(rows),) and np.isfinite(own).all()
     difference = own.mean() - fitted.get_marginal_ll(other, n_samples=50).mean()
     assert difference > 0 if spec.likes_own else abs(difference) > 1e-3
+
+
+@pytest.mark.needs("scores", value=False)
+def test_there_is_no_likelihood_without_a_distribution(fitted):
+    with pytest.raises((ValueError, NotImplementedError)):
+        fitted.get_marginal_ll()
 
 
 # -- data that are no counts ----------------------------------------------------------------------------------------

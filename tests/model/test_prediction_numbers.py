@@ -95,9 +95,8 @@ def test_seeds(trained):
     same(ask(trained, name), ask(trained, name, seed=0))
 
 
-def test_other_seeds_give_other_draws(spec, trained):
-    if not spec.learns_by_gradient:
-        return
+@pytest.mark.needs("learns_by_gradient")
+def test_other_seeds_give_other_draws(trained):
     one, other = (ask(trained, name_of(trained), seed=s) for s in (3, 4))
     assert not np.array_equal(one.X, other.X)
     assert np.corrcoef(one.X.ravel(), other.X.ravel())[0, 1] > 0.9
@@ -284,11 +283,8 @@ def test_size_factors(spec, screen, unit):
 # -- replicates -----------------------------------------------------------------------------------------------------
 
 
-def test_posterior_predictive_sample(spec, trained):
-    if not spec.samples:
-        with pytest.raises(ValueError, match="no distribution"):
-            trained.posterior_predictive_sample(indices=[0])
-        return
+@pytest.mark.needs("samples")
+def test_posterior_predictive_sample(trained):
     rows = [5, 0, 9]
     draws = trained.posterior_predictive_sample(n_samples=3, indices=rows)
     assert draws.shape == (3, trained.adata.n_vars, 3)
@@ -300,10 +296,15 @@ def test_posterior_predictive_sample(spec, trained):
     assert single.shape == (3, trained.adata.n_vars, 1)
 
 
+@pytest.mark.needs("samples", value=False)
+def test_there_are_no_replicates_without_a_distribution(trained):
+    with pytest.raises(ValueError, match="no distribution"):
+        trained.posterior_predictive_sample(indices=[0])
+
+
 @pytest.mark.slow  # numba compiles what `sparse` does
-def test_criticism_of_scvi(spec, trained):
-    if not spec.samples:
-        return
+@pytest.mark.needs("samples")
+def test_criticism_of_scvi(trained):
     from scvi.criticism import PosteriorPredictiveCheck
 
     adata = trained.adata.copy()

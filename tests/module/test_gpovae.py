@@ -86,6 +86,9 @@ def test_the_alignment_does_not_depend_on_minibatch_and_particles(cls, particles
         sums = []
         for weight in (3.0, 0.0):
             module, total = _module(cls=cls, alignment_weight=weight, **own), 0.0
+            with torch.no_grad():  # of a network that is known, draws do not differ between minibatches
+                module.shifts.log_sd.fill_(-20.0)
+                module.shifts.mask_logits.copy_(torch.where(module.shifts.mask_logits >= 0, 30.0, -30.0))
             with torch.no_grad():
                 for start in range(0, N, size):
                     torch.manual_seed(start)
@@ -95,8 +98,7 @@ def test_the_alignment_does_not_depend_on_minibatch_and_particles(cls, particles
             sums.append(total)
         differences.append(sums[0] - sums[1])
     assert differences[0] > 0
-    # draws of the network differ between minibatches, the logits do not
-    np.testing.assert_allclose(differences[1], differences[0], rtol=0.6 if cls is GPOVAE else 1e-3)
+    np.testing.assert_allclose(differences[1], differences[0], rtol=5e-3)
 
 
 @pytest.mark.parametrize("cls", [GPOVAE, HopsGPOVAE])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pertura.nn import ConcreteSelector, MemberLinear
+from pertura.nn._selector import BagAggregation
 
 
 def test_temperature_falls_exponentially_between_its_bounds():
@@ -55,3 +56,15 @@ def test_members_have_layers_of_their_own():
     y = layer(x)
     for member in range(2):
         torch.testing.assert_close(y[:, member], x[:, member] @ layer.weight[member] + layer.bias[member])
+
+
+@pytest.mark.parametrize("kind", ["mean", "attention", "gated"])
+def test_a_bag_is_a_weighted_mean_of_its_cells(kind):
+    torch.manual_seed(0)
+    aggregation, z = BagAggregation(2, 3, kind), torch.randn(4, 7, 2, 3)
+    weights = aggregation.weights(z)
+    assert weights.shape == (4, 7, 2, 1) and (weights > 0).all()
+    torch.testing.assert_close(weights.sum(1), torch.ones(4, 2, 1))
+    torch.testing.assert_close(aggregation(z), (weights * z).sum(1))
+    torch.testing.assert_close(aggregation(z[:, torch.randperm(7)]), aggregation(z))
+    assert (kind == "mean") == bool(weights.std(1).max() < 1e-6)
