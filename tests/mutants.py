@@ -127,6 +127,7 @@ MUTANTS = [
         "value * self.logits - F.softplus(self.logits)",
         "0.0 * value * self.logits - F.softplus(self.logits)",
         "module/test_samsvae.py",
+        "mask",
     ),
     Mutant(
         "bags-of-unequal-weight",
@@ -170,8 +171,8 @@ MUTANTS = [
         "module/_perturbx.py",
         "strength = torch.log1p(action.dose) / np.log(2.0) * (action.codes >= 0)",
         "strength = (action.dose > 0).float() * (action.codes >= 0)",
-        "model/test_perturbx.py module/test_perturbx.py",
-        "dose or loss or indicator",
+        "module/test_perturbx.py",
+        "dose",
     ),
     Mutant(
         "dose-ignored-by-infosem",
@@ -496,6 +497,7 @@ MUTANTS = [
         "sd = np.sqrt((own + known) * (1.0 - gain) + (1.0 - gain) ** 2 * spread)",
         "sd = np.sqrt((own + known) * (1.0 - gain))",
         "effects/test_shrink.py",
+        "wide",
     ),
     Mutant(
         "nothing-is-shrunk",
@@ -517,6 +519,7 @@ MUTANTS = [
         "return result + every[:, used] @ (sd * noise(used))",
         "return result",
         "effects/test_measured.py",
+        "noise",
     ),
     Mutant(
         "members-uncertainty-forgotten-in-sums",
@@ -524,6 +527,7 @@ MUTANTS = [
         "sums @ mean[:n_perturbations], sums @ variance[:n_perturbations]",
         "sums @ mean[:n_perturbations], 0.0 * (sums @ variance[:n_perturbations])",
         "effects/test_measured.py",
+        "without_cells",
     ),
     Mutant(
         "features-of-unseen-perturbations-ignored",

@@ -78,6 +78,16 @@ def test_a_measured_combination_is_at_least_as_certain_as_the_sum(fitted):
     assert few.mean() > 1.5 * found.sd[len(NAMES)].numpy().mean()
 
 
+def test_a_combination_without_cells_is_as_uncertain_as_the_sum(fitted):
+    table, _ = fitted
+    found = fit_measured(table, len(NAMES), combinations=[(0, 1), (1, 5)])
+    row = found._row([1, 5])
+    assert not found.measured[row]
+    expected = (found.sd[1] ** 2 + found.sd[5] ** 2 + found.tau**2).sqrt()
+    torch.testing.assert_close(found.sd[row], expected)
+    torch.testing.assert_close(found.mean[row], found.mean[1] + found.mean[5])
+
+
 def test_an_unmeasured_combination_is_wider(planted, fitted):
     _, found = fitted
     mean, sd = ask(found, "B", "E")

@@ -7,7 +7,7 @@ import pyro
 import torch
 from pyro.infer import Trace_ELBO
 
-from pertura.module import PerturbX
+from pertura.module import Action, PerturbX
 
 
 def _module(**options) -> PerturbX:
@@ -41,6 +41,14 @@ def test_prediction_does_not_depend_on_the_order_of_cells():
         torch.testing.assert_close(module.aggregation(module.encode(u[:, order], e)), z)
         weights = module.aggregation.weights(module.encode(u, e))
         torch.testing.assert_close(weights.sum(1), torch.ones_like(weights[:, 0]))
+
+
+def test_members_are_shown_with_their_dose():
+    action = Action(
+        torch.tensor([[0, -1], [0, 1], [1, -1], [-1, -1]]), torch.tensor([[1.0, 0], [0.1, 0.5], [0.0, 0], [0, 0]])
+    )
+    expected = torch.tensor([[1.0, 0.0], [np.log2(1.1), np.log2(1.5)], [0.0, 0.0], [0.0, 0.0]], dtype=torch.float32)
+    torch.testing.assert_close(_module().indicator(action), expected)
 
 
 def test_gradients_reach_every_parameter():
