@@ -321,8 +321,8 @@ MUTANTS = [
         "model/base/_predict.py",
         "asked[:, 0] ** 2 + have[:, 0] ** 2",
         "asked[:, 0] ** 2",
-        NUMBERS,
-        "needs_no_widening and Additive",
+        TRUTH,
+        "taken_back_is and Additive",
     ),
     Mutant(
         "blocks-share-their-noise",
@@ -592,7 +592,7 @@ MUTANTS = [
         "u = u - self.gene_effects.delta(cells.action, self.strength(cells.action)) / self.input_scale",
         "pass",
         TRUTH,
-        "taken_back and SAMSVAE",
+        "are_taken_back and SAMSVAE",
     ),
     Mutant(
         "own-effect-not-taken-off-by-cradlevae",
@@ -600,7 +600,7 @@ MUTANTS = [
         "u, quality = module.standardized(cells.x) - effect, failed(cells)",
         "u, quality = module.standardized(cells.x), failed(cells)",
         TRUTH,
-        "taken_back and CRADLEVAE",
+        "are_taken_back and CRADLEVAE",
     ),
     Mutant(
         "own-effect-taken-off-twice",
@@ -608,7 +608,7 @@ MUTANTS = [
         "basal.state = basal.state - effect[:, which]",
         "basal.state = basal.state - 2.0 * effect[:, which]",
         TRUTH,
-        "taken_back and Additive",
+        "basal_states_are and Additive",
     ),
     Mutant(
         "own-effect-added-by-pertvae",
@@ -838,6 +838,7 @@ MUTANTS = [
         "zip(*[[p, split_controls(self.means, table)[i][1]] for i, (p, _) in "
         "enumerate(split_controls(self.means, table)[::-1])], strict=True)",
         "baseline/test_linear.py",
+        "no_relation",
     ),
     Mutant(
         "linear-without-ridge",

@@ -136,6 +136,18 @@ def test_perturbations_are_taken_back(fitted):
             assert 0.25 < size < 1.4, (name, context, size)
 
 
+@pytest.mark.needs("samples", value=False)
+def test_basal_states_are_expression_without_the_effect(fitted):
+    """Where there is no latent space."""
+    adata, name = fitted.adata, fitted.vocabulary.names[0]
+    x = log_normalized(adata.layers["counts"])
+    for context in adata.obs["cell_type"].unique():
+        here = (adata.obs["perturbation"] == name) & (adata.obs["dose"] == 10.0) & (adata.obs["cell_type"] == context)
+        rows = np.flatnonzero(here)
+        basal = fitted.get_latent_representation(indices=rows, kind="basal", n_samples=2)
+        assert along((x[rows] - basal).mean(0), measured(adata, name, 10.0, context)) == pytest.approx(1.0, abs=0.1)
+
+
 def test_batches_are_no_effect(fitted):
     """Perturbed cells are mostly of one batch: what differs between batches must not pass for an effect."""
     adata = fitted.adata
@@ -181,6 +193,19 @@ def test_intervals_of_cells_are_quantiles_of_their_draws(fitted, monkeypatch):
         found = fitted.predict_perturbation(fitted.vocabulary.names[0], **options)
         np.testing.assert_allclose(found.layers["low"], (1 - ci) / 2, atol=1e-5)
         np.testing.assert_allclose(found.layers["high"], (1 + ci) / 2, atol=1e-5)
+
+
+def test_what_is_taken_back_is_as_uncertain_as_what_is_added(fitted, monkeypatch):
+    """Perturbed cells, asked for the control: the discrepancy is that of their own perturbation."""
+    name = fitted.vocabulary.names[0]
+    rows = np.flatnonzero((fitted.adata.obs["perturbation"] == name) & (fitted.adata.obs["dose"] == 10.0))[:5]
+    ends = []
+    for seen in ((0.0, 0.0), (0.5, 0.0)):
+        monkeypatch.setattr(fitted, "calibration_", {**fitted.calibration_, "noise": 0.0, "seen": seen})
+        found = fitted.predict_perturbation("control", indices=rows, n_samples=4, return_anndata=True)
+        ends.append(found.layers["high"] - found.X)
+    expected = np.sqrt(ends[0].clip(min=0) ** 2 + (1.6449 * 0.5) ** 2)
+    np.testing.assert_allclose(ends[1], expected, rtol=1e-3, atol=1e-3)
 
 
 def test_proba_de_does_not_grow_with_ignorance(fitted):
