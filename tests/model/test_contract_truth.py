@@ -216,12 +216,14 @@ def test_proba_de_does_not_grow_with_ignorance(fitted):
 
 @pytest.mark.needs("samples")
 def test_blocks_of_cells_have_noise_of_their_own(fitted):
+    """Two full blocks of copies of one cell: noise averages out over cells only if it differs between them."""
     adata = fitted.adata
-    rows = np.tile(np.flatnonzero(adata.obs["perturbation"] == "control")[:1], 300)
+    rows = np.tile(np.flatnonzero(adata.obs["perturbation"] == "control")[:1], 512)
     copies = adata[rows].copy()
     copies.obs_names_make_unique()
-    found = fitted.posterior_predictive_sample(copies, n_samples=25).todense()
-    assert not np.array_equal(found[0], found[256]) and not np.array_equal(found[:40], found[256:296])
+    found = fitted.posterior_predictive_sample(copies, n_samples=2).todense()
+    one, other = found[:256] - found.mean(0), found[256:] - found.mean(0)
+    assert abs((one * other).sum()) < 0.2 * np.sqrt((one**2).sum() * (other**2).sum())
 
 
 @pytest.mark.needs("samples")
