@@ -74,7 +74,7 @@ class Spec:
     planted_train: dict[str, Any] = field(default_factory=lambda: {"max_epochs": 60, "batch_size": 64})
     planted_r: float = 0.7
     planted_slope: float = 0.5
-    planted_continuous: float = 0.5
+    planted_continuous: float = 0.3
 
     @property
     def cls(self) -> type:

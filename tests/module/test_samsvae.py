@@ -268,14 +268,15 @@ def test_noise_of_measured_effects(site):
     torch.testing.assert_close(site(alone, alone.dose, noise)[:, 0], draws[:, 1])
 
 
-def test_activations_move_expected_expression_by_the_effect():
-    """The curve from effects to activations, against the expectation of the likelihood."""
+@pytest.mark.parametrize("off", [0.0, 0.25])
+def test_activations_move_expected_expression_by_the_effect(off):
+    """The curve from effects to activations, against the likelihood; also where the decoder is off the measured controls."""
     module = _module(effects="measured", n_latent=2).eval()
     site, cells = module.gene_effects, _cells()
     with torch.no_grad():
         activation = module.likelihood.linear(module.decoder(torch.zeros(N, 2), None))
         start = module.likelihood.moved_by(activation, cells.library, 0.0).expectation("log1p", cells.library).mean(0)
-        site.set_curve(start, module.likelihood, activation, cells.library)
+        site.set_curve(start + off, module.likelihood, activation, cells.library)
         for size in (-1.0, -0.3, 0.2, 0.8):
             wanted = (start + size).clamp(min=0.3) - start
             offset = site.to_activation(wanted)
@@ -283,3 +284,26 @@ def test_activations_move_expected_expression_by_the_effect():
             reached = moved.expectation("log1p", cells.library).mean(0) - start
             torch.testing.assert_close(reached, wanted, atol=0.03, rtol=0.05)
     assert (site.to_activation(torch.zeros(GENES)) == 0).all()
+
+
+@pytest.mark.parametrize(("name", "state"), [("SAMSVAE", "basal"), ("CRADLEVAE", "z")])
+def test_the_guide_is_given_cells_without_their_measured_effect(name, state):
+    import pyro
+
+    import pertura.module
+
+    torch.manual_seed(0)
+    module = getattr(pertura.module, name)(GENES, 2, effects="measured", likelihood="normal", n_latent=3).eval()
+    module.gene_effects.measured.mean.normal_()
+    module.gene_effects.is_counts = False
+    codes, x = torch.tensor([[0], [1], [-1]]), torch.randn(3, GENES)
+    delta = torch.cat([module.gene_effects.measured.mean, torch.zeros(1, GENES)])
+    nothing = torch.full_like(codes, -1)
+    found = []
+    for shown, done in ((x, nothing), (x + delta, codes), (x, codes)):
+        action, zeros = Action(done, (done >= 0).float()), torch.zeros(3, dtype=torch.long)
+        cells = Cells(shown, action, context=zeros, batch=zeros, library=torch.ones(3, 1))
+        with torch.no_grad():
+            found.append(pyro.poutine.trace(module.guide).get_trace(cells).nodes[state]["fn"].base_dist.loc)
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-4)
+    assert (found[2] - found[0])[:2].abs().max() > 0.01
