@@ -656,7 +656,7 @@ MUTANTS = [
         'pyro.factor("counterfactual", loss, has_rsample=True)',
         'pyro.factor("counterfactual", -loss, has_rsample=True)',
         "module/test_cradlevae.py",
-        "divergence",
+        "counterfactual",
     ),
     Mutant(
         "class-balance-exchanged",
