@@ -11,7 +11,7 @@ import torch
 import pertura.model.base._predict as predict
 from pertura import datasets
 from pertura.datasets import true_effects
-from pertura.effects._discrepancy import Error
+from pertura.effects import Error
 from pertura.module._base import Cells
 
 FEW = {"n_samples": 2, "ci": None}
