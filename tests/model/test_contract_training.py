@@ -324,11 +324,13 @@ def test_plan_is_told_of_max_epochs(gradient_spec, screen):
 
     class Told(pl.Callback):
         def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-            told.append((trainer.max_epochs, module.annealing, module.kl_weight, module.n_epochs_kl_warmup))
+            share = module.n_steps_kl_warmup / trainer.estimated_stepping_batches
+            told.append((trainer.max_epochs, module.annealing, module.kl_weight, share))
 
     options = {"n_epochs_kl_warmup": 0.5, "max_kl_weight": 0.8}
     gradient_spec.fit(model, max_epochs=4, plan_kwargs=options, callbacks=[Told()])
-    assert {epochs for epochs, *_ in told} == {4} and {warmup for *_, warmup in told} == {2}
+    assert {epochs for epochs, *_ in told} == {4} and len(told) == 4
+    np.testing.assert_allclose([share for *_, share in told], 0.5, atol=0.1)
     np.testing.assert_allclose([share for _, share, *_ in told], [0.25, 0.5, 0.75, 1.0], atol=0.13)
     assert told[0][2] < 0.8 and told[-1][2] == pytest.approx(0.8)
 
