@@ -814,6 +814,51 @@ MUTANTS = [
         "sign",
     ),
     Mutant(
+        "prior-of-pairs-ignored",
+        "module/_infosem.py",
+        "sd = sd * self.log_size.exp()",
+        "pass",
+        "module/test_infosem.py",
+        "size_of_a_pair",
+    ),
+    Mutant(
+        "weights-go-on-with-the-prior-they-taught",
+        "module/_infosem.py",
+        "self.network_weight.copy_(self._start(self.network_weight.shape) * self.no_loops)",
+        "pass",
+        "module/test_infosem.py",
+        "anew",
+    ),
+    Mutant(
+        "pairs-teach-their-own-prior",
+        "module/_pairs.py",
+        "keep = (source != a) & (source != b) & (target != a) & (target != b)",
+        "keep = np.ones(len(source), dtype=bool)",
+        "module/test_pairs.py",
+    ),
+    Mutant(
+        "chance-coefficients-of-pairs-are-believed",
+        "module/_pairs.py",
+        "1 - (_DOUBT * error / np.where(mean == 0, 1.0, mean)) ** 2",
+        "1 - (0.0 * error / np.where(mean == 0, 1.0, mean)) ** 2",
+        "module/test_pairs.py",
+    ),
+    Mutant(
+        "known-edges-judge-themselves",
+        "module/_pairs.py",
+        "train, test = (source != fold) & (target != fold), (source == fold) & (target == fold)",
+        "train, test = source >= 0, (source == fold) & (target == fold)",
+        "module/test_pairs.py",
+    ),
+    Mutant(
+        "networks-scored-by-another-order",
+        "model/base/_grn.py",
+        "network.frame(network.rank_by)",
+        'network.frame("weight")',
+        "model/test_network.py",
+        "order_is",
+    ),
+    Mutant(
         "members-see-their-fold",
         "module/_perturbx.py",
         "sees = ~self.left_out(context)",
@@ -968,7 +1013,7 @@ MUTANTS = [
         "zip(*[[p, split_controls(self.means, table)[i][1]] for i, (p, _) in "
         "enumerate(split_controls(self.means, table)[::-1])], strict=True)",
         "baseline/test_linear.py",
-        "no_relation",
+        "respond_alike",
     ),
     Mutant(
         "linear-without-ridge",
@@ -976,6 +1021,14 @@ MUTANTS = [
         "gram = loading.T @ loading + self.ridge * np.eye(n_components)",
         "gram = loading.T @ loading + 1e-9 * np.eye(n_components)",
         "baseline/test_linear.py baseline/test_closed_form.py",
+    ),
+    Mutant(
+        "mutual-information-against-one-gene",
+        "baseline/_network.py",
+        "self.weight_ = np.sqrt(above**2 + above.T**2)",
+        "self.weight_ = above",
+        "baseline/test_network.py",
+        "correlations",
     ),
     # -- metrics ----------------------------------------------------------------------------------------------------
     Mutant(
@@ -1175,7 +1228,7 @@ MUTANTS = [
 
 
 def problems(mutants: Sequence[Mutant] = tuple(MUTANTS)) -> Iterator[str]:
-    """What is wrong with the list itself: mutants that do not apply, change nothing or name tests that are not there."""
+    """What is wrong with the list itself: mutants that do not apply or name tests that are not there."""
     names = [mutant.name for mutant in mutants]
     yield from (f"two mutants are called {name}" for name in sorted({n for n in names if names.count(n) > 1}))
     for mutant in mutants:
@@ -1189,9 +1242,13 @@ def problems(mutants: Sequence[Mutant] = tuple(MUTANTS)) -> Iterator[str]:
             yield str(error)
         except SyntaxError as error:
             yield f"mutant {mutant.name} is no Python: {error}"
-        yield from (
-            f"mutant {mutant.name}: no {file}" for file in mutant.tests.split() if not (ROOT / "tests" / file).is_file()
-        )
+        files = [ROOT / "tests" / file for file in mutant.tests.split()]
+        yield from (f"mutant {mutant.name}: no {file}" for file in files if not file.is_file())
+        # names of tests, and those of the models that the contract is tested with
+        named = [*files, ROOT / "tests" / "model" / "conftest.py"]
+        text = "".join(file.read_text() for file in named if file.is_file())
+        words = set(re.findall(r"\w+", mutant.keyword)) - {"and", "or", "not"}
+        yield from (f"mutant {mutant.name}: no test is called {word!r}" for word in sorted(words) if word not in text)
 
 
 def _run_tests(tree: str, tests: str, keyword: str, log: str) -> None:

@@ -34,5 +34,7 @@ def test_a_mutant_of_a_source_that_changed_says_so():
     assert list(mutants.problems([mutant])) == [
         "mutant gone no longer applies: nn/_sem.py has its text 0 times, not once"
     ]
+    mutant = mutants.Mutant("unseen", "nn/_sem.py", "return weight", "return 0", "nn/test_sem.py", "gone or sem")
+    assert "mutant unseen: no test is called 'gone'" in list(mutants.problems([mutant]))
     with pytest.raises(ValueError, match="has its text 2 times"):
         mutants.Mutant("twice", "a.py", "x", "y", "").applied("x x")
