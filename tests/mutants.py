@@ -155,8 +155,8 @@ MUTANTS = [
     Mutant(
         "flow-steps-not-reversed",
         "nn/_flows.py",
-        "transforms += [reverse, step.condition(h)] if i else [step.condition(h)]",
-        "transforms += [step.condition(h)]",
+        "reverse = T.Permute(torch.arange(self.n_latent - 1, -1, -1, device=h.device))",
+        "reverse = T.Permute(torch.arange(self.n_latent, device=h.device))",
         "nn/test_flows.py",
     ),
     Mutant(
@@ -587,7 +587,7 @@ MUTANTS = [
         "uncertainty-of-measured-effects-not-drawn",
         "effects/_measured.py",
         "return result + every[:, used] @ (sd * noise(used))",
-        "return result",
+        "return result + every[:, used] @ (0.0 * sd * noise(used))",
         "effects/test_measured.py",
         "noise",
     ),
