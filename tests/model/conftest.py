@@ -157,8 +157,6 @@ MODELS = [
         likes_own=False,
         planted_r=0.5,
         planted_slope=0.3,
-        # a knocked-out gene goes to 0, which is the mean of centered data: little happens
-        planted_continuous=0.0,
     ),
     Spec("baseline.Additive", refuses_unseen=False, **_CLOSED_FORM),
     Spec("baseline.Linear", knows_genes=True, **_CLOSED_FORM),

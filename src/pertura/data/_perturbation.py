@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +30,11 @@ class Perturbation:
     def dose_text(self) -> str:
         """Doses as text, joined like a combination."""
         return "+".join(f"{d:g}" for d in self.dose)
+
+
+def tells_doses(vocabulary: Vocabulary, perturbations: Sequence[Perturbation]) -> bool:
+    """Whether results name doses: where they were registered, and where one was asked without."""
+    return vocabulary.has_dose or any(d != 1.0 for p in perturbations for d in p.dose)
 
 
 def encode(

@@ -163,7 +163,7 @@ class Discrepancy:
             is_new = label not in self._observed
         if is_new:
             return "new combination"
-        if not self.vocabulary.has_dose:
+        if not self.vocabulary.has_dose and all(d == 1.0 for d in dose):
             return "seen"
         registered = self.vocabulary.doses
         doses = [registered[self._code[m]] if calibration is None else calibration["doses"][m] for m in members]

@@ -343,7 +343,14 @@ class InfoSEM(GRNModel):
             mean = np.where(n[:, None] > 0, total / np.maximum(n, 1)[:, None], moments.mean)
         between = (n / n.sum()) @ (mean - moments.mean) ** 2
         sd = np.sqrt(np.maximum(moments.variance - between, 0.0))
-        self.module.standardize(torch.as_tensor(mean), torch.as_tensor(sd))
+        self.module.standardize(torch.as_tensor(mean), torch.as_tensor(sd), self._no_expression(data.train_idx))
+
+    def _no_expression(self, rows: NDArray[np.int64]) -> torch.Tensor | float:
+        """Value of each gene that means none: 0, or the smallest of the training cells where there are negative ones."""
+        if self.registered.is_counts or self.registered.nonnegative:
+            return 0.0
+        parts = self._registered_cells(rows).cells(4096, torch.device("cpu"))
+        return torch.stack([cells.x.amin(0) for cells in parts]).amin(0)
 
     def _complete(self, table: ConditionTable) -> None:
         moved, largest = self.module.moved()

@@ -19,8 +19,9 @@ with gene embeddings h; without known edges :math:`A = A^e`. x is standardized e
 reads :math:`(\mu_g, \lambda_g)` from :math:`x_g`, and A by MAP or normal. All genes share f and the encoder.
 
 A knock-out of gene g is do(g): the cell keeps the z of all other genes, and :math:`\tilde x_g` is what no expression is encoded as.
-That is a shift of :math:`z_g` alone, which moves the states of all genes along the paths from g. A cell that was knocked out is
-treated so in training: its :math:`z_g` has a flat prior.
+That is a shift of :math:`z_g` alone, which moves the states of all genes along the paths from g. Expression of g itself is set, not decoded:
+to 0, or to the smallest registered value of data that have negative ones. A cell that was knocked out is treated so in training:
+its :math:`z_g` has a flat prior.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pertura.nn._likelihoods import Gaussian, RectifiedGaussian
+from pertura.nn._likelihoods import Gaussian, Point, RectifiedGaussian
 from pertura.nn._scalar import ScalarMLP
 from pertura.nn._sem import propagate, remove_regulation, total_effect
 
@@ -170,6 +171,7 @@ class InfoSEM(PerturbationModule):
             self.noise_log_var = nn.Parameter(1e-2 * torch.randn(n_ensemble, n_genes))
         self.register_buffer("input_mean", torch.zeros(n_batch, n_genes))
         self.register_buffer("input_scale", torch.ones(n_genes))
+        self.register_buffer("least", torch.zeros(n_genes))
         self.register_buffer("residual_sd", torch.ones(n_ensemble, n_genes))
 
     @property
@@ -321,12 +323,14 @@ class InfoSEM(PerturbationModule):
 
     def clipped(self, cells: Cells) -> Tensor:
         """Normalized expression less the mean of the batch, in standard deviations of the gene, at most 10 of them."""
-        x = (self.normalized(cells) - self.input_mean[self._batch(cells)]) / self.input_scale
-        return x.clamp(-_CLIP, _CLIP)
+        return self._standardized(self.normalized(cells), cells)
 
     def no_expression(self, cells: Cells) -> Tensor:
         """What :meth:`clipped` gives where a gene is not expressed, ``(n_cells, n_genes)``."""
-        return -(self.input_mean / self.input_scale)[self._batch(cells)].clamp(-_CLIP, _CLIP)
+        return self._standardized(self.least, cells)
+
+    def _standardized(self, value: Tensor | float, cells: Cells) -> Tensor:
+        return ((value - self.input_mean[self._batch(cells)]) / self.input_scale).clamp(-_CLIP, _CLIP)
 
     def _batch(self, cells: Cells) -> Tensor:
         return cells.batch.clamp(max=self.n_batch - 1)
@@ -338,7 +342,8 @@ class InfoSEM(PerturbationModule):
         x = self.clipped(cells).expand(self.n_ensemble, -1, -1)
         if self.training and self.augmentation > 0:
             dropped = torch.rand(x.shape, device=x.device) < self.augmentation
-            x = torch.where(dropped, self.no_expression(cells), x)
+            # 0 is also the mean of centered data, whose smallest values are outliers and not dropouts
+            x = torch.where(dropped, self._standardized(0.0, cells), x)
         return (cells,), {"x": x}
 
     def on_step(self, progress: float) -> None:
@@ -372,9 +377,10 @@ class InfoSEM(PerturbationModule):
         return self._growth
 
     @torch.no_grad()
-    def standardize(self, mean: Tensor, sd: Tensor) -> None:
-        """Take over the mean of each gene in each batch, ``(n_batch, n_genes)``, and its sd within batches."""
+    def standardize(self, mean: Tensor, sd: Tensor, least: Tensor | float = 0.0) -> None:
+        """Take over the mean of each gene in each batch, ``(n_batch, n_genes)``, its sd within batches, and the value of none."""
         self.input_mean.copy_(mean)
+        self.least.copy_(torch.as_tensor(least))
         # a gene that does not vary must not enter blown up
         self.input_scale.copy_(sd.clamp(min=1e-3 * float(sd.max()) + 1e-6))
 
@@ -426,19 +432,33 @@ class InfoSEM(PerturbationModule):
                 z = torch.where(intervened, self.noise_prior(weight, cells.action, member)[0], z)
             state[draws] = self.sign(member) * self._regulated(z, total)
         basal = Basal(cells, state, globals_=globals_, n_draws=n_draws)
-        basal.noise = self.counterfactual(basal, cells.action).expression.abduct(self.normalized(cells))
+        _, expression = self._decoded(basal, cells.action)
+        basal.noise = expression.abduct(self.normalized(cells))
         return basal
 
     def counterfactual(self, basal: Basal, action: Action) -> Counterfactual:
-        """do(g): the cell keeps the noise of all other genes, and the state of g is what no expression is encoded as."""
+        """do(g): the cell keeps the noise of all other genes, and the state of g is what no expression is encoded as.
+
+        Expression of g is the share that is left of what it would be had nothing been done.
+        """
+        before, now = (self.left(a) for a in (basal.cells.action, action.one))
+        state, expression = self._decoded(basal, action, now)
+        if now is None:
+            return Counterfactual(state, expression)
+        measured = self.normalized(basal.cells)
+        before = torch.ones_like(measured[:1]) if before is None else before
+        return Counterfactual(state, KnockedDown(expression, now, self.least, before, measured))
+
+    def _decoded(self, basal: Basal, action: Action, left: Tensor | None = None) -> tuple[Tensor, Gaussian]:
+        """States under an action, and what is decoded of them: of genes of which less than all is `left`, had nothing been done."""
         state, loc = torch.empty_like(basal.state), torch.empty_like(basal.state)
         scale = torch.empty_like(basal.state if self.heteroscedastic else basal.state[:, :1])
         for draws, member, _, total in self._in_turn(basal.n_draws, basal.globals_):
             sign = self.sign(member)
-            own = self._do(sign * basal.state[draws], basal.cells, action.one, member, total)
-            loc[draws], scale[draws] = self._measured(own, member)
-            state[draws] = sign * own
-        return Counterfactual(state, self._on_native_scale(loc, scale, self.input_mean[self._batch(basal.cells)]))
+            state[draws] = sign * self._do(sign * basal.state[draws], basal.cells, action.one, member, total)
+            shown = state[draws] if left is None else torch.where(left < 1, basal.state[draws], state[draws])
+            loc[draws], scale[draws] = self._measured(sign * shown, member)
+        return state, self._on_native_scale(loc, scale, self.input_mean[self._batch(basal.cells)])
 
     def log_weights(self, cells: Cells, n_draws: int, globals_: Globals) -> Tensor:
         """Log p(x, z) - log q(z) of draws of z, ``(n_draws, n_cells)``; their average is one over the ensemble.
@@ -477,15 +497,19 @@ class InfoSEM(PerturbationModule):
         present = action.present & (position >= 0)
         return position.clamp(min=0), present
 
-    def intervened(self, action: Action) -> Tensor | None:
-        """Which genes were knocked out, ``(n_cells, n_genes)``; `None` where none was."""
+    def left(self, action: Action) -> Tensor | None:
+        """Share of the expression of each gene that an action leaves, ``(n_cells, n_genes)``; `None` where it leaves all."""
         position, present = self.targets(action)
         if not bool(present.any()):
             return None
-        mask = torch.zeros(len(position), self.n_genes, dtype=torch.bool, device=position.device)
-        row, slot = present.nonzero(as_tuple=True)
-        mask[row, position[row, slot]] = True
-        return mask
+        share = torch.where(present, 1.0 - action.dose.clamp(max=1.0), 1.0)
+        everything = share.new_ones(len(position), self.n_genes)
+        return everything.scatter_reduce(1, position, share, "amin")
+
+    def intervened(self, action: Action) -> Tensor | None:
+        """Which genes were knocked out or down, ``(n_cells, n_genes)``; `None` where none was."""
+        share = self.left(action)
+        return None if share is None else share < 1
 
     def sign(self, members: slice = slice(None)) -> Tensor:
         """1 where the state rises with expression, -1 where it falls, ``(n_members, 1, 1)``: the data can not tell."""
@@ -538,6 +562,70 @@ class InfoSEM(PerturbationModule):
         """Distribution of expression whose standardized mean and sd are given; `mean` is that of the batch."""
         family = RectifiedGaussian if self.native_scale == "log1p" else Gaussian
         return family(mean + self.input_scale * loc, self.input_scale * scale, validate_args=False)
+
+
+class KnockedDown:
+    """Expression of cells some of whose genes keep a share of it alone, whatever their state.
+
+    What was measured of a gene that was knocked out need not be what a knock-out makes of it. The difference counts where the same is
+    done again: asked for its own perturbation a cell gets its own expression back. It counts less where a gene is knocked down
+    more or less than it was, and not at all for a complete knock-out.
+
+    Parameters
+    ----------
+    base
+        Expression had nothing been done to these genes, batch shape ``(n_draws, n_cells, n_genes)``.
+    left
+        Share of each gene that is left, ``(n_cells or 1, n_genes)``.
+    least
+        Value that means no expression, ``(n_genes,)``.
+    before
+        Share of each gene that was left in the cell when it was measured, as `left`.
+    measured
+        Expression of the cell, ``(n_cells, n_genes)``.
+    """
+
+    def __init__(self, base: Gaussian, left: Tensor, least: Tensor, before: Tensor, measured: Tensor) -> None:
+        self.genes = (left < 1).any(0).nonzero()[:, 0]
+        self.base, self.least, self.measured = base, least[self.genes], measured[:, self.genes]
+        self.left, self.before = left[:, self.genes], before[:, self.genes]
+        self.scale = "log1p" if isinstance(base, RectifiedGaussian) else "layer"
+
+    def _replace(self, x: Tensor, values: Tensor) -> Tensor:
+        return x.index_copy(-1, self.genes, values)
+
+    def _scaled(self, x: Tensor, share: Tensor, scale: str) -> Tensor:
+        """A share of the genes' expression `x`."""
+        if scale == "log1p":
+            return torch.log1p(share * torch.expm1(x))
+        least = 0.0 if scale == "counts" else self.least
+        return torch.where(share < 1, least + share * (x - least), x)
+
+    def replay(self, noise: Tensor) -> Tensor:
+        """Expression under this distribution, noise and differences kept."""
+        whole = self.base.replay(noise)
+        x = whole[..., self.genes]
+        difference = self.measured - self._scaled(x, self.before, self.scale)
+        # 1 where the same is done as before, 0 at both ends
+        same = (
+            torch.minimum((1 - self.left) / (1 - self.before), self.left / self.before).nan_to_num(1.0).clamp(max=1.0)
+        )
+        x = self._scaled(x, self.left, self.scale) + torch.where(self.before < 1, same, 0.0) * difference
+        return self._replace(whole, x.clamp(min=0.0) if self.scale == "log1p" else x)
+
+    def conditional_mean(self, noise: Tensor, scale: str, depth: Tensor | None = None) -> Tensor:
+        """The same as :meth:`replay`, as the noise leaves nothing open."""
+        return Point(self.replay(noise), self.scale).expectation(scale, depth)
+
+    def expectation(self, scale: str, depth: Tensor | None = None) -> Tensor:
+        """Mean on a scale; of genes that keep a share of the counts, that of their mean on the scale."""
+        x = self.base.expectation(scale, depth)
+        return self._replace(x, self._scaled(x[..., self.genes], self.left, scale))
+
+    def sample(self) -> Tensor:
+        """Draws."""
+        x = self.base.sample()
+        return self._replace(x, self._scaled(x[..., self.genes], self.left, self.scale))
 
 
 def _antithetic(loc: Tensor, scale: Tensor, n: int) -> Tensor:

@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scvi import settings
 
-from pertura.data._perturbation import Perturbation
-from pertura.data._vocabulary import Vocabulary
+from pertura.data._perturbation import Perturbation, tells_doses
 from pertura.priors._drug_names import plain, synonyms
 
 from ._protocol import Model
@@ -143,7 +142,7 @@ def resolve_perturbations(model: Model, perturbation: Any, dose: Any, *, every: 
         or not all(isinstance(label, str) for label in labels)
     ):
         raise ValueError(f"`perturbation` must be a name or a non-empty list of names, got {perturbation!r}.")
-    doses = _doses(vocabulary, dose)
+    doses = _doses(model, dose)
     lookup = vocabulary.lookup
     # a dose of 1 may be a trace or an overdose: of a perturbation without doses of its own, what is usual here is asked
     usual = float(np.median(vocabulary.reference_dose)) if vocabulary.has_dose else 1.0
@@ -160,7 +159,7 @@ def resolve_perturbations(model: Model, perturbation: Any, dose: Any, *, every: 
         next((one for i, one in enumerate(asked) if one in asked[:i]), None) if len(set(asked)) < len(asked) else None
     )
     if twice is not None:
-        at = f" at dose {twice[1]}" if vocabulary.has_dose else ""
+        at = f" at dose {twice[1]}" if tells_doses(vocabulary, found) else ""
         raise ValueError(
             f"`perturbation` and `dose`: {twice[0]!r}{at} was asked twice (doses are told apart by six digits). "
             "Name each once."
@@ -168,7 +167,7 @@ def resolve_perturbations(model: Model, perturbation: Any, dose: Any, *, every: 
     return found
 
 
-def _doses(vocabulary: Vocabulary, dose: Any) -> list[float | None]:
+def _doses(model: Model, dose: Any) -> list[float | None]:
     if dose is None:
         return [None]
     try:
@@ -177,7 +176,8 @@ def _doses(vocabulary: Vocabulary, dose: Any) -> list[float | None]:
         doses = np.array([np.nan])
     if doses.ndim != 1 or not len(doses) or not np.isfinite(doses).all() or (doses < 0).any():
         raise ValueError(f"`dose` must be a finite number that is not negative, or several, got {dose!r}.")
-    if not vocabulary.has_dose:
+    # where a perturbation is a knock-out, a dose without unit is the share of it
+    if not model.vocabulary.has_dose and not model._only_genes:
         raise ValueError(
             f"`dose`: {dose!r} was asked, but the model was registered without doses. "
             "Leave `dose` out, or set the data up with `dose_key`."

@@ -24,7 +24,7 @@ from pertura.data import _mudata
 from pertura.data._constants import KEYS
 from pertura.data._fields import ContextField, ExpressionField, PerturbationField
 from pertura.data._library import describe
-from pertura.data._perturbation import Perturbation
+from pertura.data._perturbation import Perturbation, tells_doses
 from pertura.data._vocabulary import Vocabulary
 from pertura.effects._discrepancy import Discrepancy
 from pertura.module._base import PerturbationModule
@@ -491,7 +491,8 @@ class PerturbationModel(TrainableModel):
             In the registered unit. A number holds for every member of a combination; several numbers are several
             predictions. Doses that differ by less than 0.01 % are one. By default the dose at which most cells were
             treated with the perturbation, the highest of equally frequent ones; of a perturbation that was not registered, the
-            median of these doses.
+            median of these doses. Without a registered dose only models that knock out genes take one: 1 is a complete knock-out,
+            0.3 a knock-down by 30 %.
         n_samples
             Posterior draws per cell; by default 25 where an interval is asked, else an antithetic pair.
         ci
@@ -580,7 +581,8 @@ class PerturbationModel(TrainableModel):
         sums = EffectSums(1, settings.n_samples, len(self.gene_names), np.unique(cells.context))
         predictor = self._predictor(cells, settings)
         predicted = predict_cells(predictor, perturbations, self._discrepancy, ci=ci, effects=sums)
-        table = self._effect_table(cells, sums, perturbations, ci or 0.9, _DELTA, settings.scale)
+        has_dose = tells_doses(self.vocabulary, perturbations)
+        table = self._effect_table(cells, sums, perturbations, ci or 0.9, _DELTA, settings.scale, has_dose)
         write(self, cells.user, cells.rows, key, predicted, table, asked)
         return None
 
@@ -787,7 +789,7 @@ class PerturbationModel(TrainableModel):
         """What was asked, for ``uns``."""
         return {
             "perturbation": [p.label for p in perturbations],
-            "dose": [p.dose_text for p in perturbations] if self.vocabulary.has_dose else None,
+            "dose": [p.dose_text for p in perturbations] if tells_doses(self.vocabulary, perturbations) else None,
             "novelty": [self._discrepancy.step(p) for p in perturbations],
             "ci": ci,
             "n_samples": settings.n_samples,
@@ -850,6 +852,7 @@ class PerturbationModel(TrainableModel):
         ci: float,
         delta: float,
         scale: str,
+        has_dose: bool,
     ) -> pd.DataFrame:
         return effect_table(
             sums,
@@ -857,7 +860,7 @@ class PerturbationModel(TrainableModel):
             contexts=cells.contexts,
             genes=self.gene_names,
             discrepancy=self._discrepancy,
-            has_dose=self.vocabulary.has_dose,
+            has_dose=has_dose,
             ci=ci,
             delta=delta,
             scale=scale,
@@ -869,10 +872,11 @@ class PerturbationModel(TrainableModel):
         """Effect table of some cells, in as many passes as memory asks for."""
         step = EffectSums.per_pass(settings.n_samples, len(self.gene_names), len(np.unique(cells.context)))
         tables = []
+        has_dose = tells_doses(self.vocabulary, perturbations)
         for first in range(0, len(perturbations), step):
             part = perturbations[first : first + step]
             sums = sum_effects(self._predictor(cells, settings), part)
-            tables.append(self._effect_table(cells, sums, part, ci, delta, settings.scale))
+            tables.append(self._effect_table(cells, sums, part, ci, delta, settings.scale, has_dose))
         return pd.concat(tables, ignore_index=True)
 
     # -- loading ----------------------------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ from anndata import AnnData
 from numpy.typing import NDArray
 from scipy import stats
 
-if TYPE_CHECKING:
-    from pertura.data._perturbation import Perturbation
+from pertura.data._perturbation import Perturbation, tells_doses
 
+if TYPE_CHECKING:
     from ._predict import Predicted
 
 PROVENANCE = "pertura"
@@ -148,7 +148,7 @@ def frame(
     novelty
         Of each perturbation and cell, ``(n_perturbations, n_cells)``.
     """
-    n, n_cells, has_dose = len(perturbations), len(rows), model.vocabulary.has_dose
+    n, n_cells, has_dose = len(perturbations), len(rows), tells_doses(model.vocabulary, perturbations)
     own = user.obs.iloc[rows]
     own = own[[c for c in own.columns if not str(c).startswith(("_scvi", "_pertura"))]]
     obs = own.iloc[np.tile(np.arange(n_cells), n)].copy()
@@ -158,7 +158,7 @@ def frame(
         "perturbation": (model.registered.argument("perturbation_key") or "perturbation", pd.Categorical(labels))
     }
     if has_dose:
-        columns["dose"] = (model.registered.argument("dose_key"), doses)
+        columns["dose"] = (model.registered.argument("dose_key") or "dose", doses)
     names = obs.index.to_numpy()
     for name, (key, values) in columns.items():
         # the predicted perturbation goes where the user looks for it, the measured one stays beside it
