@@ -54,6 +54,8 @@ class Spec:
         Arguments with which it finds planted effects.
     planted_r, planted_slope
         Correlation with planted effects, and their size, that it reaches at least.
+    planted_dose
+        Dose that does to the gene itself what the highest simulated one does.
     planted_continuous
         Size of planted effects on continuous data that it reaches at least.
     """
@@ -74,6 +76,7 @@ class Spec:
     planted_train: dict[str, Any] = field(default_factory=lambda: {"max_epochs": 60, "batch_size": 64})
     planted_r: float = 0.7
     planted_slope: float = 0.5
+    planted_dose: float = 10.0
     planted_continuous: float = 0.3
 
     @property
@@ -157,6 +160,8 @@ MODELS = [
         likes_own=False,
         planted_r=0.5,
         planted_slope=0.3,
+        # the highest simulated dose leaves a fifth of the counts, that of a knock-out nothing
+        planted_dose=8.0,
     ),
     Spec("baseline.Additive", refuses_unseen=False, **_CLOSED_FORM),
     Spec("baseline.Linear", knows_genes=True, **_CLOSED_FORM),

@@ -107,7 +107,7 @@ def test_effect_table_is_the_mean_of_predictions(fitted):
 
 
 def test_effects_are_those_that_were_planted(fitted, spec):
-    for (name, context), own in effects(fitted).items():
+    for (name, context), own in effects(fitted, spec.planted_dose).items():
         truth = measured(fitted.adata, name, 10.0, context)
         r = np.corrcoef(own["lfc_mean"], truth)[0, 1]
         assert r > spec.planted_r, (name, context, r)
@@ -115,13 +115,17 @@ def test_effects_are_those_that_were_planted(fitted, spec):
         assert spec.planted_slope < slope < 1.6, (name, context, slope)
 
 
-def test_effects_rise_with_the_dose_as_planted(fitted):
-    """A tenth of the dose has a quarter to two fifths of the effect here, and nothing is said of doses above the highest."""
+def test_effects_rise_with_the_dose_as_planted(fitted, spec):
+    """A tenth of the dose has a quarter to two fifths of the effect here, and nothing is said of doses above the highest.
+
+    A gene that is knocked down by a tenth loses a tenth of its counts, which is less of their logarithm.
+    """
+    least = 0.01 if spec.only_genes else 0.05
     by_dose = [effects(fitted, dose) for dose in (1.0, 3.0, 10.0)]
     for key, own in by_dose[-1].items():
         highest = own["lfc_mean"].to_numpy()
         sizes = [along(found[key]["lfc_mean"], highest) for found in by_dose]
-        assert 0.05 < sizes[0] < 0.6, (key, sizes)
+        assert least < sizes[0] < 0.6, (key, sizes)
         assert sizes[0] < sizes[1] < sizes[2], (key, sizes)
 
 
@@ -151,14 +155,14 @@ def test_basal_states_are_expression_without_the_effect(fitted):
         assert along((x[rows] - basal).mean(0), measured(adata, name, 10.0, context)) == pytest.approx(1.0, abs=0.1)
 
 
-def test_batches_are_no_effect(fitted):
+def test_batches_are_no_effect(fitted, spec):
     """Perturbed cells are mostly of one batch: what differs between batches must not pass for an effect."""
     adata = fitted.adata
     x, control = log_normalized(adata.layers["counts"]), (adata.obs["perturbation"] == "control").to_numpy()
     one, other = adata.obs["batch"].unique()
     shift = x[control & (adata.obs["batch"] == other)].mean(0) - x[control & (adata.obs["batch"] == one)].mean(0)
     passed = []
-    for (name, context), own in effects(fitted).items():
+    for (name, context), own in effects(fitted, spec.planted_dose).items():
         truth = measured(adata, name, 10.0, context)
         left, apart = (v - truth * along(v, truth) for v in (own["lfc_mean"].to_numpy(), shift))
         passed.append(along(left, apart))
@@ -166,9 +170,9 @@ def test_batches_are_no_effect(fitted):
     assert np.abs(passed).max() < 0.12, passed
 
 
-def test_intervals_of_effects_hold_what_was_planted(fitted):
+def test_intervals_of_effects_hold_what_was_planted(fitted, spec):
     """Compared with the effects of the simulation, not with the cells that the model was trained on."""
-    wide, narrow = (effects(fitted, ci=ci, n_samples=50) for ci in (0.9, 0.5))
+    wide, narrow = (effects(fitted, spec.planted_dose, ci=ci, n_samples=50) for ci in (0.9, 0.5))
     planted_effects = true_effects(fitted.adata)
     inside = {}
     for ci, tables in ((0.9, wide), (0.5, narrow)):

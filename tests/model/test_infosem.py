@@ -184,6 +184,81 @@ def test_dose_and_batch_matter(counts_model):
     assert np.abs(counts_model.get_marginal_ll(other) - counts_model.get_marginal_ll()).max() > 0.1
 
 
+@pytest.fixture(scope="module")
+def undosed() -> dict[str, InfoSEM]:
+    """The same cells as counts, as log1p of them, and centered: no dose was registered."""
+    from pertura import datasets
+
+    sizes = {"n_cells_per_condition": 20, "n_control_cells": 40, "n_truth_cells": 10}
+    adata = datasets.simulate(n_genes=30, n_regulators=5, n_perturbations=3, seed=1, **sizes)
+    counts = np.asarray(adata.layers["counts"].todense())
+    log = np.log1p(1e4 * counts / counts.sum(1, keepdims=True)).astype(np.float32)
+    models = {}
+    for name, x in (("counts", counts), ("log1p", log), ("centered", log - log.mean(0))):
+        own = ad.AnnData(x, obs=adata.obs.copy(), var=adata.var.copy())
+        InfoSEM.setup_anndata(own, perturbation_key="perturbation", control="control")
+        models[name] = fitted(own, {"max_epochs": 10, "lr": 2e-3}, n_ensemble=2)
+    return models
+
+
+@pytest.mark.parametrize("data", ["counts", "log1p", "centered"])
+@pytest.mark.parametrize("seen", [True, False])
+@pytest.mark.parametrize("noise", ["own", "none"])
+def test_a_knocked_out_gene_has_no_expression_left(undosed, data, seen, noise):
+    """By default and at a dose of 1; a dose below leaves the other share. What is not on the gene goes along the network."""
+    model = undosed[data]
+    genes, known = model.gene_names, set(model.vocabulary.names)
+    name = next(g for g in genes if (g in known) == seen and model.adata.X[:, genes.get_loc(g)].std() > 0.1)
+    at, scale = genes.get_loc(name), "counts" if data == "counts" else "layer"
+    rows = np.flatnonzero(model.adata.obs["perturbation"] == "control")
+    asked = {"indices": rows, "return_anndata": True, "scale": scale, "noise": noise, "n_samples": 4}
+    control = model.predict_perturbation("control", **asked)
+    own = control.X
+    none = model.adata.X[:, at].min() if data == "centered" else 0.0
+    for options in ({}, {"dose": 1.0}, {"dose": 2.0}):
+        found = model.predict_perturbation(name, **asked, **options)
+        np.testing.assert_allclose(found.X[:, at], none, atol=1e-5)
+        assert ("dose" in found.obs) == (options.get("dose", 1.0) != 1.0)
+    less = model.predict_perturbation(name, dose=[0.3, 0.6], **asked)
+    assert less.obs["dose"].tolist() == ["0.3"] * len(rows) + ["0.6"] * len(rows)
+    assert set(less.obs["novelty"]) == {"new dose" if seen else "unseen with features"}
+    third, two = np.split(less.X, 2)
+    np.testing.assert_allclose(third[:, at] - none, 0.7 * (own[:, at] - none), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(two[:, at] - none, 0.4 * (own[:, at] - none), rtol=1e-4, atol=1e-4)
+    others = np.arange(len(genes)) != at
+    full = model.predict_perturbation(name, **asked)
+    assert (np.abs(full.X - own)[:, others] > 1e-4).mean() > 0.5
+    moved = full.obsm["X_latent"] - control.obsm["X_latent"]
+    np.testing.assert_allclose(less.obsm["X_latent"][: len(rows)] - control.obsm["X_latent"], 0.3 * moved, atol=1e-4)
+
+
+def test_no_expression_is_in_the_effect_table(undosed):
+    """Its interval too."""
+    model = undosed["counts"]
+    name = model.vocabulary.names[0]
+    tables = model.get_perturbation_effect(name, dose=[0.5, 1.0], n_samples=4).set_index("gene").loc[name]
+    assert tables["dose"].tolist() == ["0.5", "1"]
+    np.testing.assert_allclose(tables["mean_perturbed"].iloc[1], 0.0, atol=1e-5)
+    assert 0.2 < tables["mean_perturbed"].iloc[0] / tables["mean_control"].iloc[0] < 1.0
+    low, high = (model.predict_perturbation(name, indices=[0], return_anndata=True).layers[e] for e in ("low", "high"))
+    assert low[0, model.gene_names.get_loc(name)] == 0.0 <= high[0, model.gene_names.get_loc(name)]
+
+
+def test_a_knock_out_keeps_nothing_of_a_knock_down(counts_model):
+    """Cells at a tenth of the dose, asked for all of it, and cells at all of it, asked for a tenth: between none and what they had."""
+    adata, name = counts_model.adata, counts_model.vocabulary.names[0]
+    at = counts_model.gene_names.get_loc(name)
+    counts = np.asarray(adata.layers["counts"].todense())[:, at]
+    for own, asked in ((1.0, 10.0), (10.0, 1.0)):
+        rows = np.flatnonzero((adata.obs["perturbation"] == name) & (adata.obs["dose"] == own))
+        options = {"indices": rows, "dose": asked, "scale": "counts", "return_anndata": True}
+        found = counts_model.predict_perturbation(name, **options).X[:, at]
+        if asked > own:
+            np.testing.assert_allclose(found, 0.0, atol=1e-5)
+        else:
+            assert found.mean() > counts[rows].mean()
+
+
 def test_effects_are_means_over_controls(counts_model):
     name = counts_model.vocabulary.names[1]
     control = np.flatnonzero(counts_model.adata.obs["perturbation"] == "control")
