@@ -24,6 +24,7 @@ NO_COUNTS = {
     "tggates_hepatocytes": "log2",
     "beeline_mdc": "log",
     "beeline_curated": "arbitrary",
+    "sachs_2005": "log",
 }
 SHAPES = {
     "papalexi_2021": (20729, 299),
@@ -34,6 +35,7 @@ SHAPES = {
     "tggates_hepatocytes": (2382, 196),
     "beeline_mdc": (383, 821),
     "beeline_curated": (2000, 19),
+    "sachs_2005": (7466, 11),
 }
 
 
@@ -367,6 +369,30 @@ def test_beeline_curated_orientation(load_dataset) -> None:
     source, target = adata.var_names.get_loc("SOX9"), adata.var_names.get_loc("AMH")
     matrix = adata.varp["true_grn"]
     assert (matrix[source, target], matrix[target, source]) == (1, 0)
+
+
+def test_sachs(load_dataset) -> None:
+    """Numbers of the source; MEK is upstream of ERK, and its inhibitor raises its own phosphorylation."""
+    adata = load_dataset("sachs_2005")
+    n = adata.obs["perturbation"].value_counts()
+    expected = {
+        "control": 853,
+        "akt": 911,
+        "ICAM-2": 902,
+        "PMA": 913,
+        "b2cAMP": 707,
+        "pkc": 723,
+        "pip2": 810,
+        "mek": 799,
+    }
+    assert n.to_dict() == {**expected, "LY294002": 848}
+    assert set(adata.obs.loc[adata.obs["stimulus"] == "none", "perturbation"]) == {"PMA", "b2cAMP"}
+    assert len(adata.uns["ground_truth"]) == adata.varp["true_grn"].nnz == 20
+    at = adata.var_names.get_loc
+    assert adata.varp["true_grn"][at("mek"), at("erk")] == 1 and adata.varp["true_grn"][at("erk"), at("mek")] == 0
+    mean = adata.to_df().groupby(adata.obs["perturbation"], observed=True).mean()
+    assert mean.loc["mek", "mek"] > mean.loc["control", "mek"] + 0.5
+    assert adata.X.min() == 0.0 and adata[0, "raf"].X[0, 0] == pytest.approx(np.log(26.4))
 
 
 def test_edges_of_unknown_genes_are_refused() -> None:

@@ -26,6 +26,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "registry",
         ],
         "_networks": ["biobert_mesc500", "dorothea", "gene_sets", "ppi", "trrust"],
+        "_sachs": ["sachs_2005"],
         "_simulate": ["simulate"],
         "_simulate_truth": ["true_effects", "true_network"],
         "_stimulation": ["kang_2018_mini", "kang_2018_wide"],

@@ -67,5 +67,12 @@ CATALOG: Final[dict[str, Entry]] = {
     "tggates_hepatocytes": Entry(
         2382, 196, _COMPOUNDS, "146 compounds, three doses and times, bulk hepatocytes (log2)", ("tggates_hepatocytes",)
     ),
+    "sachs_2005": Entry(
+        7466,
+        11,
+        {"perturbation_key": "perturbation", "control": "control"},
+        "proteins of T cells under inhibitors, with a known network (log)",
+        ("sachs_2005", "sachs_2005_graph"),
+    ),
     "beeline_mdc": Entry(383, 821, {}, "dendritic cells with known networks (log)", ("beeline_mdc_expression",)),
 }

@@ -45,6 +45,10 @@ CITATIONS: Final[dict[str, str]] = {
         "of cellular variation, Nature 510:363-369, doi:10.1038/nature13437"
     ),
     "beeline_curated": _BEELINE,
+    "sachs_2005": (
+        "Sachs et al. 2005, Causal protein-signaling networks derived from multiparameter single-cell data, Science "
+        "308:523-529, doi:10.1126/science.1105809"
+    ),
     "beeline_labels": _BEELINE,
     "huri": _HURI,
     "lit_bm": _HURI,
