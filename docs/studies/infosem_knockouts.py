@@ -1,7 +1,8 @@
-"""Knock-outs predicted by InfoSEM, trained on control cells alone, against measured ones (Papalexi et al. 2021).
+"""Knock-outs predicted by InfoSEM, trained on control cells alone, against measured ones.
 
-Beside them stands regression on the target gene: its expression in control cells is set to 0 along the slope of each gene on it. The
-target gene itself is left out of the scores.
+``papalexi``: genes of THP-1 cells (Papalexi et al. 2021); ``sachs``: proteins of T cells under inhibitors (Sachs et al. 2005). Beside them
+stand correlation with the target gene, and regression on it: its expression in control cells is set to 0 along the slope of each gene
+on it. The target gene itself is left out of the scores.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ import pandas as pd
 from _common import measure, parser, show, start
 from numpy.typing import NDArray
 
-from pertura import benchmark, model
+from pertura import benchmark, datasets, model
 from pertura.metrics import bootstrap_interval, pearson_effect
+
+
+_TOP = 50  # strongest genes
 
 
 def scores(
     dataset: benchmark.Dataset, target: str, measured: NDArray[np.float64], predicted: NDArray[np.float64]
 ) -> dict[tuple[str, str], float]:
-    """Scores of both methods on one target, by (method, metric), and the correlation of two halves of the cells."""
+    """Scores of all methods on one target, by (method, metric), and the correlation of two halves of the cells."""
     adata, labels = dataset.adata, dataset.labels
     at, none = adata.var_names.get_loc(target), np.zeros(adata.n_vars)
     others = np.arange(adata.n_vars) != at
@@ -30,9 +34,12 @@ def scores(
     gene = base[:, at] - base[:, at].mean()
     slope = gene @ (base - base.mean(0)) / max(gene @ gene, 1e-12)
     found: dict[tuple[str, str], float] = {("measured", "size"): _size(measured[others])}
-    for name, values in (("InfoSEM", predicted), ("regression", -base[:, at].mean() * slope)):
+    correlation = -slope * base[:, at].std() / np.maximum(base.std(0), 1e-12)
+    methods = {"InfoSEM": predicted, "regression": -base[:, at].mean() * slope, "correlation": correlation}
+    for name, values in methods.items():
         found[name, "pearson"] = pearson_effect(values, measured, none, genes=others)
-        found[name, "pearson_top"] = pearson_effect(values, measured, none, genes=others, top=50)
+        if adata.n_vars > _TOP:
+            found[name, "pearson_top"] = pearson_effect(values, measured, none, genes=others, top=_TOP)
         found[name, "size"] = _size(values[others])
     parts = np.array_split(np.random.default_rng(0).permutation(len(treated)), 2)
     halves = [treated[part].mean(0) - base[i::2].mean(0) for i, part in enumerate(parts)]
@@ -82,21 +89,32 @@ def study(
 
 
 def summary(found: pd.DataFrame) -> pd.DataFrame:
-    """Means over targets with 95 % intervals, and the paired difference of the two methods."""
+    """Means over targets with 95 % intervals, and the paired differences to InfoSEM."""
     table = found.pivot_table(index="perturbation", columns=["model", "metric"], values="value", sort=False)
-    for metric in ("pearson", "pearson_top"):
-        table["difference", metric] = table["InfoSEM", metric] - table["regression", metric]
+    for other in ("regression", "correlation"):
+        for metric in table["InfoSEM"].columns.difference(["size"]):
+            table[f"InfoSEM - {other}", metric] = table["InfoSEM", metric] - table[other, metric]
     rows = [(*key, *bootstrap_interval(values, level=0.95)) for key, values in table.items()]
     return pd.DataFrame(rows, columns=["method", "metric", "mean", "low", "high"])
+
+
+def inhibitors() -> benchmark.Dataset:
+    """Inhibitors of measured proteins, and stimulated cells without them."""
+    adata = datasets.sachs_2005()
+    keep = adata.obs["perturbation"].isin(["control", *adata.var_names])
+    return benchmark.Dataset(adata[keep].copy(), "sachs_2005", "perturbation", "control")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the study."""
     from papalexi_few_cells import screen
 
-    options = start(parser(__doc__, seeds=3), argv)
+    made = parser(__doc__, seeds=3)
+    made.add_argument("data", nargs="?", choices=("papalexi", "sachs"), default="papalexi", help="default: %(default)s")
+    options = start(made, argv)
+    dataset = inhibitors() if options.data == "sachs" else screen()
     train = {"accelerator": "cpu"}
-    show(summary(study(screen(), seeds=options.seeds, results=benchmark.Results(options.out), train=train)))
+    show(summary(study(dataset, seeds=options.seeds, results=benchmark.Results(options.out), train=train)))
 
 
 if __name__ == "__main__":
