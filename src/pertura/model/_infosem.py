@@ -109,8 +109,9 @@ class InfoSEM(GRNModel):
 
     A structural-equation model: the state of each gene is a sum of the states of its regulators and of noise of its own, and
     expression a function of the state. :meth:`get_grn` gives the weights, :meth:`evaluate_grn` compares them with known edges.
-    ``predict_perturbation("STAT1")`` knocks a gene of the data out: each cell keeps the noise of its other genes, and
-    expression follows along the paths from the gene. The latent state of a cell is that of its genes.
+    ``predict_perturbation("STAT1")`` knocks a gene of the data out: nothing is left of its expression, each cell keeps the noise of its
+    other genes, and these follow along the paths from the gene. ``dose=0.3`` knocks it down by 30 %, where no doses were
+    registered. The latent state of a cell is that of its genes.
 
     Parameters
     ----------
@@ -187,6 +188,11 @@ class InfoSEM(GRNModel):
 
     Cells without perturbations tell who is connected, and hardly who regulates whom: ``get_grn().attrs["direction"]`` says whether
     knock-outs, or a list of regulators, support the direction of edges.
+
+    No expression is 0, and the smallest value of each gene in the training cells where a layer has negative values or none of 0. A knock-down
+    leaves a share of the counts, and of other layers the share of the distance to no expression; the state of the gene, which is what acts
+    on other genes, goes the same share of the way. A cell that was knocked out keeps what was measured of the gene where
+    the same is asked again.
 
     Counts are modelled as log1p of counts per 10,000 with normal noise, of which predictions read values below 0 as 0. Replicates
     (:meth:`posterior_predictive_sample`) are on that scale, and :meth:`get_marginal_ll` is the normal density of it: compare it
@@ -287,7 +293,7 @@ class InfoSEM(GRNModel):
         layer, context_key, size_factor_key, delimiter
             As in :meth:`PerturbationModel.setup_anndata`.
         dose_key
-            Column of ``obs`` with doses: at the highest one a gene is knocked out, below it loses that share of its state.
+            Column of ``obs`` with doses: at the highest one a gene is knocked out, below it loses that share of its expression.
         batch_key
             Column of ``obs`` with the batch, whose mean expression is subtracted.
         perturbation_features_key
