@@ -494,8 +494,8 @@ MUTANTS = [
     Mutant(
         "backed-rows-in-file-order",
         "data/_cells.py",
-        'block = (block.compute() if hasattr(block, "compute") else block)[inverse]',
-        'block = block.compute() if hasattr(block, "compute") else block',
+        "return block if len(rows) == len(unique) and (inverse[1:] > inverse[:-1]).all() else block[inverse]",
+        "return block",
         QUERIES,
         "backed_file and Additive",
     ),

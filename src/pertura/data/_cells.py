@@ -19,12 +19,31 @@ from ._library import Library
 
 Rows = NDArray[np.int64]
 
+# Neighboring rows of a file that are read together and shuffled with those of other places: long enough for few seeks, short enough
+# for many conditions in one window where the file is sorted by them.
+CHUNK = 128
+_WINDOW, _MIN_WINDOW, _WINDOW_BYTES = 8192, 1024, 2**27
+_GAP = 32  # rows that nobody asked for are cheaper to read than to skip, up to so many
+_SCATTERED = 4  # rows per range; below that a file finds the rows by itself
+
 
 class Batch(NamedTuple):
-    """Rows of a minibatch: pre-treatment cells of the pairs, singletons, post-treatment cells of the pairs."""
+    """A minibatch: pre-treatment cells of the pairs, singletons, post-treatment cells of the pairs.
+
+    Attributes
+    ----------
+    rows
+        Its cells.
+    n_pairs
+        Number of pairs.
+    held
+        Ascending rows of the file that stay in memory as long as minibatches name them; every cell of this one is among them. Without any
+        the cells are read one by one.
+    """
 
     rows: Rows
     n_pairs: int
+    held: tuple[Rows, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,14 +103,40 @@ class Expression:
 
     def stored(self, rows: Rows) -> Any:
         """The same as it is stored, dense or sparse."""
-        if isinstance(self.values, np.ndarray) or sparse.issparse(self.values):
-            block = self.values[rows]
-        else:  # files must be read in ascending order, each row once
-            unique, inverse = np.unique(rows, return_inverse=True)
-            block = self.values[unique]
-            block = (block.compute() if hasattr(block, "compute") else block)[inverse]
-        block = block if sparse.issparse(block) else np.asarray(block)
+        block = self.values[rows] if self.in_memory else _read(self.values, rows)
         return block if self.columns is None else block[:, self.columns]
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether reading single rows costs nothing."""
+        return isinstance(self.values, np.ndarray) or sparse.issparse(self.values)
+
+    @property
+    def window(self) -> int | None:
+        """Number of rows of a file that training holds at once: 8,192, or fewer where they are large; `None` in memory."""
+        if self.in_memory:
+            return None
+        n, n_genes = self.values.shape
+        group = getattr(self.values, "group", None)
+        per_row = n_genes if group is None else 2 * group["indices"].shape[0] / max(n, 1)
+        return int(np.clip(_WINDOW_BYTES // max(4 * per_row, 1), _MIN_WINDOW, _WINDOW))
+
+
+def _read(values: Any, rows: Rows) -> Any:
+    """Rows of a file, in the order asked for: read in ascending order, each once, neighbors together."""
+    unique, inverse = np.unique(rows, return_inverse=True)
+    parts = np.split(unique, np.flatnonzero(np.diff(unique) > _GAP) + 1)
+    whole = (
+        hasattr(values, "compute") or getattr(values, "format", "csr") != "csr"
+    )  # dask and columns plan for themselves
+    if whole or len(unique) < _SCATTERED * len(parts):
+        block = values[unique]
+        block = block.compute() if hasattr(block, "compute") else block
+    else:
+        blocks = [values[part[0] : part[-1] + 1][part - part[0]] for part in parts]
+        block = sparse.vstack(blocks, format="csr") if sparse.issparse(blocks[0]) else np.concatenate(blocks)
+    block = block if sparse.issparse(block) else np.asarray(block)
+    return block if len(rows) == len(unique) and (inverse[1:] > inverse[:-1]).all() else block[inverse]
 
 
 class CellDataset(Dataset):
@@ -118,6 +163,7 @@ class CellDataset(Dataset):
         self.library: Library = library
         self.n_cells: int = adata.n_obs
         self.n_genes: int = expression.values.shape[1] if expression.columns is None else len(expression.columns)
+        self._held: list[tuple[Rows, Expression]] = []
         self.fields: dict[str, Any] = {}
         for key in manager.data_registry:
             if key == KEYS.X:
@@ -132,7 +178,7 @@ class CellDataset(Dataset):
 
     def __getitem__(self, batch: Batch) -> dict[str, torch.Tensor | int]:
         rows = np.asarray(batch.rows)
-        out: dict[str, torch.Tensor | int] = {KEYS.X: torch.from_numpy(self.expression.rows(rows))}
+        out: dict[str, torch.Tensor | int] = {KEYS.X: torch.from_numpy(self._expression(batch))}
         for key, values in self.fields.items():
             block = values[rows]
             block = block.toarray().astype(np.float32) if sparse.issparse(block) else block
@@ -140,6 +186,22 @@ class CellDataset(Dataset):
         library = self.library.of(rows, out[KEYS.X].numpy())
         out[KEYS.LIBRARY] = torch.from_numpy(library.astype(np.float32))[:, None]
         out["n_pairs"] = batch.n_pairs
+        return out
+
+    def _expression(self, batch: Batch) -> NDArray[np.float32]:
+        """Dense expression of a minibatch, from rows in memory where it names some."""
+        if not batch.held:
+            return self.expression.rows(batch.rows)
+        # what is no longer named goes before anything is read
+        self._held = [h for h in self._held if any(np.array_equal(h[0], rows) for rows in batch.held)]
+        for rows in batch.held:
+            if not any(np.array_equal(h[0], rows) for h in self._held):
+                self._held.append((rows, Expression(self.expression.stored(rows), None, self.expression.kind)))
+        out = np.empty((len(batch.rows), self.n_genes), dtype=np.float32)
+        for rows, expression in self._held:
+            at = np.minimum(np.searchsorted(rows, batch.rows), len(rows) - 1)
+            found = rows[at] == batch.rows
+            out[found] = expression.rows(at[found])
         return out
 
     def __len__(self) -> int:

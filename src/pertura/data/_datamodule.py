@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -12,12 +13,16 @@ from scvi import settings
 from scvi.data import AnnDataManager
 from torch.utils.data import DataLoader, Sampler
 
-from ._cells import Batch, CellDataset, Rows
+from ._cells import CHUNK, Batch, CellDataset, Rows
 from ._pairs import Coupling
 
 
 class PairSampler(Sampler[Batch]):
     """Minibatches of one epoch: every perturbed cell with a newly drawn partner, all other cells as singletons.
+
+    Cells of a file come in windows. A window is made of chunks of neighboring rows from places all over the file, in random order; its
+    cells are shuffled and parted into minibatches. Partners come from a reservoir of controls of every stratum, which is drawn anew each
+    epoch where not all controls fit into it. Partners with other weights, and registered pairs of many controls, are read with the window.
 
     Parameters
     ----------
@@ -33,6 +38,11 @@ class PairSampler(Sampler[Batch]):
         Whether cells outside the pairs take part.
     seed
         Of partners and order.
+    window
+        Number of cells of a file in memory, and in the reservoir; `None` for cells that are in memory. Cells that all fit come in the same
+        order as from memory.
+    n_workers
+        Processes that read: each has its own window.
     """
 
     def __init__(
@@ -44,12 +54,16 @@ class PairSampler(Sampler[Batch]):
         shuffle: bool,
         singletons: bool = True,
         seed: int = 0,
+        window: int | None = None,
+        n_workers: int = 0,
     ) -> None:
         self.rows = rows
         self.coupling = coupling
         self.shuffle = shuffle
         self.singletons = singletons
         self.seed = seed
+        self.window = window
+        self.n_workers = n_workers
         self.epoch = 0
         n_pairs = 0 if coupling is None else len(coupling.treated)
         self._n_batches = max(1, round((len(rows) if singletons or not n_pairs else 2 * n_pairs) / batch_size))
@@ -57,30 +71,78 @@ class PairSampler(Sampler[Batch]):
     def __len__(self) -> int:
         return len(self._shard(np.arange(self._n_batches)))
 
-    def _shard(self, parts: NDArray | list) -> NDArray | list:
-        """The batches of this process."""
+    def _process(self, n_parts: int) -> tuple[int, int]:
+        """Number of this process and of all that share an epoch of so many minibatches."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-            if len(parts) >= world:
-                return parts[rank : len(parts) // world * world : world]
-        return parts
+            if n_parts >= world:
+                return rank, world
+        return 0, 1
+
+    def _shard(self, parts: NDArray | list) -> NDArray | list:
+        """The batches of this process."""
+        rank, world = self._process(len(parts))
+        return parts[rank : len(parts) // world * world : world]
 
     def __iter__(self) -> Iterator[Batch]:
         rng = np.random.default_rng([self.seed, self.epoch if self.shuffle else 0])
         self.epoch += 1
+        fits = self.window is None or len(self.rows) <= self.window
+        reservoir = self.rows[:0]
         if self.coupling is None or not len(self.coupling.treated):
             pre, post, singles = self.rows[:0], self.rows[:0], self.rows
         else:
-            post, pre = self.coupling.treated, self.coupling.draw(rng)
+            coupling = self.coupling if fits else self.coupling.reservoir(self.window, rng)
+            post, pre = coupling.treated, coupling.draw(rng)
             singles = np.setdiff1d(self.rows, np.concatenate([post, pre])) if self.singletons else self.rows[:0]
+            controls = np.unique(coupling.partners)
+            reservoir = controls if not fits and len(controls) <= self.window else reservoir
+        if not fits:
+            yield from self._windows(pre, post, singles, reservoir, rng)
+            return
+        held = () if self.window is None else (np.sort(self.rows),)
+        yield from self._shard(self._mixed(pre, post, singles, self._n_batches, held, rng))
+
+    def _mixed(
+        self, pre: Rows, post: Rows, singles: Rows, n: int, held: tuple[Rows, ...], rng: np.random.Generator
+    ) -> list[Batch]:
+        """Minibatches of equal shares of pairs and singletons."""
         order = rng.permutation(len(post)) if self.shuffle else np.arange(len(post))
-        pairs = np.array_split(order, self._n_batches)
-        singles = np.array_split(rng.permutation(singles) if self.shuffle else singles, self._n_batches)
+        pairs = np.array_split(order, n)
+        singles = np.array_split(rng.permutation(singles) if self.shuffle else singles, n)
         # the small halves of both splits come last: turn one around, so that batches are of equal size
-        batches = [
-            Batch(np.concatenate([pre[p], s, post[p]]), len(p)) for p, s in zip(pairs, singles[::-1], strict=True)
-        ]
-        yield from self._shard([b for b in batches if len(b.rows)])
+        batches = (np.concatenate([pre[p], s, post[p]]) for p, s in zip(pairs, singles[::-1], strict=True))
+        return [Batch(rows, len(p), held) for rows, p in zip(batches, pairs, strict=True) if len(rows)]
+
+    def _windows(
+        self, pre: Rows, post: Rows, singles: Rows, reservoir: Rows, rng: np.random.Generator
+    ) -> Iterator[Batch]:
+        """The minibatches of this process, window by window."""
+        cells = np.concatenate([post, singles])
+        partner = np.concatenate([pre, np.full(len(singles), -1)])
+        chunks, chunk = np.unique(cells // CHUNK, return_inverse=True)
+        place = rng.permutation(len(chunks)) if self.shuffle else np.arange(len(chunks))
+        order = np.lexsort((cells, place[chunk]))
+        cells, partner = cells[order], partner[order]
+        rank, world = self._process(self._n_batches)
+        n = self._n_batches // world
+        # a pair is two cells of a minibatch
+        size = np.append(0, np.cumsum(1 + (partner >= 0)))
+        edges = np.searchsorted(size, np.linspace(0, size[-1], n * world + 1))
+        per_window = max(1, int(self.window * n * world / size[-1]))
+
+        def lane(batches: NDArray[np.int64]) -> Iterator[Batch]:
+            for part in np.array_split(batches, -(-len(batches) // per_window)):
+                at = slice(edges[part[0]], edges[part[-1] + 1])
+                cell, other = cells[at], partner[at]
+                paired = other >= 0
+                own = np.union1d(cell, np.setdiff1d(other[paired], reservoir))
+                held = (own, reservoir) if len(reservoir) else (own,)
+                yield from self._mixed(other[paired], cell[paired], cell[~paired], len(part), held, rng)
+
+        # minibatches go to the workers in turn
+        lanes = [b for b in np.array_split(rank * n + np.arange(n), max(1, self.n_workers)) if len(b)]
+        yield from (batch for turn in zip_longest(*map(lane, lanes)) for batch in turn if batch is not None)
 
 
 class PerturbationDataModule(LightningDataModule):
@@ -126,7 +188,13 @@ class PerturbationDataModule(LightningDataModule):
         if samplers is not None:
             self._train, self._val = samplers
             return
-        common = {"batch_size": batch_size, "singletons": singletons, "seed": seed}
+        common = {
+            "batch_size": batch_size,
+            "singletons": singletons,
+            "seed": seed,
+            "window": self.dataset.expression.window,
+            "n_workers": settings.dl_num_workers,
+        }
         self._train = PairSampler(train_idx, train_coupling, shuffle=True, **common)
         self._val = PairSampler(val_idx, val_coupling, shuffle=False, **common) if len(val_idx) else None
 

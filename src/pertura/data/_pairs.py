@@ -15,6 +15,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import sparse
 
+from ._cells import CHUNK
+
 # exact transport is cubic in the number of cells: so many on either side are coupled at once, others in blocks
 _MAX_EXACT, _BLOCK = 128, 64
 _CONTROLS_PER_CELL = 2  # of many controls, as many as this per treated cell
@@ -52,6 +54,26 @@ class Coupling:
             return self.partners[self.start + (u * self.count).astype(np.int64)]
         at = np.searchsorted(self.cumulative, np.arange(len(self.treated)) + u, side="right")
         return self.partners[np.minimum(at, self.start + self.count - 1)]
+
+    def reservoir(self, size: int, rng: np.random.Generator) -> Coupling:
+        """The same with about `size` of the controls, of each stratum an equal number, from few places of the file.
+
+        All controls are kept where they are few enough, where they are not equally likely, or where there are more strata than `size`.
+        """
+        first, stratum = np.unique(self.start, return_inverse=True)
+        if self.cumulative is not None or not len(first) <= size < len(np.unique(self.partners)):
+            return self
+        count = np.zeros(len(first), dtype=np.int64)
+        count[stratum] = self.count
+        member = np.repeat(np.arange(len(first)), count)
+        entry = np.arange(len(member)) + np.repeat(first - np.cumsum(count) + count, count)
+        chunk = np.unique(self.partners[entry] // CHUNK, return_inverse=True)[1]
+        # strata prefer the same places
+        order = np.lexsort((rng.random(len(member)), rng.permutation(int(chunk.max()) + 1)[chunk], member))
+        kept = np.minimum(count, size // len(first))
+        place = np.arange(len(member)) - np.repeat(np.cumsum(count) - count, count)
+        chosen = entry[order[place < np.repeat(kept, count)]]
+        return Coupling(self.treated, self.partners[chosen], (np.cumsum(kept) - kept)[stratum], kept[stratum])
 
 
 class Strata(NamedTuple):
