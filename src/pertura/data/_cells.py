@@ -133,7 +133,9 @@ def _read(values: Any, rows: Rows) -> Any:
         block = values[unique]
         block = block.compute() if hasattr(block, "compute") else block
     else:
-        blocks = [values[part[0] : part[-1] + 1][part - part[0]] for part in parts]
+        # anndata's own slicing of a sparse file looks up a version each time, which takes longer than reading
+        ranges = values._to_backed() if hasattr(values, "_to_backed") else values
+        blocks = [ranges[part[0] : part[-1] + 1][part - part[0]] for part in parts]
         block = sparse.vstack(blocks, format="csr") if sparse.issparse(blocks[0]) else np.concatenate(blocks)
     block = block if sparse.issparse(block) else np.asarray(block)
     return block if len(rows) == len(unique) and (inverse[1:] > inverse[:-1]).all() else block[inverse]
