@@ -15,7 +15,15 @@ from pertura.effects import _sums
 from pertura.metrics import measured_effect
 from pertura.module import Action
 
-ALL = [bl.NoChange, bl.MeanEffect, bl.WeightedMeanEffect, bl.NearestNeighbour, bl.Additive, bl.Linear]
+ALL = [
+    bl.NoChange,
+    bl.MeanEffect,
+    bl.WeightedMeanEffect,
+    bl.NearestNeighbour,
+    bl.Additive,
+    bl.Linear,
+    bl.EmpiricalBayes,
+]
 SCREEN = {"perturbation_key": "perturbation", "control": "control", "layer": "counts", "context_key": "cell_type"}
 
 

@@ -126,7 +126,7 @@ def test_importance_says_when_the_neural_networks_have_no_share(trained, caplog)
     adata, model = trained
     share = model.module.share.clone()
     try:
-        model.module.share.copy_(torch.tensor([0.0, 0.0, 1.0]))
+        model.module.share.copy_(torch.tensor([0.0, 0.0, 0.0, 1.0]))
         with caplog.at_level("WARNING"):
             model.get_gene_importance("drug", n_samples=1, n_cells=2)
         assert "of='prediction'" in caplog.text
@@ -245,7 +245,7 @@ def test_paper_preset(trained):
     assert (module.duplicate_penalty, module.entropy_penalty, module.dropout.p) == (0, 0, 0)
     assert module.selector.logits.shape == (1, 6, N_GENES)
     assert module.decoder_out.weight.shape[-1] == N_GENES
-    assert model.shares.tolist() == [0.0, 1.0]
+    assert model.shares.tolist() == [0.0, 1.0, 0.0]
     # nothing but the bags predicts, also where the effect was measured
     table = model.get_perturbation_effect("drug", n_samples=2)
     own = table.loc[table["context"] == "line05", "lfc_mean"].to_numpy()

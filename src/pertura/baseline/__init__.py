@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "_base": ["Baseline"],
+        "_empirical_bayes": ["EmpiricalBayes"],
         "_estimators": ["Additive", "MeanEffect", "NearestNeighbour", "NoChange", "WeightedMeanEffect"],
         "_linear": ["Linear"],
         "_network": [

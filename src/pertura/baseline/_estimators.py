@@ -6,12 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pertura.data._constants import UNKNOWN
-from pertura.effects import Asked, softmax_weights
+from pertura.effects import Asked, ConditionTable, fit_convergence, softmax_weights
 from pertura.effects._features import cosine, label_features, member_features
 from pertura.model.base import Options, option
+from pertura.module._added_effects import Distinct, split_controls
+from pertura.module._base import Globals
 
 from ._base import Baseline
 from ._module import BaselineModule, features_buffer
@@ -30,9 +34,25 @@ class NoChangeModule(BaselineModule):
 class MeanEffectModule(BaselineModule):
     """Averages over contexts, or over perturbations."""
 
-    def __init__(self, *, use_own_context: bool = False, **kwargs: Any) -> None:
+    def __init__(self, *, use_own_context: bool = False, converge: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.use_own_context = use_own_context
+        self.use_own_context, self.converge = use_own_context, converge
+        self.register_buffer("convergence", torch.tensor(0.0))
+
+    def fit(self, table: ConditionTable) -> None:
+        """Means, and how far contexts converge."""
+        super().fit(table)
+        if self.converge:
+            self.convergence.fill_(fit_convergence(self.conditions, split_controls(self.means, table)))
+
+    def effects(self, asked: Distinct, globals_: Globals) -> tuple[Tensor, Tensor]:
+        """Weighted sums of measured effects, less the convergence."""
+        weights = self.combined(asked, globals_)
+        mean, variance = self.weighted(weights)
+        if self.convergence > 0:
+            distances = self.means.distances(weights, asked.context, globals_["control"])
+            mean = mean - self.convergence * distances
+        return mean, variance
 
     def combine(self, asked: Asked, context: int, affinity: Weights) -> Weights:
         """The perturbation's own effects where it was measured, else those of all perturbations of its order."""
@@ -129,6 +149,7 @@ class MeanEffectOptions(Options):
     """Options of :class:`MeanEffect`, which has their documentation."""
 
     use_own_context: bool = option(False, flag=True)
+    converge: bool = option(False, flag=True)
 
 
 @dataclass(frozen=True)
@@ -182,6 +203,11 @@ class MeanEffect(Baseline):
         Registry of a saved baseline.
     use_own_context
         Predict the effect that was measured in the asked context itself, where there is one.
+    converge
+        Add :math:`b\,(x_c - \bar x)`, with :math:`x_c` the mean control profile of the asked context and :math:`\bar x` that of
+        the contexts of the mean effect: with :math:`b < 0` contexts that start apart come together. One b between -1 and 0 holds for
+        all genes and perturbations. It is learned by predicting each training context from the others, with different halves of
+        the controls in profiles and in effects, and is 0 where that does not predict better than the mean effect alone.
 
     Examples
     --------

@@ -59,12 +59,16 @@ class BaselineModule(AddedEffectModule):
 
     def effects(self, asked: Distinct, globals_: Globals) -> tuple[Tensor, Tensor]:
         """Weighted sums of measured effects."""
+        return self.weighted(self.combined(asked, globals_))
+
+    def combined(self, asked: Distinct, globals_: Globals) -> NDArray[np.float64]:
+        """:meth:`combine` of distinct perturbations in distinct contexts, one row each."""
         affinity = globals_["affinity"]
         rows = [
             self.combine(a, int(c), affinity[c]) if len(a.codes) else self._no_effect()
             for a, c in zip(asked.asked, asked.context, strict=True)
         ]
-        return self.weighted(np.stack(rows))
+        return np.stack(rows)
 
 
 def features_buffer(features: NDArray[np.float32] | None, n_perturbations: int) -> Tensor:

@@ -22,6 +22,7 @@ from ._summary import summarize
 _EPILOG = """\
 examples:
   pertura benchmark kang --models PertVAE Linear --seeds 3 --out kang.csv --plot kang.png
+  pertura benchmark kang --task few_shot_context --shots 5 10 20 --models EmpiricalBayes Linear
   pertura benchmark norman --task unseen_combination --models Additive SAMSVAE
   pertura benchmark my.h5ad --perturbation-key guide --control NT --context-key line --models PertVAE:n_latent=10
 
@@ -45,6 +46,14 @@ def _parser() -> argparse.ArgumentParser:
         "--task",
         choices=KINDS,
         help="what is held out (default: unseen_context where the data have contexts, else held_out_cells)",
+    )
+    parser.add_argument(
+        "--shots",
+        nargs="+",
+        type=float,
+        metavar="N",
+        help="for few_shot_context: numbers of treated cells of the held-out context that train, or shares below 1 of its "
+        "perturbations (default: 5 10 20)",
     )
     parser.add_argument("--models", nargs="+", metavar="MODEL", default=["PertVAE"], help="default: PertVAE")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: %(default)s)")
@@ -87,11 +96,14 @@ def _conditions(options: argparse.Namespace) -> pd.DataFrame:
     dataset = Dataset.of(options.data, **keys)
     several = dataset.context_key is not None and len(set(dataset.contexts)) > 1
     kind = options.task or ("unseen_context" if several else "held_out_cells")
+    if options.shots is not None and kind != "few_shot_context":
+        raise ValueError(f"`--shots` is of the task few_shot_context, not of {kind}.")
+    few = {} if options.shots is None else {"shots": options.shots}
     table = summarize(
         run(
             dataset,
             models,
-            splits=make_splits(dataset, kind, seed=options.split_seed),
+            splits=make_splits(dataset, kind, seed=options.split_seed, **few),
             controls=options.controls,
             seeds=options.seeds,
             metrics=options.metrics,

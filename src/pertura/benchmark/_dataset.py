@@ -22,7 +22,14 @@ from pertura.data._library import TARGET_SUM, find_library
 from pertura.data._validation import check_expression
 
 ALIASES = {"kang": "kang_2018_mini", "papalexi": "papalexi_2021", "norman": "norman_mcfaline_mini"}
-KINDS = ("unseen_context", "unseen_perturbation", "unseen_combination", "unseen_dose", "held_out_cells")
+KINDS = (
+    "unseen_context",
+    "few_shot_context",
+    "unseen_perturbation",
+    "unseen_combination",
+    "unseen_dose",
+    "held_out_cells",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,8 +195,8 @@ def make_splits(dataset: Dataset, kind: str, *, seed: int = 0, **options: Any) -
     dataset
         Cells and columns.
     kind
-        ``"unseen_context"`` (:func:`~pertura.data.leave_context_out`), ``"unseen_perturbation"``,
-        ``"unseen_combination"``, ``"unseen_dose"`` or ``"held_out_cells"``.
+        ``"unseen_context"`` (:func:`~pertura.data.leave_context_out`), ``"few_shot_context"``,
+        ``"unseen_perturbation"``, ``"unseen_combination"``, ``"unseen_dose"`` or ``"held_out_cells"``.
     seed
         Seed of the random choices.
     **options
@@ -200,8 +207,8 @@ def make_splits(dataset: Dataset, kind: str, *, seed: int = 0, **options: Any) -
     columns = {"perturbation_key": dataset.perturbation_key}
     if kind != "held_out_cells":
         columns["control"] = dataset.control
-    for argument, question in (("context_key", "unseen_context"), ("dose_key", "unseen_dose")):
-        if kind == question:
+    for argument, end in (("context_key", "_context"), ("dose_key", "_dose")):
+        if kind.endswith(end):
             if getattr(dataset, argument) is None:
                 raise ValueError(f"`{argument}` is missing: {kind!r} needs it.")
             columns[argument] = getattr(dataset, argument)

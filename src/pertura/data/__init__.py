@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "_grn_splits": ["GRNSplit", "candidate_pairs", "make_grn_splits"],
         "_partition": ["Split", "as_obs"],
         "_splits": [
+            "few_shot_context",
             "held_out_cells",
             "leave_context_out",
             "unseen_combination",

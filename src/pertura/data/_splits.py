@@ -1,4 +1,4 @@
-"""Splits that ask a stated question: an unseen context, perturbation, combination, dose, or unseen cells.
+"""Splits that ask a stated question: an unseen or hardly seen context, an unseen perturbation, combination or dose, or unseen cells.
 
 Every generator returns :class:`Split` objects, whose parts are disjoint by construction and whose held-out
 label is checked to be absent from the training rows.
@@ -6,7 +6,7 @@ label is checked to be absent from the training rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from ._partition import SEPARATOR, Rows, Split, as_obs
 __all__ = [
     "Split",
     "as_obs",
+    "few_shot_context",
     "held_out_cells",
     "leave_context_out",
     "unseen_combination",
@@ -143,6 +144,97 @@ def leave_context_out(
         splits.append(split)
     if not splits:
         raise ValueError(f"`context_key`: no context of {context_key!r} has both treated and control cells.")
+    return splits
+
+
+def few_shot_context(
+    adata: AnnData,
+    *,
+    perturbation_key: str,
+    control: str,
+    context_key: str,
+    shots: Sequence[float] = (5, 10, 20),
+    contexts: Iterable[str] | None = None,
+    n_splits: int = 1,
+    val_fraction: float = 0.0,
+    seed: int = 0,
+) -> list[Split]:
+    """Few treated cells of a context, or some of its perturbations, train; one split for each context and number.
+
+    Parts are nested, and the test rows are the same for all numbers: rows that the largest number has in training are not tested.
+
+    Parameters
+    ----------
+    adata
+        The cells.
+    perturbation_key, context_key
+        Columns of ``adata.obs``.
+    control
+        Label of control cells, which stay in train.
+    shots
+        Whole numbers: so many cells of each perturbation of the context train, the others are test. A perturbation with fewer than
+        twice the largest number is in neither part. Numbers below 1: that share of the perturbations of the context trains with
+        all its cells, at least one. 0: as in :func:`leave_context_out`.
+    contexts
+        Contexts, one at a time; by default all with treated and control cells that have enough cells or perturbations.
+    n_splits
+        Number of random choices.
+    val_fraction
+        Part of the training rows for validation, stratified by perturbation and context.
+    seed
+        Of the first choice; choice i uses ``seed + i``.
+
+    Raises
+    ------
+    ValueError
+        Where `shots` mixes numbers and shares, or no context has enough cells or perturbations.
+    """
+    label, treated = _perturbations(adata, perturbation_key, control)
+    context = _column(adata, context_key, "context_key")
+    shots = sorted(set(shots))
+    shares = bool(shots) and shots[-1] < 1
+    if not shots or shots[0] < 0 or not (shares or all(float(s).is_integer() for s in shots)):
+        raise ValueError(f"`shots` must be numbers of cells, or shares below 1 of the perturbations, got {shots}.")
+    names = _choice(contexts, set(context[treated]) & set(context[~treated]), "contexts")
+    splits = []
+    for s in range(seed, seed + n_splits):
+        rng = np.random.default_rng([s, 2])
+        for name in names:
+            own = np.flatnonzero(treated & (context == name))
+            if shares:
+                groups = np.unique(label[own].astype(str), return_inverse=True)[1]
+                place = rng.permutation(groups.max() + 1)[groups]  # of a cell's perturbation
+                numbers = [max(1, round(share * (groups.max() + 1))) if share else 0 for share in shots]
+                enough = np.full(len(own), groups.max() + 1 > numbers[-1])
+            else:
+                numbers = [int(n) for n in shots]
+                place, size = _rank_within(label[own], rng)
+                enough = size >= max(2 * numbers[-1], 1)
+            test = np.zeros(len(label), dtype=bool)
+            test[own[enough & (place >= numbers[-1])]] = True
+            if not test.any():
+                if contexts is not None:
+                    raise ValueError(f"`shots`: context {name!r} has too few cells or perturbations for {shots[-1]}.")
+                continue
+            for shot, number in zip(shots, numbers, strict=True):
+                train = ~(treated & (context == name))
+                train[own[enough & (place < number)]] = True
+                amount = f"{shot:.0%} of perturbations" if shares else f"{number} cells"
+                split = _make(
+                    train,
+                    test,
+                    label + "|" + context,
+                    val_fraction,
+                    name=f"context={name}, {amount}" + (f", seed={s}" if n_splits > 1 else ""),
+                    kind=f"few_shot_context ({amount})",
+                    held_out=tuple(sorted({f"{one}|{name}" for one in label[test]})) if shares or not number else (),
+                    seed=s,
+                    val_seed=s,
+                )
+                split.check_held_out(label + "|" + context, separator=None)
+                splits.append(split)
+    if not splits:
+        raise ValueError(f"`shots`: no context of {context_key!r} has enough cells or perturbations for {shots[-1]}.")
     return splits
 
 

@@ -7,7 +7,14 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "_contexts": ["Asked", "Conditions", "choose_strength", "ridge_weights", "softmax_weights"],
+        "_contexts": [
+            "Asked",
+            "Conditions",
+            "choose_strength",
+            "fit_convergence",
+            "ridge_weights",
+            "softmax_weights",
+        ],
         "_discrepancy": ["Discrepancy", "Error", "Spread", "calibrate", "fit_discrepancy", "fit_error", "widened"],
         "_dosed": ["DoseEffects", "fit_curvature", "fit_dosed"],
         "_features": ["FeatureRidge", "fit_features"],

@@ -6,16 +6,20 @@ give those of contexts, by how alike the control profiles are.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pertura.data._constants import CONTROL_ONLY, DOSE_TOLERANCE, UNKNOWN
 
+from ._stacking import stack_shares
+
 # of the ridge between contexts, in units of the mean variance of a component; without end is the mean over contexts
 _STRENGTHS = (1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, np.inf)
-_MAX_GROUPS = 50  # perturbations from which the strength is learned
+_MAX_GROUPS = 50  # perturbations from which strength and convergence are learned
 
 
 @dataclass(frozen=True)
@@ -230,25 +234,62 @@ def choose_strength(
     contexts
         Which contexts choose, ``(n_contexts,)``; default: all.
     """
-    keys = np.concatenate([conditions.codes, conditions.dose], axis=1)
-    group = np.unique(keys, axis=0, return_inverse=True)[1].ravel()
-    if contexts is not None:
-        group = np.where(contexts[conditions.context], group, -1)
-    groups = np.flatnonzero(np.bincount(group[group >= 0], minlength=1) > 2)
-    if not len(groups):
+    groups = _repeated(conditions, contexts)
+    if not groups:
         return np.inf
-    chosen = groups[np.unique(np.linspace(0, len(groups) - 1, _MAX_GROUPS).round().astype(int))]
     error = np.zeros(len(_STRENGTHS))
     for effects, products in zip(
         np.reshape(effect, (-1, *effect.shape[-2:])), np.reshape(gram, (-1, *gram.shape[-2:])), strict=True
     ):
-        for rows in (np.flatnonzero(group == g) for g in chosen):
+        for rows in groups:
             own = effects[rows].astype(np.float64)
             error += _left_out_errors(
                 own @ own.T, products[np.ix_(conditions.context[rows], conditions.context[rows])], n_components
             )
     # of equally good ones the most cautious
     return _STRENGTHS[len(error) - 1 - int(np.argmin(error[::-1]))]
+
+
+def fit_convergence(conditions: Conditions, splits: Sequence[tuple[NDArray, NDArray]]) -> float:
+    """How far a perturbation brings contexts together, by what left-out contexts say.
+
+    The effect in a context is the mean effect of the others, less this share of what its control profile has more than theirs: 0 if
+    contexts keep their distance, 1 if treated cells are alike everywhere. One number for all genes and perturbations; 0 where
+    :func:`~pertura.effects.stack_shares` finds no gain, or no perturbation was measured in three contexts.
+
+    Parameters
+    ----------
+    conditions
+        What was measured.
+    splits
+        Control profiles, ``(n_contexts, n_genes)``, and effects, ``(n_conditions, n_genes)``, that are compared with other controls:
+        the noise of a control profile is in its own effects with the opposite sign, and would look like convergence.
+    """
+    parts = []
+    for (profiles, effects), rows in product(splits, _repeated(conditions)):
+        at, scale = (
+            conditions.context[rows],
+            len(rows) / (len(rows) - 1),
+        )  # of what a row differs from the mean of the others
+        own, control = effects[rows], profiles[at]
+        parts.append((scale * (own - own.mean(0)), scale * (control.mean(0) - control), at))
+    if not parts:
+        return 0.0
+    target, predicted, context = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return float(stack_shares(target, [predicted], context)[0])
+
+
+def _repeated(conditions: Conditions, contexts: NDArray[np.bool_] | None = None) -> list[NDArray[np.int64]]:
+    """Rows of perturbations that three or more of the contexts have at the same dose; of at most 50 perturbations."""
+    keys = np.concatenate([conditions.codes, conditions.dose], axis=1)
+    group = np.unique(keys, axis=0, return_inverse=True)[1].ravel()
+    if contexts is not None:
+        group = np.where(contexts[conditions.context], group, -1)
+    groups = np.flatnonzero(np.bincount(group[group >= 0], minlength=1) > 2)
+    if not len(groups):
+        return []
+    chosen = groups[np.unique(np.linspace(0, len(groups) - 1, _MAX_GROUPS).round().astype(int))]
+    return [np.flatnonzero(group == g) for g in chosen]
 
 
 def _left_out_errors(

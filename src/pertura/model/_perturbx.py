@@ -98,8 +98,8 @@ class PerturbX(PerturbationModel):
 
     By default these neural networks predict the deviation from the mean effect over the training contexts, in a basis of
     few components. Several of them, each trained without some of the contexts, stand beside a ridge regression of the
-    effects on the control profiles. What each says about the contexts that it did not see decides its share
-    (:attr:`shares`): if both shares are 0, the prediction is the mean effect. In a context where a perturbation was
+    effects on the control profiles, and a term by which contexts that start apart come together. What each says about the
+    contexts that it did not see decides its share (:attr:`shares`): if all are 0, the prediction is the mean effect. In a context where a perturbation was
     measured, its effect is the measured one. A combination that was not measured has the sum of its members' effects.
     Perturbations that were not seen in training are not predicted.
 
@@ -348,13 +348,15 @@ class PerturbX(PerturbationModel):
 
     @property
     def shares(self) -> pd.Series:
-        """Shares of the regression and of the neural networks in what a prediction for a new context adds to the mean effect.
+        """Shares of what a prediction for a new context adds to the mean effect.
 
-        They are those that predict left-out training contexts best. If both are 0, the prediction is the mean effect.
+        ``"regression"``, ``"networks"`` (the neural networks) and ``"convergence"``: how much of what the control profile has more
+        than those of the training contexts is missing from the effect. They are those that predict left-out training contexts
+        best. If all are 0, the prediction is the mean effect.
         """
         self._check_if_trained(warn=False, message="The model is not trained. Call `train()` first.")
-        share = self.module.share.tolist() if self.module.residual else (0.0, 1.0)
-        return pd.Series(share[:2], index=["regression", "networks"], name="share")
+        share = self.module.share.tolist() if self.module.residual else (0.0, 1.0, 0.0)
+        return pd.Series(share[:3], index=["regression", "networks", "convergence"], name="share")
 
     def get_selected_genes(self) -> pd.DataFrame:
         """Genes that the selectors of the ensemble picked.

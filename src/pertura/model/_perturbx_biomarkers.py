@@ -172,10 +172,10 @@ def _prediction_values(
     model: PerturbationModel, asked: Asked, axis: Matrix, n_cells: int, n_samples: int, seed: int
 ) -> tuple[Matrix, Matrix]:
     """Shapley values and expression of all genes in the mean control cells of contexts."""
-    module, (regression, bags) = model.module, model.shares
+    module, (regression, bags, convergence) = model.module, model.shares
     kept = np.flatnonzero(module.has_bag.cpu().numpy())
     x = module.means.control.cpu().double().numpy()[kept]
-    value = regression * module.regression_slope(asked, axis) * (x - x.mean(0))
+    value = (regression * module.regression_slope(asked, axis) - convergence * axis) * (x - x.mean(0))
     if bags > 0:
         action = module.action_of([asked])
         along = torch.as_tensor(axis, dtype=torch.float32, device=module.bag.device)

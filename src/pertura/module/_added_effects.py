@@ -167,6 +167,27 @@ class MeasuredMeans(nn.Module):
         np.add.at(control.T, self.conditions.context, -weights.T)
         return np.concatenate([weights, control], axis=1)
 
+    def distances(self, weights: NDArray[np.float64], context: NDArray[np.int64], control: Tensor) -> Tensor:
+        """What control profiles have more than those of the contexts that weighted sums of effects come from.
+
+        Parameters
+        ----------
+        weights
+            Of measured effects, ``(n, n_conditions)``.
+        context
+            Codes of the contexts, ``(n,)``.
+        control
+            Profiles of all of them, ``(n_all_contexts, n_genes)``.
+
+        Returns
+        -------
+        ``(n, n_genes)``, times the sum of the weights.
+        """
+        total = torch.as_tensor(weights.sum(1), dtype=control.dtype, device=control.device)
+        own = self.of_means(weights)
+        own[:, : len(self.context)] = 0.0
+        return total[:, None] * control[context] + self.product(own, self.mean)
+
     @staticmethod
     def product(weights: NDArray[np.float64], values: Tensor) -> Tensor:
         """Product with weights most of which are 0."""

@@ -18,9 +18,10 @@ its effect is
 
 .. math::
 
-    \mu_p + \alpha_1 R_p(\text{control profile}) + \alpha_2 B\, \psi([z, e])
+    \mu_p + \alpha_1 R_p(\text{control profile}) + \alpha_2 B\, \psi([z, e]) - \alpha_3 (x - \bar x)
 
-with R a ridge regression of the measured effects on the control profiles. The shares :math:`\alpha` are those that predict
+with R a ridge regression of the measured effects on the control profiles, x the control profile and :math:`\bar x` the mean of those
+of the other contexts: treated cells of contexts that start apart may be alike. The shares :math:`\alpha` are those that predict
 contexts which were left out, 0 where contexts tell nothing about one another. A combination that was not measured is the sum of
 its members.
 """
@@ -226,8 +227,8 @@ class PerturbX(AddedEffectModule):
         self.register_buffer("input_scale", torch.ones(n_genes))
         self.register_buffer("effect_sd", torch.ones(n_genes))
         self.register_buffer("fold", torch.full((n_contexts,), -1, dtype=torch.long))
-        # what is added to the mean effect: of the regression, of the bags; and of what B does not span
-        self.register_buffer("share", torch.tensor([0.0, 1.0, 0.0]))
+        # what is added to the mean effect: of the regression, of the bags, of the convergence; and of what B does not span
+        self.register_buffer("share", torch.tensor([0.0, 1.0, 0.0, 0.0]))
         add_buffers(
             self,
             bag=torch.zeros(n_contexts, 0, n_members, n_selected),
@@ -343,7 +344,7 @@ class PerturbX(AddedEffectModule):
         return known(np.sort(codes)) >= 0 or all(known(codes[i : i + 1]) >= 0 for i in range(len(codes)))
 
     def effects(self, asked: Distinct, globals_: Globals) -> tuple[Tensor, Tensor]:
-        """Where a perturbation was measured, its measured effect; elsewhere the mean effect, regression and bags."""
+        """Where a perturbation was measured, its measured effect; elsewhere mean effect, regression, bags and convergence."""
         shape = (len(asked.asked), len(self.conditions))
         measured, average, linear = np.zeros(shape), np.zeros(shape), np.zeros(shape)
         new: list[tuple[int, Asked, int]] = []
@@ -356,12 +357,15 @@ class PerturbX(AddedEffectModule):
                 new.append((row, one, int(c)))
                 average[row] += self._from_others(one, int(c), globals_["affinity"][c], np.inf)
                 linear[row] += self._from_others(one, int(c), globals_["affinity"][c])
-        regression, bags, rest = self.share.tolist()
+        regression, bags, convergence, rest = self.share.tolist()
         if not self.residual:
             measured[:] = average[:] = linear[:] = 0.0
         transferred = (1.0 - regression) * average + regression * linear
         mean, variance = self.means.sums(measured)[0], self.means.sums(measured + transferred)[1]
-        mean = mean + self._spanned(self.means.sums(transferred)[0], rest)
+        moved = self.means.sums(transferred)[0]
+        if convergence > 0:
+            moved = moved - convergence * self.means.distances(average, asked.context, globals_["control"])
+        mean = mean + self._spanned(moved, rest)
         if bags > 0 and new:
             rows, singles, contexts = zip(*new, strict=True)
             rows, contexts = (torch.as_tensor(v, device=mean.device) for v in (rows, contexts))
@@ -438,7 +442,7 @@ class PerturbX(AddedEffectModule):
 
     @torch.no_grad()
     def stack(self, splits: list[Split], bases: list[NDArray[np.float64]]) -> None:
-        """Strength of the regression, and shares of regression and bags, by what they say of left-out contexts.
+        """Strength of the regression, and shares of regression, bags and convergence, by what they say of left-out contexts.
 
         Each training condition is predicted from the other contexts: by the regression without it, and by the members that
         did not see its context. What predicts and what is predicted have different halves of the controls: the noise of a
@@ -463,7 +467,7 @@ class PerturbX(AddedEffectModule):
         ]
         rows = np.flatnonzero(np.asarray(number)[conditions.label] > 2)
         if not len(rows) or self.n_folds < 2:
-            self.share.copy_(torch.tensor([0.0, 0.0, 1.0]))
+            self.share.copy_(torch.tensor([0.0, 0.0, 0.0, 1.0]))
             return
         asked = [conditions.ask(conditions.codes[i], conditions.dose[i]) for i in rows]
         context = conditions.context[rows]
@@ -472,22 +476,23 @@ class PerturbX(AddedEffectModule):
         nested = [choose_strength(*given, contexts=fold != number) for number in range(self.n_folds)]
         parts: list[tuple[NDArray, ...]] = []
         for split, gram in zip(splits, grams, strict=True):
-            mean, linear = (
+            average, linear = (
                 np.stack(
                     [
                         regression.weights(self.means, gram, a, int(c), gram[c], strengths[fold[c]])
                         for a, c in zip(asked, context, strict=True)
                     ]
                 )
-                @ split.effect
                 for strengths in ([np.inf] * self.n_folds, nested)
             )
-            parts.append((split.effect[rows], mean, linear, self._held_out(asked, context, split.bag)))
-        measured, mean, linear, bags = (np.concatenate(part) for part in zip(*parts, strict=True))
+            closer = average @ split.control[conditions.context] - average.sum(1)[:, None] * split.control[context]
+            bags = self._held_out(asked, context, split.bag)
+            parts.append((split.effect[rows], average @ split.effect, linear @ split.effect, bags, closer))
+        measured, mean, linear, bags, closer = (np.concatenate(part) for part in zip(*parts, strict=True))
         project = regression.project
         where = np.tile(context, len(splits))
-        share = stack_shares(project(measured - mean), [project(linear - mean), project(bags)], where)
-        left = np.stack([measured, mean + share[0] * (linear - mean)])
+        share = stack_shares(project(measured - mean), [project(p) for p in (linear - mean, bags, closer)], where)
+        left = np.stack([measured, mean + share[0] * (linear - mean) + share[2] * closer])
         for number, basis in enumerate(bases):
             at = fold[where] == number
             left[:, at] -= left[:, at] @ basis @ basis.T
