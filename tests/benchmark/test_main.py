@@ -44,6 +44,21 @@ def test_another_task(screen, monkeypatch, tmp_path, capsys):
     assert tables[0]["value"].mean() != tables[2]["value"].mean() != tables[1]["value"].mean()
 
 
+def test_few_shots(screen, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(datasets, "kang_2018_mini", lambda: screen)
+    words = ["kang", "--models", "EmpiricalBayes", "--metrics", "mse", "--out", str(tmp_path / "few.csv")]
+    assert main([*words, "--task", "few_shot_context", "--shots", "0", "8"]) == 0
+    results = Results(tmp_path / "few.csv").table
+    assert set(results["split"]) == {"few_shot_context (0 cells)", "few_shot_context (8 cells)"}
+    value = results.groupby(["split", "model"])["value"].mean().unstack()
+    assert value.loc["few_shot_context (8 cells)", "EmpiricalBayes"] < value["EmpiricalBayes"].iloc[0]
+    # one truth for all numbers of cells
+    assert value["NoChange"].nunique() == 1 and results["n_cells"].eq(12).all()
+    with pytest.raises(SystemExit):
+        main([*words, "--shots", "5"])
+    assert "few_shot_context" in capsys.readouterr().err
+
+
 def test_a_file_of_one_s_own(screen, tmp_path, capsys):
     adata = screen[screen.obs["cell_type"] == screen.obs["cell_type"].iloc[0]].copy()
     adata.obs = adata.obs.rename(columns={"perturbation": "guide"})

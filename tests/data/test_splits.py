@@ -10,6 +10,7 @@ from pertura.data._grn_splits import GRNSplit, candidate_pairs, make_grn_splits
 from pertura.data._splits import (
     Split,
     as_obs,
+    few_shot_context,
     held_out_cells,
     leave_context_out,
     unseen_combination,
@@ -111,6 +112,54 @@ def test_unseen_combination_keeps_singles_and_both_spellings_together(adata):
     assert len(seen) == 3
     again = unseen_combination(adata, fraction=0.3, n_splits=12, **KEYS)
     assert all((a.test == b.test).all() for a, b in zip(splits, again, strict=True))
+
+
+@pytest.fixture
+def merged(adata):
+    """Labels with one spelling, of treated cells."""
+    names = adata.obs["perturbation"].replace({"B+A": "A+B", "D+ctrl": "D"})
+    return names.where(names != "ctrl").to_numpy(dtype=object)
+
+
+def test_few_cells_of_a_context_train(adata, merged):
+    splits = few_shot_context(adata, context_key="cell_type", shots=[0, 3, 8], **KEYS)
+    assert len(splits) == 9 and len({s.kind for s in splits}) == 3
+    for name in adata.obs["cell_type"].unique():
+        few = [s for s in splits if s.name.startswith(f"context={name}, ")]
+        own = (adata.obs["cell_type"] == name).to_numpy() & pd.notna(merged)
+        n = pd.Series(merged[own]).value_counts().sort_index()
+        for split, number in zip(few, [0, 3, 8], strict=True):
+            known = pd.Series(merged[np.intersect1d(split.train, np.flatnonzero(own))]).value_counts()
+            assert (known == number).all() and len(known) == (len(n) if number else 0)
+            # all that is not of the context trains, and the truth is the same for all numbers
+            assert set(np.flatnonzero(~own)) <= set(split.train)
+            assert np.array_equal(split.test, few[0].test)
+            assert (pd.Series(merged[split.test]).value_counts().sort_index() == n - 8).all()
+        assert set(few[1].train) < set(few[2].train)
+    again = few_shot_context(adata, context_key="cell_type", shots=[3], contexts=["CD14"], n_splits=2, **KEYS)
+    assert len({s.name for s in again}) == 2 and not np.array_equal(again[0].train, again[1].train)
+
+
+def test_some_perturbations_of_a_context_train(adata, merged):
+    few = few_shot_context(adata, context_key="cell_type", shots=[0.1, 0.5], contexts=["B cells"], **KEYS)
+    context = adata.obs["cell_type"].to_numpy(str)
+    for split, number in zip(few, [1, 4], strict=True):
+        inside = set(pd.Series(merged[split.train[context[split.train] == "B cells"]]).dropna())
+        test = set(merged[split.test])
+        assert len(inside) == number and len(test) == 4 and not inside & test
+        assert set(context[split.test]) == {"B cells"}
+    assert set(few[0].train) < set(few[1].train) and np.array_equal(few[0].test, few[1].test)
+
+
+def test_few_shots_need_enough_cells(adata):
+    rare = np.flatnonzero((adata.obs["perturbation"] == "A") & (adata.obs["cell_type"] == "CD14"))
+    adata = adata[np.setdiff1d(np.arange(2000), rare[9:])].copy()
+    (split,) = few_shot_context(adata, context_key="cell_type", shots=[5], contexts=["CD14"], **KEYS)
+    used = adata.obs.iloc[np.concatenate([split.train, split.test])]
+    assert "A" not in set(used.loc[used["cell_type"] == "CD14", "perturbation"])
+    for shots, message in (([900], "no context"), ([0.5, 3], "shares below 1"), ([], "numbers"), ([-1], "numbers")):
+        with pytest.raises(ValueError, match=f"`shots`.*{message}"):
+            few_shot_context(adata, context_key="cell_type", shots=shots, **KEYS)
 
 
 def test_unseen_dose(adata):

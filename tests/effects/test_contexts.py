@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pertura.effects import Conditions, choose_strength, ridge_weights, softmax_weights
+from pertura.effects import Conditions, choose_strength, fit_convergence, ridge_weights, softmax_weights
 from pertura.effects._contexts import profile_correlations
 
 RNG = np.random.default_rng(0)
@@ -70,3 +70,21 @@ def test_strength_by_splits_of_the_controls():
     gram = np.stack([c @ c.T for c in centered])
     assert choose_strength(conditions, treated - controls[0], gram[0], 15) < np.inf
     assert choose_strength(conditions, treated - controls[::-1], gram, 15) >= 100
+
+
+@pytest.mark.parametrize(("true", "low", "high"), [(0.6, 0.5, 0.7), (0.0, 0.0, 0.0), (-0.5, 0.0, 0.0)])
+def test_convergence_is_that_of_left_out_contexts(true, low, high):
+    """With noise in the control profiles; contexts that move apart are not brought together."""
+    n, genes = 8, 200
+    rng = np.random.default_rng(0)
+    conditions = Conditions(np.repeat([[0], [1]], n, 0), np.ones((2 * n, 1)), np.tile(np.arange(n), 2), n)
+    control = rng.normal(0, 1, (n, genes))
+    halves = control + rng.normal(0, 0.4, (2, n, genes))
+    treated = rng.normal(0, 1, (2, 1, genes)) + (1 - true) * control + rng.normal(0, 0.2, (2, n, genes))
+    against = [treated.reshape(2 * n, genes) - np.tile(half, (2, 1)) for half in halves]
+    found = fit_convergence(conditions, list(zip(halves, against[::-1], strict=True)))
+    assert low <= found <= high
+    if true == 0:  # the same noise on either side looks like convergence
+        assert fit_convergence(conditions, list(zip(halves, against, strict=True))) > 0.05
+    two = Conditions(np.zeros((2, 1), np.int64), np.ones((2, 1)), np.arange(2), 2)
+    assert fit_convergence(two, [(halves[0, :2], against[1][:2])]) == 0

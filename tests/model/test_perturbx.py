@@ -186,6 +186,27 @@ def test_noise_of_controls_is_no_relation():
     assert np.mean(shares) < 0.3
 
 
+def test_contexts_that_come_together():
+    """Treated cells are alike in all contexts, wherever these start: the control profile takes its part of the effect back."""
+    rng = np.random.default_rng(0)
+    base, effect = rng.normal(5.0, 0.5, (9, N_GENES)), rng.normal(0, 0.5, N_GENES)
+    obs = [(name, f"line{c:02d}") for c in range(9) for name in ("control", "drug")[: 2 if c else 1] for _ in range(30)]
+    moved = effect + 0.8 * (5.0 - base)
+    x = [base[int(line[4:])] + (name == "drug") * moved[int(line[4:])] for name, line in obs]
+    adata = AnnData(
+        (np.stack(x) + rng.normal(0, 0.3, (len(obs), N_GENES))).astype(np.float32),
+        obs=pd.DataFrame(obs, columns=["perturbation", "cell_type"]).astype(str),
+    )
+    adata.obs_names = [f"cell{i}" for i in range(adata.n_obs)]
+    model = fit(adata, max_epochs=1, n_selected=6, bag_size=16, n_members=2)  # the bags have no part in it
+    assert model.shares["convergence"] > 0.4
+    error = ((effects(model, adata).loc["line00"] - moved[0]) ** 2).mean()
+    assert error < 0.4 * ((effects(fit(adata, MeanEffect), adata).loc["line00"] - moved[0]) ** 2).mean()
+    # what the prediction is explained by is what it is made of
+    importance = model.get_gene_importance("drug", of="prediction")["importance"]
+    assert (importance > 0).all()
+
+
 def test_combinations_are_sums(trained):
     """Of what the members do in the context; where one was never measured alone, they are refused."""
     rng = np.random.default_rng(0)

@@ -75,6 +75,25 @@ def test_means_take_the_size_of_what_is_loaded():
     torch.testing.assert_close(other.effect, one.effect)
 
 
+def test_distances_are_to_the_contexts_of_the_effects():
+    means = MeasuredMeans(2, 2, np.ones(1))
+    control = np.array([[1.0, 1.0], [3.0, 5.0]], np.float32)
+    means.set(
+        ConditionMeans(
+            codes=np.array([[0], [0]]),
+            dose=np.ones((2, 1)),
+            context=np.array([0, 1]),
+            mean=np.concatenate([control + 7, control]),
+            variance=np.ones((4, 2), np.float32),
+            has_control=np.array([True, True]),
+        )
+    )
+    known = torch.cat([means.control, torch.tensor([[10.0, 20.0]])])  # the last: a context of the query
+    weights = np.array([[1.0, 0.0], [0.5, 0.5], [0.2, 0.2]])
+    found = means.distances(weights, np.array([0, 2, 2]), known)
+    torch.testing.assert_close(found, torch.tensor([[0.0, 0.0], [8.0, 17.0], [3.2, 6.8]]))
+
+
 def test_profiles_and_effects_have_different_halves_of_the_controls():
     """Noise of a control profile must not be in the effect that is predicted from it."""
     rng = np.random.default_rng(0)

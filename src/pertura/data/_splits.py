@@ -191,6 +191,9 @@ def few_shot_context(
     """
     label, treated = _perturbations(adata, perturbation_key, control)
     context = _column(adata, context_key, "context_key")
+    # "A+B" and "B+A" are one
+    one = {name: SEPARATOR.join(sorted(set(name.split(SEPARATOR)) - {str(control)})) for name in set(label[treated])}
+    label[treated] = [one[name] for name in label[treated]]
     shots = sorted(set(shots))
     shares = bool(shots) and shots[-1] < 1
     if not shots or shots[0] < 0 or not (shares or all(float(s).is_integer() for s in shots)):
@@ -227,7 +230,7 @@ def few_shot_context(
                     val_fraction,
                     name=f"context={name}, {amount}" + (f", seed={s}" if n_splits > 1 else ""),
                     kind=f"few_shot_context ({amount})",
-                    held_out=tuple(sorted({f"{one}|{name}" for one in label[test]})) if shares or not number else (),
+                    held_out=tuple(sorted({f"{held}|{name}" for held in label[test]})) if shares or not number else (),
                     seed=s,
                     val_seed=s,
                 )
