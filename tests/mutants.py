@@ -1007,6 +1007,31 @@ MUTANTS = [
         "baseline/test_closed_form.py baseline/test_baseline.py",
     ),
     Mutant(
+        "convergence-shares-controls",
+        "baseline/_estimators.py",
+        "fit_convergence(self.conditions, split_controls(self.means, table))",
+        "fit_convergence(self.conditions, [(p, e) for (p, _), (_, e) in zip(split_controls(self.means, table), "
+        "split_controls(self.means, table)[::-1], strict=True)])",
+        "baseline/test_contexts.py",
+        "without_convergence",
+    ),
+    Mutant(
+        "few-cells-are-believed",
+        "baseline/_empirical_bayes.py",
+        "mean[rows] = found.mean * table.spread",
+        "mean[rows] = left[rows]",
+        "baseline/test_contexts.py",
+        "few_cells",
+    ),
+    Mutant(
+        "few-shots-are-tested",
+        "data/_splits.py",
+        "test[own[enough & (place >= numbers[-1])]] = True",
+        "test[own[enough & (place >= numbers[0])]] = True",
+        "data/test_splits.py",
+        "of_a_context_train",
+    ),
+    Mutant(
         "linear-strength-shares-noise",
         "baseline/_linear.py",
         "zip(*split_controls(self.means, table), strict=True)",

@@ -63,7 +63,12 @@ class EmpiricalBayesModule(LinearModule):
         mean, variance = np.zeros(effect.shape), np.zeros(effect.shape)
         if len(rows):
             found = shrink(halves, table.programs())
-            mean[rows], variance[rows] = found.mean * table.spread, (found.sd * table.spread) ** 2
+            mean[rows] = found.mean * table.spread
+            # genes vary more in some conditions than at large: by that the measured part of the posterior is wider
+            noise = halves.noise[:, None]
+            wider = (own.se[kept][rows] / table.spread) ** 2 / noise - 1.0
+            gain = np.minimum(found.sd**2 / noise, 1.0)
+            variance[rows] = (found.sd * table.spread) ** 2 * (1.0 + gain * wider)
         set_buffer(self, "posterior", mean)
         set_buffer(self, "posterior_variance", variance)
 
