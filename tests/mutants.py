@@ -437,7 +437,7 @@ MUTANTS = [
     # -- what is written --------------------------------------------------------------------------------------------
     Mutant(
         "repressed-genes-without-evidence",
-        "model/base/_write.py",
+        "effects/_ranked.py",
         "wrong_sign = stats.norm.sf(np.abs(score))",
         "wrong_sign = stats.norm.sf(score)",
         RESULTS,
@@ -445,7 +445,7 @@ MUTANTS = [
     ),
     Mutant(
         "genes-ranked-upside-down",
-        "model/base/_write.py",
+        "effects/_ranked.py",
         'order = np.argsort(-score, kind="stable")',
         'order = np.argsort(score, kind="stable")',
         RESULTS,

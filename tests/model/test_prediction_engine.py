@@ -10,10 +10,11 @@ import torch
 from pertura.data import build_vocabulary
 from pertura.data._perturbation import Perturbation
 from pertura.effects import Discrepancy
+from pertura.effects._ranked import ranked_effects
 from pertura.model.base._arguments import as_rows
 from pertura.model.base._effects import EffectSums, effect_table, log2_fold_change, posterior_spread
 from pertura.model.base._predict import quantiles, rescale, seeded
-from pertura.model.base._write import ranked_effects, reserve
+from pertura.model.base._write import reserve
 
 CPU = torch.device("cpu")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,12 @@ from ._vocabulary import Vocabulary, build_vocabulary, encode_cells
 logger = logging.getLogger(__name__)
 
 _OBSM_KEY = f"_scvi_{KEYS.PERTURBATION}"
+
+
+@cache
+def _say(text: str) -> None:
+    """Log a message once: baselines beside a model register the same data again."""
+    logger.info(text)
 
 
 class ExpressionField(LayerField):
@@ -50,7 +57,7 @@ class ExpressionField(LayerField):
         library, values = find_library(expression, x, adata.obs, self.layer, self.size_factor_key)
         if library["source"] == "X":
             adata.obs[LIBRARY_COLUMN] = values
-        logger.info("Library of a cell: %s.", describe(library, adata.n_vars))
+        _say(f"Library of a cell: {describe(library, adata.n_vars)}.")
         return {**state, self.LIBRARY: library}
 
     def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs: Any) -> dict[str, Any]:

@@ -353,7 +353,6 @@ def calibrate(
     scale: str,
     min_cells: int = 10,
     noise_share: float = 0.0,
-    adjust_depth: bool = True,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Compare predicted with measured effects, by novelty.
@@ -378,8 +377,6 @@ def calibrate(
     noise_share
         Share of the noise of the measured effects that the predicted ones have taken up, between 0 and 1. For a model whose draws
         do not hold that noise: its number of free coordinates per gene.
-    adjust_depth
-        See :meth:`ConditionTable.effects`.
     seed
         Of which conditions are used where there are more than 60.
 
@@ -411,7 +408,7 @@ def calibrate(
     )
     if not len(usable):
         return result
-    measured = _Measured(table, usable, adjust_depth, np.random.default_rng(seed))
+    measured = _Measured(table, usable, np.random.default_rng(seed))
     at = measured.some(np.ones(len(usable), dtype=bool))
     effect, se = measured.effect[at], np.sqrt(measured.variance[at])
     predicted, context = np.zeros(effect.shape), measured.conditions.context[at]
@@ -445,12 +442,10 @@ def perturbations_of(table: ConditionTable, vocabulary: Vocabulary) -> list[Pert
 class _Measured:
     """Measured effects of some conditions, to be predicted from one another."""
 
-    def __init__(
-        self, table: ConditionTable, usable: NDArray[np.int64], adjust_depth: bool, rng: np.random.Generator
-    ) -> None:
-        found, at = table.effects(adjust_depth=adjust_depth), table.treated[usable]
+    def __init__(self, table: ConditionTable, usable: NDArray[np.int64], rng: np.random.Generator) -> None:
+        found, at = table.effects(), table.treated[usable]
         self.effect, self.variance, self.rng = found.effect[usable], found.se[usable] ** 2, rng
-        self.halves = [table.effects(half=half, adjust_depth=adjust_depth).effect[usable] for half in (0, 1)]
+        self.halves = [table.effects(half=half).effect[usable] for half in (0, 1)]
         # the part of the treated cells; that of the controls is the same for all conditions of a context
         self.treated = self.variance * (1.0 / table.n[at].sum(1) / found.noise[usable])[:, None]
         self.conditions = Conditions(table.codes[at], table.dose[at], table.context[at], table.n_contexts)

@@ -171,7 +171,6 @@ def fit_measured(
     combinations: Sequence[Sequence[int]] | None = None,
     strength: Callable[[NDArray[np.int64], NDArray[np.float64]], NDArray] | None = None,
     features: NDArray | None = None,
-    adjust_depth: bool = True,
 ) -> MeasuredEffect:
     """Effects of all perturbations and measured combinations, shrunk by :func:`~pertura.effects.shrink`.
 
@@ -193,8 +192,6 @@ def fit_measured(
     features
         Features of the perturbations, ``(n_perturbations, n_features)``, from which unseen ones are predicted; `None`: unseen
         ones have the mean effect.
-    adjust_depth
-        See :meth:`ConditionTable.effects`.
     """
     members = table.members
     if combinations is None:
@@ -211,7 +208,7 @@ def fit_measured(
     lookup = {(code,): code for code in range(n_perturbations)}
     lookup |= {c: n_perturbations + i for i, c in enumerate(combinations)}
     which = np.array([lookup.get(m, -1) for m in members], dtype=np.int64)
-    effects = table.pooled(which, len(result.mean), strength=response, adjust_depth=adjust_depth)
+    effects = table.pooled(which, len(result.mean), strength=response)
     rows = np.flatnonzero(np.isfinite(effects.noise))
     unit, loadings = table.spread, table.programs()
     mean, variance = np.zeros(effects.effect.shape), np.zeros(effects.effect.shape)

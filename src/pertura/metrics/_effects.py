@@ -13,6 +13,7 @@ from anndata import AnnData
 from scipy.stats import norm
 
 from pertura.data._vocabulary import parse_label
+from pertura.effects._ranked import ranked_effects
 
 from ._pseudobulk import ALL, at_equal_depth, expression, moments
 
@@ -185,8 +186,6 @@ def effects_to_anndata(effects: pd.DataFrame) -> AnnData:
     if "gene_sd" not in ranked:
         ranked["gene_sd"] = ranked[sd]
     params = {"groupby": "condition", "reference": "control", "method": "effect", "use_raw": False, "layer": None}
-    from pertura.model.base._write import ranked_effects  # models are slow to import
-
     out.uns["rank_genes_groups"] = ranked_effects(
         ranked if "log2fc" in ranked else ranked.assign(log2fc=ranked["lfc_mean"]), "condition", params
     )
