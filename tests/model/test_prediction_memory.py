@@ -16,6 +16,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from pertura import datasets
+from pertura.model.base import _out
 
 from .conftest import MODELS, Spec
 
@@ -113,8 +114,10 @@ def one_model():
 
 
 @pytest.mark.parametrize("call", [iterate, effect, to_file])
-def test_memory_at_2_000_and_20_000_cells(one_model, call):
+def test_memory_at_2_000_and_20_000_cells(one_model, call, monkeypatch):
     model = one_model
+    # a few MiB of means wait to be written, whatever the number of cells: both files are to fill several chunks
+    monkeypatch.setattr(_out, "_CHUNK_BYTES", 2**20)
     few, all_ = compare(call, model, (2_000, 20_000), n_samples=2)
     # the predictions of 20,000 cells fill 46 MiB, their draws 31 MiB per perturbation
     assert all_ < few + 15
