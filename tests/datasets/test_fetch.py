@@ -163,7 +163,7 @@ def test_offline_error_is_one_clear_sentence(cache: Path, no_network: None) -> N
     start = time.monotonic()
     with pytest.raises(DataNotAvailable) as caught:
         datasets.kang_2018_wide()
-    assert time.monotonic() - start < 5  # one retry, a second apart
+    assert time.monotonic() - start < 15  # one retry, a second apart
     message = str(caught.value)
     for part in ("'kang_2018_wide.RData'", str(cache), "https://", "PERTURA_DATA_DIR", "network"):
         assert part in message
@@ -180,7 +180,7 @@ def test_dead_server_does_not_hang(files: dict[str, DataFile], cache: Path, monk
         start = time.monotonic()
         with pytest.raises(DataNotAvailable, match="ReadTimeout"):
             datasets.fetch("one")
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 15
 
 
 def test_missing_address_is_reported(files: dict[str, DataFile], cache: Path, server: str) -> None:
