@@ -92,10 +92,7 @@ def _exp(x: float) -> float:
 def _zeros(step: float, size: float, theta: float) -> float:
     """(1 + step / size)^-theta: the probability of 0 for (mean, theta), and the ratio of two of them for (mean2 - mean, mean + theta)."""
     half = step / (2.0 * size + step)
-    exponent = theta * _log_ratio(half)
-    if 0.0 <= half < 0.25 and exponent < 4.0:
-        return _exp(-exponent)
-    return math.exp(-theta * math.log1p(step / size))
+    return math.exp(-theta * (_log_ratio(half) if 0.0 <= half < 0.25 else math.log1p(step / size)))
 
 
 @_compiled
