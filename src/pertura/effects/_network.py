@@ -241,23 +241,26 @@ def measure_covariation(dataset: CellDataset, rows: Rows, genes: NDArray[np.int6
     Returns
     -------
     Covariances of `genes` with all genes ``(len(genes), n_genes)``, 0 for those of none, and the variances of all genes
-    ``(n_genes,)``.
+    ``(n_genes,)``; all are 0 where there is no gene.
     """
     keys = [dataset.fields[key][rows] for key in (KEYS.PERTURBATION, KEYS.CONTEXT) if key in dataset.fields]
     _, group = np.unique(np.concatenate(keys, axis=1), axis=0, return_inverse=True)
-    group, kept = group.ravel(), np.maximum(genes, 0)
+    group, known = group.ravel(), genes >= 0
     n = np.bincount(group)[:, None].astype(np.float64)
     total = np.zeros((len(n), dataset.n_genes))
     cross, square = np.zeros((len(genes), dataset.n_genes)), np.zeros(dataset.n_genes)
+    if not known.any():
+        return cross, square
+    kept = genes[known]
     for chunk in chunks(dataset, rows):
         x = chunk.x
         add_groups(total, group[chunk.positions], x)
         part = x[:, kept].T @ x
-        cross += part.toarray() if sparse.issparse(part) else part
+        cross[known] += part.toarray() if sparse.issparse(part) else part
         square += column_sums(squared(x))
     mean = total / n
-    cross = (cross - (n * mean)[:, kept].T @ mean) / len(rows)
-    return cross * (genes >= 0)[:, None], (square - (n * mean**2).sum(0)) / len(rows)
+    cross[known] -= (n * mean)[:, kept].T @ mean
+    return cross / len(rows), (square - (n * mean**2).sum(0)) / len(rows)
 
 
 # -- shifts of genes ----------------------------------------------------------------------------------------------------

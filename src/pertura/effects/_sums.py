@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 from scipy import sparse
 from scvi.data import AnnDataManager
@@ -168,16 +169,25 @@ def squared(x: Values) -> Values:
 
 
 def column_sums(x: Values) -> NDArray[np.float64]:
-    if sparse.issparse(x):
-        return np.bincount(x.indices, x.data, minlength=x.shape[1])
-    return x.sum(0)
+    if not sparse.issparse(x):
+        return x.sum(0)
+    result = np.zeros((1, x.shape[1]))
+    add_groups(result, np.zeros(x.shape[0], dtype=np.int64), x)
+    return result[0]
+
+
+@njit(nogil=True, cache=True)
+def _add_rows(into: Matrix, group: NDArray, data: NDArray, indices: NDArray, start: NDArray) -> None:
+    for i in range(len(group)):
+        total = into[group[i]]
+        for j in range(start[i], start[i + 1]):
+            total[indices[j]] += data[j]
 
 
 def add_groups(into: Matrix, group: NDArray[np.int64], x: Values) -> None:
     """Add rows to the sums of their groups."""
     if sparse.issparse(x):
-        at = np.repeat(group * x.shape[1], np.diff(x.indptr)) + x.indices
-        np.add.at(into.reshape(-1), at, x.data)
+        _add_rows(into, group, x.data, x.indices, x.indptr)
         return
     present, local = np.unique(group, return_inverse=True)  # a chunk may hold few of the groups
     member = sparse.csr_matrix(
