@@ -153,10 +153,10 @@ class BareLoop:
         kl = kl + q_effect.log_prob(effect) - p_effect.log_prob(effect)
         shift = (mask * effect)[code.clamp(min=0)] * (code >= 0)[:, None]
         q = m.encoder(m.standardized(x, self.library[rows]), batch, shift)
-        z = q.rsample()
+        z = q.rsample() - shift
         h = m.decoder(z + shift, batch)
         p_z = torch.distributions.Normal(0.0, 1.0, validate_args=False)
-        local = m.likelihood(h, self.library[rows]).log_prob(x) + (p_z.log_prob(z) - q.log_prob(z)).sum(-1)
+        local = m.likelihood(h, self.library[rows]).log_prob(x) + (p_z.log_prob(z) - q.log_prob(z + shift)).sum(-1)
         return -local.mean() + kl.sum() / len(self.x)
 
     def step(self) -> None:

@@ -144,7 +144,11 @@ class SAMSVAE(LatentModule):
         elif self.basal_guide == "correlated":
             shift = self.shifts(table, cells.action)
         with pyro.plate("cells", len(cells)), pyro.poutine.scale(scale=kl_weight):
-            pyro.sample("basal", self.encoder(u, self.one_hot_batch(cells.batch), shift).to_event(1))
+            q = self.encoder(u, self.one_hot_batch(cells.batch), shift)
+            if shift is not None:
+                # the encoder then finds the state, which x is about, whatever part of it the shift explains
+                q = dist.Normal(q.loc - shift, q.scale)
+            pyro.sample("basal", q.to_event(1))
 
     def strength(self, action: Action) -> Tensor:
         """Dose response of each member; of those outside the vocabulary, their dose."""
