@@ -694,6 +694,22 @@ MUTANTS = [
         "without_their and SAMSVAE",
     ),
     Mutant(
+        "state-not-kept-by-the-guide-of-samsvae",
+        "module/_samsvae.py",
+        "q = dist.Normal(q.loc - shift, q.scale)",
+        "pass",
+        "module/test_samsvae.py",
+        "keeps_the_state",
+    ),
+    Mutant(
+        "tails-of-small-counts-cut-off",
+        "nn/_counts.py",
+        "(left <= 1e-6 * width)",
+        "(left <= width)",
+        "nn/test_counts.py",
+        "overlap",
+    ),
+    Mutant(
         "own-effect-not-taken-off-by-cradlevae",
         "module/_artifact.py",
         "u, quality = module.standardized(cells.x, cells.library) - effect, failed(cells)",

@@ -54,7 +54,8 @@ def _reference(module, cells, n_draws):
     for _ in range(n_draws):
         table = mask.sample() * effect.sample()
         shift = torch.where((code >= 0)[:, None], table[code.clamp(min=0)], 0.0)
-        posterior = module.encoder(module.standardized(cells.x, cells.library), None, shift)
+        state = module.encoder(module.standardized(cells.x, cells.library), None, shift)
+        posterior = Normal(state.loc - shift, state.scale)
         z = posterior.sample()
         log_p = module.likelihood(module.decoder(z + shift, None), cells.library).log_prob(cells.x)
         local = kl_divergence(Normal(posterior.loc, posterior.scale), Normal(0.0, 1.0)).sum(1)
@@ -307,3 +308,18 @@ def test_the_guide_is_given_cells_without_their_measured_effect(name, state):
             found.append(pyro.poutine.trace(module.guide).get_trace(cells).nodes[state]["fn"].base_dist.loc)
     torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-4)
     assert (found[2] - found[0])[:2].abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_the_guide_keeps_the_state_that_cells_show_whatever_a_shift_explains_of_it():
+    """Shifts are then learned from the basal states that they leave, and not against an encoder that explains the cells already."""
+    module, cells = _module(effect_guide="mean_field"), _cells()
+    module.encoder.hidden.first[2].weight.zero_()  # what the encoder is told of the shift
+    values = {"mask": torch.ones(PERTURBATIONS, 3), "effect": torch.full((PERTURBATIONS, 3), 2.0)}
+    found = []
+    for scale in (0.0, 1.0):
+        given = pyro.poutine.condition(module.guide, {**values, "effect": scale * values["effect"]})
+        found.append(pyro.poutine.trace(given).get_trace(cells).nodes["basal"]["fn"].base_dist.loc)
+    shift = 2.0 * (cells.action.codes >= 0).float()
+    torch.testing.assert_close(found[1] + shift.expand(-1, 3), found[0])
+    assert shift.any()
