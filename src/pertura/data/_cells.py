@@ -14,6 +14,7 @@ from scipy import sparse
 from scvi.data import AnnDataManager
 from torch.utils.data import Dataset
 
+from ._collection import shards_of
 from ._constants import KEYS
 from ._library import Library
 
@@ -53,7 +54,7 @@ class Expression:
     Attributes
     ----------
     values
-        Cells x genes as stored: array, sparse matrix, or a matrix of a backed file.
+        Cells x genes as stored: array, sparse matrix, a matrix of a backed file, or the shards of a collection.
     columns
         Where the model's genes are in `values`; `None` where they are all of them, in order.
     kind
@@ -90,7 +91,7 @@ class Expression:
                 "same annotation, and add zeros only for genes that really were not expressed."
             )
         same = len(stored) == len(genes) and (position == np.arange(len(genes))).all()
-        values = adata.X if layer is None else adata.layers[layer]
+        values = shards_of(adata.X if layer is None else adata.layers[layer])
         if sparse.issparse(values) and values.format != "csr":
             values = values.tocsr()  # rows are what is read, again and again
         return cls(values, None if same else position, kind)
@@ -117,8 +118,8 @@ class Expression:
         if self.in_memory:
             return None
         n, n_genes = self.values.shape
-        group = getattr(self.values, "group", None)
-        per_row = n_genes if group is None else 2 * group["indices"].shape[0] / max(n, 1)
+        group, shards = getattr(self.values, "group", None), getattr(self.values, "nnz", n * n_genes / 2)
+        per_row = 2 * (shards if group is None else group["indices"].shape[0]) / max(n, 1)
         return int(np.clip(_WINDOW_BYTES // max(4 * per_row, 1), _MIN_WINDOW, _WINDOW))
 
 
@@ -126,9 +127,8 @@ def _read(values: Any, rows: Rows) -> Any:
     """Rows of a file, in the order asked for: read in ascending order, each once, neighbors together."""
     unique, inverse = np.unique(rows, return_inverse=True)
     parts = np.split(unique, np.flatnonzero(np.diff(unique) > _GAP) + 1)
-    whole = (
-        hasattr(values, "compute") or getattr(values, "format", "csr") != "csr"
-    )  # dask and columns plan for themselves
+    # dask, annbatch and files of columns plan for themselves
+    whole = hasattr(values, "compute") or getattr(values, "format", "csr") != "csr"
     if whole or len(unique) < _SCATTERED * len(parts):
         block = values[unique]
         block = block.compute() if hasattr(block, "compute") else block

@@ -141,10 +141,7 @@ def chunks(dataset: CellDataset, rows: Rows) -> Iterator[Chunk]:
     for start in range(0, len(rows), size):
         positions = np.arange(start, min(start + size, len(rows)))
         own = rows[positions]
-        part = values[own]
-        part = part.compute() if hasattr(part, "compute") else part
-        part = part.tocsr() if sparse.issparse(part) else np.asarray(part)
-        part = (part if expression.columns is None else part[:, expression.columns]).astype(np.float64)
+        part = expression.stored(own).astype(np.float64)
         if expression.kind != "counts":
             yield Chunk(positions, part, part, np.ones(len(own)))
             continue
