@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -115,3 +117,38 @@ def load_dataset(data_cache: None, without_data: Callable[[object], None]) -> Ca
         return value.copy() if hasattr(value, "obs") else copy.deepcopy(value)
 
     return load
+
+
+@pytest.fixture
+def fork(tmp_path: Path) -> Callable[..., tuple[list[int], list[Any]]]:
+    """Run ``target(rank)`` in processes that can talk: how they ended, and what those that did well returned.
+
+    They are forked, so that they need not import anything anew.
+    """
+    import torch
+
+    def start(target: Callable[[int], Any], n: int = 2, timeout: float = 100) -> tuple[list[int], list[Any]]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+
+        def run(rank: int) -> None:
+            # as launchers of clusters do: Lightning then starts no processes of its own
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, LOCAL_RANK=str(rank), NODE_RANK="0")
+            torch.set_num_threads(1)
+            torch.save(target(rank), tmp_path / f"{rank}.pt")
+
+        processes = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in range(n)]
+        for process in processes:
+            process.start()
+        end = time.monotonic() + timeout
+        for process in processes:
+            process.join(max(0.0, end - time.monotonic()))
+        codes = [process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
+        assert None not in codes, "a process hangs"
+        found = [torch.load(tmp_path / f"{r}.pt", weights_only=False) for r in range(n) if codes[r] == 0]
+        return codes, found
+
+    return start

@@ -1265,6 +1265,29 @@ MUTANTS = [
         "_MAD_TO_SD = 1.0",
         "pp/test_qc.py",
     ),
+    Mutant(
+        "another-cell-of-the-collection",
+        "data/_collection.py",
+        "offset[at] + self.rows - start[at]",
+        "offset[at]",
+        "data/test_collection.py",
+    ),
+    Mutant(
+        "all-processes-train-on-the-same-cells",
+        "data/_datamodule.py",
+        "parts[rank : len(parts) // world * world : world]",
+        "parts[: len(parts) // world * world : world]",
+        "model/test_processes.py",
+        "SAMSVAE",
+    ),
+    Mutant(
+        "a-model-is-read-before-it-is-written",
+        "model/base/_train.py",
+        "        if together:\n            torch.distributed.barrier()",
+        "",
+        "model/test_processes.py",
+        "SAMSVAE",
+    ),
 ]
 
 

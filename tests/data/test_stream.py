@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -134,16 +136,17 @@ def test_cells_that_fit_come_in_the_order_of_memory():
     assert not two[0].held
 
 
-def test_processes_read_their_own_rows(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
-    found = []
-    for rank in range(3):
-        monkeypatch.setattr(torch.distributed, "get_rank", lambda r=rank: r)
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked")
+def test_processes_read_their_own_rows(fork):
+    def target(rank):
+        torch.distributed.init_process_group("gloo", rank=rank, world_size=3)
         stream = sampler(ROWS, paired(ROWS, ROWS < 500))
         own = list(stream)
         assert len(own) == len(stream) == round(len(ROWS) / 64) // 3
-        found.append(np.concatenate([np.concatenate(parts(b)[1:]) for b in own]))
+        return np.concatenate([np.concatenate(parts(b)[1:]) for b in own])
+
+    codes, found = fork(target, n=3)
+    assert codes == [0, 0, 0]
     everything = np.concatenate(found)
     assert len(everything) == len(np.unique(everything))
     assert set(ROWS[ROWS >= 500]) <= set(everything)

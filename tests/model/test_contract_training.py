@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import textwrap
 from functools import partial
-from pathlib import Path
 
 import anndata
 import lightning.pytorch as pl
@@ -344,36 +339,3 @@ def test_default_epochs_follow_the_size_of_the_data(gradient_spec, screen):
     assert 10 <= model._default_max_epochs(500) <= 60
     assert model._default_max_epochs(10**4) == 3
     assert model._default_max_epochs(10**6) == 1
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="gloo needs a POSIX launcher")
-def test_distributed_processes_end_with_equal_weights(gradient_spec, tmp_path):
-    script = tmp_path / "ddp.py"
-    setup = {"perturbation_key": "perturbation", "control": "control", "layer": "counts", "context_key": "cell_type"}
-    script.write_text(
-        textwrap.dedent(
-            f"""
-            import torch, pertura
-            from pertura import datasets
-            adata = datasets.simulate(n_cells_per_condition=30, n_genes=40, n_regulators=6, n_perturbations=3,
-                                      n_contexts=2, n_unresponsive_contexts=0, n_biomarkers=2, n_truth_cells=20)
-            namespace, name = {gradient_spec.name!r}.split(".")
-            Model = getattr(getattr(pertura, namespace), name)
-            Model.setup_anndata(adata, **{setup!r})
-            torch.manual_seed(torch.initial_seed() % 7)  # processes may start differently
-            model = Model(adata, **{gradient_spec.init!r})
-            model.train(max_epochs=3, accelerator="cpu", devices=2, batch_size=32, train_size=0.8,
-                        strategy="ddp_find_unused_parameters_true", enable_progress_bar=False)
-            rank = torch.distributed.get_rank()
-            sampler = model.trainer.datamodule._train
-            rows = [r for batch in sampler for r in batch.rows]
-            torch.save((model.module.state_dict(), rows, dict(model.history_)), f"{tmp_path}/rank{{rank}}.pt")
-            """
-        )
-    )
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    subprocess.run([sys.executable, str(script)], check=True, env=env, cwd=tmp_path, timeout=600)
-    (one, rows, _), (two, others, _) = (torch.load(Path(tmp_path) / f"rank{r}.pt", weights_only=False) for r in (0, 1))
-    assert not differing(one, two)
-    assert len(set(rows) & set(others)) < 0.5 * len(rows), "each process sees its own cells"

@@ -118,7 +118,9 @@ class PyroPlan(LowLevelPyroTrainingPlan):
         self.module.n_train = self.n_obs_training or 1
 
     def on_train_start(self) -> None:
-        """Turn a fractional warm-up into steps, whose number is known by now."""
+        """Turn a fractional warm-up into steps, whose number is known by now, and give each process its own draws."""
+        if self.global_rank:
+            torch.manual_seed(torch.initial_seed() + self.global_rank)
         if self._warmup_fraction and self._n_steps:
             self.n_steps_kl_warmup = max(1, round(self._warmup_fraction * self._n_steps))
 
@@ -189,8 +191,8 @@ class PyroPlan(LowLevelPyroTrainingPlan):
             self._log(name, total / n_cells, n_cells)
         self._totals.clear()
         if self.use_kl_weight:
-            self.log("kl_weight", self.kl_weight, on_step=False, on_epoch=True)
-        self.log("annealing", self.annealing, on_step=False, on_epoch=True)
+            self.log("kl_weight", self.kl_weight, on_step=False, on_epoch=True, sync_dist=True)
+        self.log("annealing", self.annealing, on_step=False, on_epoch=True, sync_dist=True)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Negative ELBO of held-out cells, without warm-up."""

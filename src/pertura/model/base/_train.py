@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, wraps
 from typing import Any, ClassVar
 
 import numpy as np
@@ -85,14 +85,15 @@ class TrainableModel(BaseModelClass):
         ----------
         max_epochs
             Passes over the data. By default as many as give the model's ``n_steps`` steps and ``n_epochs`` epochs, both; for the
-            sake of epochs alone no more than 30,000 steps are taken.
+            sake of epochs alone no more than 30,000 steps are taken. A step is one of all processes together.
         accelerator, devices
             As in :class:`lightning.pytorch.trainer.trainer.Trainer`.
         train_size, validation_size
             Fractions of the cells. By default all cells train, or 90 % where `early_stopping` or
             ``check_val_every_n_epoch`` needs the rest.
         batch_size
-            Cells per minibatch.
+            Cells per minibatch, of each process. With ``devices=2, strategy="ddp_find_unused_parameters_true"`` two processes train on a
+            share of the minibatches each, as one would with twice the cells in each.
         early_stopping
             Stop when validation cells are no longer predicted better, and go back to the best epoch. What is monitored is
             ``prediction_validation``: the squared error of predicted effects on the held-out controls of each context
@@ -186,6 +187,15 @@ class TrainableModel(BaseModelClass):
         finally:
             self.__dict__.pop("_progress", None)
 
+    @wraps(BaseModelClass.save)
+    def save(self, *args: Any, **kwargs: Any) -> None:
+        """Save the model; of several processes, the first one writes, and the others wait for it."""
+        together = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not together or torch.distributed.get_rank() == 0:
+            super().save(*args, **kwargs)
+        if together:
+            torch.distributed.barrier()
+
     def _check_trainable(self, train_idx: Rows) -> None:
         """Raise unless the model knows what was done to its training cells."""
         self.adata_manager.validate()
@@ -212,8 +222,6 @@ class TrainableModel(BaseModelClass):
         trainer_kwargs.setdefault("use_distributed_sampler", False)
         if data.n_val:
             trainer_kwargs.setdefault("check_val_every_n_epoch", 1)
-        if max_epochs is None:
-            max_epochs = self._default_max_epochs(len(data.train_dataloader()))
         if self.is_trained_:
             plan_kwargs.setdefault(
                 "min_kl_weight", min(self._reached("kl_weight"), plan_kwargs.get("max_kl_weight", 1.0))
@@ -222,9 +230,13 @@ class TrainableModel(BaseModelClass):
         if self.is_trained_:
             plan.annealed = self._reached("annealing")
         with quiet():
-            return TrainRunner(
-                self, training_plan=plan, data_splitter=data, max_epochs=int(max_epochs), **trainer_kwargs
+            runner = TrainRunner(
+                self, training_plan=plan, data_splitter=data, max_epochs=int(max_epochs or 1), **trainer_kwargs
             )
+        if max_epochs is None:  # processes share the minibatches of an epoch
+            n_steps = max(1, len(data.train_dataloader()) // runner.trainer.world_size)
+            runner.trainer.fit_loop.max_epochs = self._default_max_epochs(n_steps)
+        return runner
 
     def _reached(self, name: str) -> float:
         """Where earlier training ended: what it logged last, or the end of the schedule where it logged nothing."""
