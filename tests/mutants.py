@@ -1266,13 +1266,6 @@ MUTANTS = [
         "pp/test_qc.py",
     ),
     Mutant(
-        "another-cell-of-the-collection",
-        "data/_collection.py",
-        "offset[at] + self.rows - start[at]",
-        "offset[at]",
-        "data/test_collection.py",
-    ),
-    Mutant(
         "all-processes-train-on-the-same-cells",
         "data/_datamodule.py",
         "parts[rank : len(parts) // world * world : world]",

@@ -11,6 +11,8 @@ import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
+from ._collection import shards_of
+
 logger = logging.getLogger(__name__)
 
 DataKind = Literal["counts", "continuous"]
@@ -132,6 +134,7 @@ def check_expression(adata: AnnData, layer: str | None, rows: np.ndarray | None 
     values = adata.X if layer is None else adata.layers[layer]
     if values is None:
         raise ValueError("`layer`: `adata.X` is empty. Name the layer that holds the expression.")
+    values = shards_of(values)
     where = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
     rows = np.arange(adata.n_obs) if rows is None else rows
     counts = True
@@ -153,7 +156,7 @@ def check_expression(adata: AnnData, layer: str | None, rows: np.ndarray | None 
 
 def smallest_value(adata: AnnData, layer: str | None) -> float:
     """Smallest value of a layer, which may be on disk; `None` for ``X``."""
-    values = adata.X if layer is None else adata.layers[layer]
+    values = shards_of(adata.X if layer is None else adata.layers[layer])
     smallest = np.inf
     for start in range(0, adata.n_obs, _CHECK_ROWS):
         block = values[start : start + _CHECK_ROWS]
