@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from pertura.nn import ScalarMLP
+from pertura.nn._scalar import _Interpolated
 
 
 def sharpened(**arguments) -> ScalarMLP:
@@ -63,3 +64,11 @@ def test_members_can_be_asked_alone():
     network = sharpened(n_grid=64).eval()
     x = torch.randn(2, 500)
     torch.testing.assert_close(network(x)[0][1:], network(x[1:], slice(1, 2))[0])
+
+
+def test_gradient_of_the_interpolation():
+    """Beyond the grid as well, where the curve goes on as a straight line."""
+    x = torch.tensor([[-1.5, 0.1, 0.5, 1.7], [0.3, 2.6, -0.4, 1.2]], dtype=torch.float64, requires_grad=True)
+    curve = torch.randn(2, 3, 2, dtype=torch.float64, requires_grad=True)
+    low, step = torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x, curve: _Interpolated.apply(x, curve, low, step), (x, curve))

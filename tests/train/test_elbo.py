@@ -6,9 +6,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import Trace_ELBO
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 
 from pertura.train import FreeBitsELBO
+from pertura.train._elbo import ClosedFormELBO
 
 X = torch.tensor([[0.5], [2.0], [-1.0]])
 
@@ -96,3 +97,22 @@ def test_particles_are_averaged():
     torch.manual_seed(0)
     many = FreeBitsELBO(num_particles=800).differentiable_loss(model, guide, X)
     assert abs(float(many) - (expected_reconstruction() + divergence())) < 0.2
+
+
+def test_closed_forms_are_those_of_pyro():
+    for arguments in ({}, {"kl_weight": 0.3}):
+        torch.manual_seed(0)
+        own = ClosedFormELBO().differentiable_loss(model, guide, X, **arguments)
+        torch.manual_seed(0)
+        torch.testing.assert_close(own, TraceMeanField_ELBO().differentiable_loss(model, guide, X, **arguments))
+    # a divergence without noise
+    nothing = [float(ClosedFormELBO().differentiable_loss(*_unobserved(), X)) for _ in range(2)]
+    assert nothing == pytest.approx([divergence()] * 2)
+
+
+def _unobserved():
+    def prior(x):
+        with pyro.plate("cells", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+
+    return prior, guide

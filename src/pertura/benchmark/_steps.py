@@ -93,7 +93,9 @@ def _random_screen(n_cells: int, n_genes: int, n_perturbations: int) -> AnnData:
     label = np.where(rng.random(n_cells) < 0.2, 0, rng.integers(1, n_perturbations + 1, n_cells))
     names = np.array(["control", *(f"g{k}" for k in range(n_perturbations))])
     obs = pd.DataFrame({"perturbation": names[label], "context": rng.choice(["a", "b"], n_cells)})
-    return AnnData(x, obs=obs.set_index(obs.index.astype(str)), var=pd.DataFrame(index=[f"g{g}" for g in range(n_genes)]))
+    return AnnData(
+        x, obs=obs.set_index(obs.index.astype(str)), var=pd.DataFrame(index=[f"g{g}" for g in range(n_genes)])
+    )
 
 
 class _Enough(Exception):

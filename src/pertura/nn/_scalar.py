@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -63,12 +65,12 @@ class ScalarMLP(nn.Module):
         """
         flat = x.reshape(len(x), -1)
         if self.n_grid == 0 or (self.training and flat.shape[1] <= 2 * self.n_grid):
-            out = self.exact(flat, members)
+            out = self.exact(flat, members).unbind(-1)
         else:
             out = self._interpolated(flat, members)
-        return tuple(o.reshape(x.shape) for o in out.unbind(-1))
+        return tuple(o.reshape(x.shape) for o in out)
 
-    def _interpolated(self, x: Tensor, members: slice) -> Tensor:
+    def _interpolated(self, x: Tensor, members: slice) -> tuple[Tensor, ...]:
         if self.training:
             with torch.no_grad():
                 low, high = x.aminmax()
@@ -78,11 +80,40 @@ class ScalarMLP(nn.Module):
             low, high = self.low, self.high
         step = (high - low).clamp(min=1e-6) / (self.n_grid - 1)
         grid = low + step * torch.arange(self.n_grid, device=x.device, dtype=x.dtype)
-        curve = self.exact(grid.expand(len(x), -1), members)
-        position = (x - low) / step
-        # beyond the grid the curve goes on as a straight line
-        left = position.detach().floor().clamp(0, self.n_grid - 2).nan_to_num()
-        index = left.long()[..., None].expand(-1, -1, self.n_out)
-        share = (position - left)[..., None]
-        start, end = curve.gather(1, index), curve.gather(1, index + 1)
-        return start + share * (end - start)
+        return _Interpolated.apply(x, self.exact(grid.expand(len(x), -1), members), low, step)
+
+
+class _Interpolated(torch.autograd.Function):
+    """Values of curves at `x`, ``(n_members, n)`` each, linear between the points of a grid and beyond them.
+
+    Written out with its gradient, as this is most of what encoder and decoder cost: each pass over cells and genes counts.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, curve: Tensor, low: Tensor, step: Tensor) -> tuple[Tensor, ...]:
+        """`curve` has the points of the grid, ``(n_members, n_grid, n_out)``."""
+        n_grid = curve.shape[1]
+        share = (x - low).div_(step)
+        left = share.floor().clamp_(0, n_grid - 2).nan_to_num_()
+        share -= left
+        index = left.long()
+        index += n_grid * torch.arange(len(x), device=x.device)[:, None]
+        starts, slopes = (c.flatten(0, 1).unbind(-1) for c in (curve, F.pad(curve.diff(dim=1), (0, 0, 0, 1))))
+        slopes = [slope.take(index) for slope in slopes]
+        ctx.shape = curve.shape
+        ctx.save_for_backward(index, share, step, *slopes)
+        return tuple(torch.addcmul(start.take(index), share, s) for start, s in zip(starts, slopes, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Of the inputs and of the points of the grid."""
+        index, share, step, *slopes = ctx.saved_tensors
+        of_x, points = None, []
+        for gradient, slope in zip(gradients, slopes, strict=True):
+            of_x = gradient * slope if of_x is None else of_x.addcmul_(gradient, slope)
+            both, right = (
+                gradient.new_zeros(ctx.shape[0] * ctx.shape[1]).scatter_add_(0, index.flatten(), g.flatten())
+                for g in (gradient, gradient * share)
+            )
+            points.append(both - right + right.roll(1))
+        return of_x.div_(step), torch.stack(points, -1).view(ctx.shape), None, None

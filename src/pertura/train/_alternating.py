@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pyro.infer import ELBO, TraceMeanField_ELBO
+from pyro.infer import ELBO
 
+from ._elbo import ClosedFormELBO
 from ._plan import PyroPlan
 
 _OPTIMIZERS = ("adam", "rmsprop")
@@ -59,7 +60,7 @@ class AlternatingPlan(PyroPlan):
             raise ValueError("`n_epochs_networks` and `n_epochs_grn` must both be above 0, or both be 0.")
         super().__init__(
             module,
-            loss_fn=TraceMeanField_ELBO() if loss_fn is None else loss_fn,
+            loss_fn=ClosedFormELBO() if loss_fn is None else loss_fn,
             lr=lr,
             weight_decay=weight_decay,
             n_epochs_kl_warmup=n_epochs_kl_warmup,
