@@ -117,10 +117,10 @@ def test_speed_is_a_word_of_its_own(monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(
         "pertura.benchmark.__main__.run_speed",
-        lambda data, n_steps: seen.append((data, n_steps)) or pd.DataFrame({"ratio": [1.5]}),
+        lambda data, models, n_steps, **sizes: seen.append((data, models, n_steps)) or pd.DataFrame({"ratio": [1.5]}),
     )
-    assert main(["speed", "kang", "--steps", "3"]) == 0
-    assert seen == [("kang", 3)] and "1.500" in capsys.readouterr().out
+    assert main(["speed", "kang", "--steps", "3"]) == 0 and main(["speed", "simulated", "--models", "CPA"]) == 0
+    assert seen == [("kang", ["SAMSVAE"], 3), (None, ["CPA"], 200)] and "1.500" in capsys.readouterr().out
 
 
 def test_is_a_command():

@@ -158,12 +158,14 @@ def _speed_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pertura benchmark speed",
         description="Time what a user waits for (before the first step, after the last one, predictions) on a simulated "
-        "screen, or training steps of SAMSVAE on a data set beside a bare PyTorch loop.",
+        "screen, or training steps beside a bare PyTorch loop of the same networks.",
     )
     parser.add_argument(
-        "data", nargs="?", help="data set or .h5ad file for the bare loop; without it the phases are timed"
+        "data",
+        nargs="?",
+        help="data set, .h5ad file or 'simulated': steps beside a bare loop; without it the phases are timed",
     )
-    parser.add_argument("--models", nargs="+", default=["SAMSVAE"], help="models whose phases are timed")
+    parser.add_argument("--models", nargs="+", default=["SAMSVAE"], help="models (default: SAMSVAE)")
     parser.add_argument(
         "--cells", type=int, default=20_000, help="cells of the simulated screen (default: %(default)s)"
     )
@@ -174,9 +176,10 @@ def _speed_parser() -> argparse.ArgumentParser:
 
 
 def _speed(options: argparse.Namespace) -> pd.DataFrame:
-    if options.data is not None:
-        return run_speed(options.data, n_steps=options.steps or 200)
     sizes = {"n_cells": options.cells, "n_genes": options.genes, "n_perturbations": options.perturbations}
+    if options.data is not None:
+        data = None if options.data == "simulated" else options.data
+        return run_speed(data, options.models, n_steps=options.steps or 200, **sizes)
     return run_phases(options.models, n_steps=options.steps or 40, **sizes)
 
 

@@ -1,168 +1,278 @@
-"""Training throughput beside a bare PyTorch loop of the same networks, in the same process and at the same time."""
+"""What a training step costs beside the same networks and densities without Pyro, Lightning and AnnData."""
 
 from __future__ import annotations
 
 import copy
 import time
-from contextlib import suppress
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pandas as pd
+import pyro
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
+from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor
+from torch.distributions import kl_divergence
 
-from pertura.data._constants import KEYS
-from pertura.module import SAMSVAE as Module
+from pertura.data._cells import CellDataset
+from pertura.module._base import Cells, PerturbationModule
+from pertura.train import AdversarialPlan, PyroPlan
 
 from ._dataset import Dataset
+from ._phases import screen
 from ._runner import quiet
 
-_WARM_UP = 10
+_WARM_UP = 3
+MODELS = ("SAMSVAE", "PertVAE", "CRADLEVAE", "GPOVAE", "CPA", "DrugAAE", "PerturbX", "InfoSEM")
 
 
-def run_speed(data: Any = "papalexi", *, n_steps: int = 200, batch_size: int = 256, **options: Any) -> pd.DataFrame:
-    """Time training steps of SAMSVAE, each followed by a step of a bare loop with a copy of its networks.
+def run_speed(
+    data: Any = None,
+    models: Sequence[str] = MODELS,
+    *,
+    n_cells: int = 4096,
+    n_genes: int = 2000,
+    n_perturbations: int = 50,
+    batch_size: int = 512,
+    n_steps: int = 30,
+) -> pd.DataFrame:
+    """Time training steps of models, each followed by a bare step on the same minibatch.
 
-    The bare loop draws a minibatch from a dense tensor in memory, evaluates the same negative ELBO (one draw, written out with
-    :mod:`torch.distributions`), clips gradients and steps Adam; no Pyro, Lightning, AnnData or logging. Steps alternate, so that whatever
-    else the machine does slows both.
+    The bare step evaluates guide and model of a copy of the module as plain functions, with the same estimator of the ELBO, clips
+    gradients and steps the same optimizers. What the module itself computes is in both; tracing, logging, loading and all else
+    that is no arithmetic on tensors is in one of them. Steps alternate, so that whatever else the machine does slows both.
 
     Parameters
     ----------
     data
-        What :func:`~pertura.benchmark.run` takes.
-    n_steps
-        Steps of each, after some that are not counted.
+        What :func:`~pertura.benchmark.run` takes; by default a simulated screen.
+    models
+        Names in :mod:`pertura.model`. `InfoSEM` has 300 regulators at most.
+    n_cells, n_genes, n_perturbations
+        Size of the simulated screen.
     batch_size
         Cells per step.
-    **options
-        Options of :class:`~pertura.model.SAMSVAE`, with latent effects; not those that change the ELBO beyond the mean-field
-        guide.
+    n_steps
+        Steps of each model that are timed, after some that are not.
 
     Returns
     -------
-    One row: ``model``, ``batch_size``, ``n_genes``, median milliseconds per step of ``model_ms`` and ``bare_ms``, training cells per
-    second of both, and ``ratio`` with the quartiles of the ratio of neighboring steps.
+    One row per model: median milliseconds of a step, ``model_ms``, of which ``data_ms`` read the minibatch, ``gradient_ms`` were the loss
+    and its gradient, and ``rest_ms`` all else (optimizer and Lightning); ``bare_ms`` and ``bare_gradient_ms`` of the bare step;
+    the median ``ratio`` of both, with quartiles; training cells per second, ``cells_per_s``.
     """
-    from pertura.model import SAMSVAE
+    import pertura.model
 
-    dataset = Dataset.of(data)
-    # the bare loop knows one perturbation per cell
-    adata = dataset.rows(np.flatnonzero(np.char.find(dataset.labels, "+") < 0))
-    SAMSVAE.setup_anndata(adata, **dataset.keys)
-    model = SAMSVAE(adata, effects="latent", **options)
-    timer = _Alternate(model, batch_size, n_steps)
-    n_batches = max(1, round(adata.n_obs / batch_size))
-    with quiet(), suppress(_Enough):
-        model.train(
-            max_epochs=int(np.ceil((n_steps + _WARM_UP) / n_batches)),
-            batch_size=batch_size,
-            accelerator="cpu",
-            enable_progress_bar=False,
-            callbacks=[timer],
+    if data is None:
+        adata = screen(n_cells, n_genes, n_perturbations)
+        # some models look for the gene that a perturbation is on
+        adata.obs["perturbation"] = adata.obs["perturbation"].astype(str).str.replace("P", "G")
+        keys: dict[str, Any] = {"perturbation_key": "perturbation", "control": "control"}
+    else:
+        dataset = Dataset.of(data)
+        adata, keys = dataset.rows(np.arange(dataset.adata.n_obs)), dataset.keys
+    rows = []
+    for name in models:
+        cls = getattr(pertura.model, name)
+        cls.setup_anndata(adata, **keys)
+        model = cls(adata, **({"regulators": list(adata.var_names[:300])} if name == "InfoSEM" else {}))
+        timer = Steps(n_steps + _WARM_UP)
+        with quiet(), suppress(_Enough), timer.reading():
+            options = {"batch_size": batch_size, "accelerator": "cpu", "enable_progress_bar": False}
+            model.train(max_epochs=10_000, callbacks=[timer], **options)
+        seconds = pd.DataFrame(timer.seconds)[_WARM_UP:]
+        low, ratio, high = (seconds["model"] / seconds["bare"]).quantile([0.25, 0.5, 0.75])
+        median = 1e3 * seconds.median()
+        rows.append(
+            {"model": name, "batch_size": batch_size, "n_genes": adata.n_vars}
+            | {f"{part}_ms": median[part] for part in seconds}
+            | {
+                "ratio": ratio,
+                "ratio_low": low,
+                "ratio_high": high,
+                "cells_per_s": 1e3 * timer.n_cells / median["model"],
+            }
         )
-    own, bare = np.array(timer.seconds).T[:, _WARM_UP:]
-    low, ratio, high = np.quantile(own / bare, [0.25, 0.5, 0.75])
-    return pd.DataFrame(
-        {
-            "model": ["SAMSVAE"],
-            "batch_size": batch_size,
-            "n_genes": adata.n_vars,
-            "model_ms": 1e3 * np.median(own),
-            "bare_ms": 1e3 * np.median(bare),
-            "model_cells_per_s": batch_size / np.median(own),
-            "bare_cells_per_s": batch_size / np.median(bare),
-            "ratio": ratio,
-            "ratio_low": low,
-            "ratio_high": high,
-        }
-    )
+    return pd.DataFrame(rows)
 
 
 class _Enough(Exception):
     """All steps were timed; what comes after training is not."""
 
 
-class _Alternate(Callback):
+class Steps(Callback):
     """After each training step a bare one; what is between two callbacks is the model's, loading included."""
 
-    def __init__(self, model: Any, batch_size: int, n_steps: int) -> None:
-        self.model, self.batch_size, self.n_steps = model, batch_size, n_steps
-        self.seconds: list[tuple[float, float]] = []
+    def __init__(self, n_steps: int) -> None:
+        self.n_steps, self.n_cells = n_steps, 0
+        self.seconds: list[dict[str, float]] = []
+        self._part: dict[str, float] = defaultdict(float)
 
-    def on_train_start(self, trainer: Any, *args: Any) -> None:
-        batches = list(trainer.train_dataloader)
-        tensors = {
-            name: torch.cat([b[name] for b in batches])
-            for name in (KEYS.X, KEYS.LIBRARY, KEYS.PERTURBATION, KEYS.BATCH)
-        }
-        self.bare = BareLoop(copy.deepcopy(self.model.module), tensors, self.batch_size)
-        self.start = time.perf_counter()
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Time every minibatch that is read."""
+        with mock.patch.object(CellDataset, "__getitem__", self._timed("data", CellDataset.__getitem__)):
+            yield
 
-    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+    def _timed(self, part: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            result = function(*args, **kwargs)
+            self._part[part] += time.perf_counter() - began
+            return result
+
+        return call
+
+    def on_train_start(self, trainer: Any, plan: PyroPlan) -> None:
+        self.bare = BareLoop(plan, trainer.gradient_clip_val)
+        for name in ("loss_per_cell", "discriminator_loss"):
+            if hasattr(plan, name):
+                setattr(plan, name, self._timed("gradient", getattr(plan, name)))
+        self._began = time.perf_counter()
+
+    def on_before_backward(self, *args: Any) -> None:
+        self._backward = time.perf_counter()
+
+    def on_after_backward(self, *args: Any) -> None:
+        self._part["gradient"] += time.perf_counter() - self._backward
+
+    def on_train_batch_end(self, trainer: Any, plan: PyroPlan, outputs: Any, batch: dict, batch_idx: int) -> None:
         now = time.perf_counter()
-        own = now - self.start
-        self.bare.step()
-        self.start = time.perf_counter()
-        self.seconds.append((own, self.start - now))
-        if len(self.seconds) >= self.n_steps + _WARM_UP:
+        own = now - self._began
+        self.n_cells = len(batch["X"])
+        gradient = self.bare.step(batch, plan)
+        bare = time.perf_counter() - now
+        parts = {name: self._part[name] for name in ("data", "gradient")}
+        self._part.clear()
+        rest = own - sum(parts.values())
+        self.seconds.append({"model": own, **parts, "rest": rest, "bare": bare, "bare_gradient": gradient})
+        if len(self.seconds) >= self.n_steps:
             raise _Enough
+        self._began = time.perf_counter()
 
 
 class BareLoop:
-    """SAMS-VAE with mean-field and correlated guides, one perturbation per cell and a count likelihood, without any framework.
+    """Training of a copy of a plan's module, without any framework."""
+
+    def __init__(self, plan: PyroPlan, clip: float | None) -> None:
+        self.module, self.clip = copy.deepcopy(plan.module), clip
+        optimizers = plan.optimizers()
+        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+        # the same groups and settings, with the copies of their parameters
+        twin = dict(zip(map(id, plan.module.parameters()), self.module.parameters(), strict=True))
+        self.optimizers = []
+        for lightning in optimizers:
+            own = lightning.optimizer
+            groups = [{**g, "params": [twin[id(p)] for p in g["params"]]} for g in own.param_groups]
+            self.optimizers.append(type(own)(groups))
+        loss = plan.loss_fn
+        self.elbo = Elbo(isinstance(loss, TraceMeanField_ELBO), getattr(loss, "free_nats", {}))
+
+    def step(self, batch: dict[str, Any], plan: PyroPlan) -> float:
+        """One step of training; the seconds of loss and gradient."""
+        batch = {name: value.clone() if isinstance(value, Tensor) else value for name, value in batch.items()}
+        if hasattr(self.module, "on_step"):
+            self.module.on_step(plan.annealing)
+        args, kwargs = self.module._get_fn_args_from_batch(batch)
+        kwargs = {**kwargs, "kl_weight": plan.kl_weight} if plan.use_kl_weight else kwargs
+        began = time.perf_counter()
+        self.optimizers[0].zero_grad()
+        with pyro.validation_enabled(False):
+            (self.elbo.loss(self.module, args, kwargs) / len(batch["X"])).backward()
+        seconds = time.perf_counter() - began
+        self._move(self.optimizers[0])
+        if isinstance(plan, AdversarialPlan):
+            cells = Cells.from_tensors(batch)
+            with torch.no_grad():
+                given = self.module.discriminator_input(cells)
+            for _ in range(plan.n_discriminator_steps):
+                began = time.perf_counter()
+                self.optimizers[1].zero_grad()
+                with mock.patch.object(plan, "module", self.module):
+                    type(plan).discriminator_loss(plan, given, cells).backward()
+                seconds += time.perf_counter() - began
+                self._move(self.optimizers[1])
+        return seconds
+
+    def _move(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.clip is not None:
+            torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], self.clip)
+        optimizer.step()
+
+
+class Elbo:
+    """The negative ELBO of a guide and a model whose sites are evaluated as they are met: no messengers, no trace.
 
     Parameters
     ----------
-    module
-        Networks and parameters; trained further.
-    tensors
-        All cells, as a loader gives them.
-    batch_size
-        Cells per step.
+    closed
+        Whether divergences are in closed form.
+    free_nats
+        As in :class:`~pertura.train.FreeBitsELBO`.
     """
 
-    def __init__(self, module: Module, tensors: dict[str, Tensor], batch_size: int) -> None:
-        shifts = module.shifts
-        plain = shifts.masked and not shifts.correlated and module.gene_effects is None
-        if not plain or module.native_scale != "counts" or shifts.from_features is not None:
-            raise ValueError(
-                "`options`: the bare loop is that of sparse latent effects with a mean-field guide on counts."
-            )
-        self.module, self.batch_size = module, batch_size
-        self.x, self.library = tensors[KEYS.X], tensors[KEYS.LIBRARY]
-        self.code = tensors[KEYS.PERTURBATION][:, 0].long()
-        self.batch = tensors[KEYS.BATCH].long().flatten()
-        self.optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3)
+    def __init__(self, closed: bool, free_nats: Mapping[str, float]) -> None:
+        self.closed, self.free_nats = closed, free_nats
 
-    def loss(self, rows: Tensor) -> Tensor:
-        """Negative ELBO per cell of one minibatch."""
-        m, shifts, x, code = self.module, self.module.shifts, self.x[rows], self.code[rows]
-        batch = m.one_hot_batch(self.batch[rows])
-        noise = torch.rand_like(shifts.mask_logits).clamp(1e-6, 1 - 1e-6)
-        soft = torch.sigmoid(shifts.mask_logits + noise.log() - (-noise).log1p())
-        mask = (soft > 0.5).float() + soft - soft.detach()
-        q_effect = torch.distributions.Normal(shifts.loc, shifts.log_sd.exp() + 1e-4, validate_args=False)
-        effect = q_effect.rsample()
-        p_effect = torch.distributions.Normal(0.0, shifts.log_prior_sd.exp(), validate_args=False)
-        prior = shifts.prior_logits
-        kl = mask * (shifts.mask_logits - prior) - F.softplus(shifts.mask_logits) + F.softplus(prior)
-        kl = kl + q_effect.log_prob(effect) - p_effect.log_prob(effect)
-        shift = (mask * effect)[code.clamp(min=0)] * (code >= 0)[:, None]
-        q = m.encoder(m.standardized(x, self.library[rows]), batch, shift)
-        z = q.rsample() - shift
-        h = m.decoder(z + shift, batch)
-        p_z = torch.distributions.Normal(0.0, 1.0, validate_args=False)
-        local = m.likelihood(h, self.library[rows]).log_prob(x) + (p_z.log_prob(z) - q.log_prob(z + shift)).sum(-1)
-        return -local.mean() + kl.sum() / len(self.x)
+    def loss(self, module: PerturbationModule, args: Any, kwargs: Any) -> Tensor:
+        """Of one minibatch, summed over its cells."""
+        self.scale, self.total, self.guide = 1.0, 0.0, {}
+        own = {"sample": self._sample, "factor": self._factor, "plate": self._plate, "deterministic": _value}
+        with mock.patch.multiple(pyro, **own), mock.patch.object(pyro.poutine, "scale", self._scaled):
+            self.guiding = True
+            module.guide(*args, **kwargs)
+            self.guiding = False
+            module.model(*args, **kwargs)
+        return -self.total
 
-    def step(self) -> None:
-        """One step of training."""
-        rows = torch.randint(len(self.x), (self.batch_size,))
-        self.optimizer.zero_grad(set_to_none=True)
-        self.loss(rows).backward()
-        torch.nn.utils.clip_grad_norm_(self.module.parameters(), 100.0)
-        self.optimizer.step()
+    def _add(self, log_prob: Tensor, sign: float = 1.0) -> None:
+        self.total = self.total + sign * (self.scale * log_prob).sum()
+
+    def _sample(self, name: str, fn: Any, *_: Any, obs: Tensor | None = None, **__: Any) -> Tensor:
+        if obs is not None:
+            self._add(fn.log_prob(obs))
+            return obs
+        if self.guiding:
+            value = fn.rsample() if fn.has_rsample else fn.sample()
+            self.guide[name] = fn, value, self.scale
+            return value
+        q, value, scale = self.guide[name]
+        if self.closed:
+            with suppress(NotImplementedError):
+                divergence = kl_divergence(q, fn)
+                self._add(-divergence)
+                return value
+        log_q, log_p = (scale * q.log_prob(value)).sum(), self.scale * fn.log_prob(value)
+        divergence = log_q - log_p.sum()
+        if name in self.free_nats:
+            divergence = divergence.clamp(min=self.free_nats[name] * log_p.numel() * float(self.scale))
+        self.total = self.total - divergence
+        return value
+
+    def _factor(self, name: str, log_factor: Tensor, **_: Any) -> None:
+        self._add(log_factor, -1.0 if self.guiding else 1.0)
+
+    @contextmanager
+    def _scaled(self, scale: Any) -> Iterator[None]:
+        before, self.scale = self.scale, self.scale * scale
+        try:
+            yield
+        finally:
+            self.scale = before
+
+    @contextmanager
+    def _plate(self, name: str, size: int, subsample_size: int | None = None, **_: Any) -> Iterator[Tensor | None]:
+        if subsample_size is None:
+            yield None
+            return
+        with self._scaled(size / subsample_size):
+            yield torch.randperm(size)[:subsample_size]
+
+
+def _value(name: str, value: Tensor, event_dim: int | None = None) -> Tensor:
+    return value
