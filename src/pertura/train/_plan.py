@@ -124,6 +124,13 @@ class PyroPlan(LowLevelPyroTrainingPlan):
         if self._warmup_fraction and self._n_steps:
             self.n_steps_kl_warmup = max(1, round(self._warmup_fraction * self._n_steps))
 
+    def on_train_end(self) -> None:
+        """Give all processes the first one's running statistics, which differ since the last step."""
+        if self.trainer.world_size > 1:
+            for buffer in self.module.buffers():
+                if buffer.is_floating_point():
+                    torch.distributed.broadcast(buffer, 0)
+
     @property
     def _n_steps(self) -> int | None:
         """Number of all steps; `None` where training has no end."""
