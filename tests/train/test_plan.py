@@ -57,7 +57,9 @@ class Module(PerturbationModule):
 def plan():
     def make(epoch=0, step=30, n_steps=120, **arguments):
         made = PyroPlan(Module(), loss_fn=FreeBitsELBO(), **arguments)
-        made._trainer = SimpleNamespace(current_epoch=epoch, global_step=step, estimated_stepping_batches=n_steps)
+        made._trainer = SimpleNamespace(
+            current_epoch=epoch, global_step=step, estimated_stepping_batches=n_steps, global_rank=0, world_size=1
+        )
         made.setup("fit")
         made.on_train_start()
         return made
