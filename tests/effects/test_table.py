@@ -189,6 +189,8 @@ def test_cells_are_read_once_and_deep_ones_once_more(screen, measure, monkeypatc
     read = []
 
     class Counted:
+        format = None  # rows are asked for one by one
+
         def __init__(self, values):
             self.values, self.shape = values, values.shape
 
