@@ -7,13 +7,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scvi import settings
+
+from pertura.data._datamodule import PerturbationDataModule
+from pertura.effects import ConditionTable
 
 from pertura.model.base import Options, PerturbationModel
-from pertura.model.base._arguments import did_you_mean, resolve_seed
+from pertura.model.base._arguments import did_you_mean
 from pertura.model.base._contexts import check_combinations, control_profiles
 from pertura.model.base._query import Query
-from pertura.train._progress import Progress
 
 from ._module import BaselineModule
 
@@ -45,6 +46,7 @@ class Baseline(PerturbationModel):
     """
 
     _draws_effects = True
+    _takes_effects = True
     _module_cls: ClassVar[type[BaselineModule]] = BaselineModule
     _options_cls = Options
     module: BaselineModule
@@ -110,23 +112,10 @@ class Baseline(PerturbationModel):
         unused = sorted({*trainer_kwargs, *(["max_epochs"] if max_epochs is not None else [])} - _HARMLESS)
         if unused:
             logger.warning("%s is fitted in one pass: %s has no effect.", type(self).__name__, ", ".join(unused))
-        seed = resolve_seed(seed)
-        train_idx, val_idx = self._split(train_size, validation_size, False, seed, datasplitter_kwargs)
-        self._check_trainable(train_idx)
-        try:
-            with Progress(bool(trainer_kwargs.get("enable_progress_bar", True))) as self._progress:
-                self._progress.stage("Measuring effects")
-                data = self._data_module(train_idx, val_idx, settings.batch_size, seed)
-                table = self._measure(train_idx, data)
-                self.module.fit(table)
-                self.module.n_train = len(train_idx)
-                self.module.eval()
-                self.train_indices, self.validation_indices, self.test_indices = train_idx, val_idx, data.test_idx
-                self.history_ = {}
-                self.is_trained_ = True
-                self._after_training(train_idx, table)
-        finally:
-            self.__dict__.pop("_progress", None)
+        self._fit_in_closed_form(train_size, validation_size, seed, datasplitter_kwargs, trainer_kwargs)
+
+    def _initialize(self, data: PerturbationDataModule, table: ConditionTable) -> None:
+        self.module.fit(table)
 
     # -- what can be asked ------------------------------------------------------------------------------------------
 

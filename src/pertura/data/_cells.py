@@ -15,7 +15,7 @@ from scvi.data import AnnDataManager
 from torch.utils.data import Dataset
 
 from ._collection import shards_of
-from ._constants import KEYS
+from ._constants import CONTROL_ONLY, EFFECTS, KEYS
 from ._library import Library
 
 Rows = NDArray[np.int64]
@@ -58,7 +58,7 @@ class Expression:
     columns
         Where the model's genes are in `values`; `None` where they are all of them, in order.
     kind
-        ``"counts"`` or ``"continuous"``.
+        ``"counts"``, ``"continuous"`` or ``"effects"``.
     """
 
     values: Any
@@ -145,7 +145,8 @@ class CellDataset(Dataset):
     """Registered tensors of any cells, in the order asked for, whatever the order in the file.
 
     A minibatch holds what was registered (``KEYS``, shape ``(n_cells, ...)``, float32), the library of each cell under
-    ``KEYS.LIBRARY`` (see :class:`Library`; 1 for data that are not counts), and ``n_pairs``.
+    ``KEYS.LIBRARY`` (see :class:`Library`; 1 for data that are not counts), and ``n_pairs``. In place of a row of effects it has
+    the control of its context, which is 0.
 
     Parameters
     ----------
@@ -185,6 +186,10 @@ class CellDataset(Dataset):
             block = values[rows]
             block = block.toarray().astype(np.float32) if sparse.issparse(block) else block
             out[key] = torch.from_numpy(block)
+        if self.expression.kind == EFFECTS:  # what is asked of a row starts from its control, which is 0
+            out[KEYS.X].zero_()
+            codes, dose = out[KEYS.PERTURBATION].chunk(2, dim=1)
+            out[KEYS.PERTURBATION] = torch.cat([torch.full_like(codes, CONTROL_ONLY), torch.zeros_like(dose)], 1)
         library = self.library.of(rows, out[KEYS.X].numpy())
         out[KEYS.LIBRARY] = torch.from_numpy(library.astype(np.float32))[:, None]
         out["n_pairs"] = batch.n_pairs

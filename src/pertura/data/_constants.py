@@ -21,6 +21,7 @@ class _Keys(NamedTuple):
 KEYS = _Keys()
 
 CONTROL_ONLY = -1  # component code of an empty slot: nothing was done
+EFFECTS = "effects"  # kind of values that are differences from a control of 0
 UNKNOWN = -2  # component code of a perturbation that the model's vocabulary does not hold
 
 DOSE_TOLERANCE = 1e-4  # relative difference up to which two doses are one: cells hold them as float32

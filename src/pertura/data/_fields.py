@@ -14,7 +14,7 @@ from anndata import AnnData
 from scvi.data.fields import BaseAnnDataField, CategoricalObsField, LayerField
 
 from ._cells import Expression
-from ._constants import KEYS
+from ._constants import EFFECTS, KEYS
 from ._library import LIBRARY_COLUMN, Library, describe, find_library, stream
 from ._validation import check_expression, smallest_value
 from ._vocabulary import Vocabulary, build_vocabulary, encode_cells
@@ -31,7 +31,9 @@ def _say(text: str) -> None:
 
 
 class ExpressionField(LayerField):
-    """Expression, with the kind of its values (``"counts"`` or ``"continuous"``), whether the smallest is 0, and the libraries of cells.
+    """Expression, with the kind of its values, whether the smallest is 0, and the libraries of cells.
+
+    Kinds are ``"counts"``, ``"continuous"`` and ``"effects"``: of rows that are differences from a control of 0.
 
     Parameters
     ----------
@@ -39,19 +41,22 @@ class ExpressionField(LayerField):
         Layer with the expression; `None` for ``X``.
     size_factor_key
         Column of ``obs`` with size factors.
+    values
+        ``"expression"`` of cells, or ``"effects"`` of conditions.
     """
 
     KIND, NONNEGATIVE, LIBRARY = "data_kind", "nonnegative", "library"
 
-    def __init__(self, layer: str | None, size_factor_key: str | None = None) -> None:
+    def __init__(self, layer: str | None, size_factor_key: str | None = None, values: str = "expression") -> None:
         super().__init__(KEYS.X, layer, is_count_data=False, correct_data_format=False)
-        self.layer, self.size_factor_key = layer, size_factor_key
+        self.layer, self.size_factor_key, self.values = layer, size_factor_key, values
 
     def register_field(self, adata: AnnData) -> dict[str, Any]:
         """Register, and look at the values."""
         kind = check_expression(adata, self.layer)
+        kind = EFFECTS if self.values == EFFECTS else kind
         smallest = 0.0 if kind == "counts" else smallest_value(adata, self.layer)
-        state = {**super().register_field(adata), self.KIND: kind, self.NONNEGATIVE: smallest == 0}
+        state = {**super().register_field(adata), self.KIND: kind, self.NONNEGATIVE: smallest == 0 and kind != EFFECTS}
         needs_x = self.size_factor_key is None and kind == "counts"
         expression, x = sources(adata, self.layer, adata.var_names, kind, needs_x)
         library, values = find_library(expression, x, adata.obs, self.layer, self.size_factor_key)

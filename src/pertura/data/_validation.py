@@ -44,13 +44,22 @@ def check_obs_key(adata: AnnData, argument: str, key: str | None) -> None:
         )
 
 
-def check_perturbations(adata: AnnData, perturbation_key: str, control: str, delimiter: str) -> None:
-    """Raise unless there are control cells and at least one perturbation."""
+def check_perturbations(
+    adata: AnnData, perturbation_key: str, control: str, delimiter: str, effects: bool = False
+) -> None:
+    """Raise unless there are control cells and at least one perturbation; rows of effects have no controls."""
     check_obs_key(adata, "perturbation_key", perturbation_key)
     if not isinstance(delimiter, str) or not delimiter:
         raise ValueError(f"`delimiter` must be a non-empty string such as '+', got {delimiter!r}.")
     counts = adata.obs[perturbation_key].astype(str).value_counts()
     counts = counts[counts > 0]
+    if effects:
+        if control in counts.index:
+            raise ValueError(
+                f"`values`: effects are differences from the control, but {counts[control]} rows of "
+                f"`adata.obs[{perturbation_key!r}]` are {control!r} themselves. Drop them, or use values='expression'."
+            )
+        return
     if not isinstance(control, str) or control not in counts.index:
         close = get_close_matches(str(control), list(counts.index), n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""

@@ -12,7 +12,7 @@ from scipy import sparse
 from scvi.data import AnnDataManager
 
 from pertura.data._cells import CellDataset, Rows
-from pertura.data._constants import CONTROL_ONLY, KEYS
+from pertura.data._constants import CONTROL_ONLY, EFFECTS, KEYS
 from pertura.data._scale import counts_of
 
 Matrix = NDArray[np.float64]
@@ -61,7 +61,8 @@ class Sums:
     ) -> None:
         """Read the cells once."""
         part = group * 2 + half
-        counts, countable = self.dataset.expression.kind == "counts", True
+        kind = self.dataset.expression.kind
+        counts, countable = kind == "counts", kind != EFFECTS
         for positions, raw, x, library in chunks(self.dataset, rows):
             depth = np.log(library) - _LOG_LIBRARY
             if counts:
@@ -115,6 +116,8 @@ def control_means(
     codes, dose = np.split(dataset.fields[KEYS.PERTURBATION], 2, axis=1)
     context = codes_of(dataset, KEYS.CONTEXT, np.arange(len(codes)))
     treated = ((codes != CONTROL_ONLY) & (dose > 0)).any(axis=1)
+    if dataset.expression.kind == EFFECTS:
+        return np.ones(len(contexts), dtype=bool), np.zeros((len(contexts), dataset.n_genes), dtype=np.float32)
     rows = np.flatnonzero(~treated & np.isin(context, contexts))
     group = np.searchsorted(contexts, context[rows])
     total = np.zeros((len(contexts), dataset.n_genes))

@@ -18,7 +18,7 @@ from scipy import sparse
 from scvi.data import AnnDataManager
 
 from pertura.data._cells import CellDataset, Rows
-from pertura.data._constants import CONTROL_ONLY, KEYS
+from pertura.data._constants import CONTROL_ONLY, EFFECTS, KEYS
 from pertura.data._scale import counts_of
 from pertura.data._vocabulary import dose_units
 
@@ -140,6 +140,8 @@ class ConditionTable:
         At most 3,000 cells.
     n_contexts
         Number of contexts.
+    are_effects
+        Whether rows are effects: controls are then 0, without an error.
     library
         Mean library of the cells; 1 for other data than counts.
     linear_mean, linear_within
@@ -176,6 +178,7 @@ class ConditionTable:
     batch_n: NDArray[np.int64]
     sample: Sample
     n_contexts: int
+    are_effects: bool = False
     library: float = 1.0
     linear_mean: Matrix | None = None
     linear_within: Matrix | None = None
@@ -227,6 +230,15 @@ class ConditionTable:
         codes, dose = members(dataset.fields[KEYS.PERTURBATION][rows], max_dose)
         context, batch = (codes_of(dataset, key, rows) for key in (KEYS.CONTEXT, KEYS.BATCH))
         n_batches = int(dataset.fields[KEYS.BATCH].max(initial=0)) + 1 if KEYS.BATCH in dataset.fields else 1
+        hashed, of_cells = _hashed(manager, rows, seed), slice(len(rows))
+        kept = np.zeros(len(rows), dtype=bool)
+        kept[np.argsort(hashed, kind="stable")[:_MAX_SAMPLE]] = True
+        are_effects = dataset.expression.kind == EFFECTS
+        if are_effects:  # the controls are 0: one for either half of each context, of which nothing is read
+            zero = np.repeat(np.unique(context), 2)
+            codes = np.pad(codes, ((0, len(zero)), (0, 0)), constant_values=CONTROL_ONLY)
+            dose, batch, hashed = (np.pad(v, [(0, len(zero))] + [(0, 0)] * (v.ndim - 1)) for v in (dose, batch, hashed))
+            context = np.append(context, zero)
         # codes first: controls, all of whose members are -1, sort before the treated
         keys = pd.DataFrame(np.concatenate([codes, dose, context[:, None]], axis=1))
         condition = keys.groupby(list(keys), sort=True).ngroup().to_numpy()
@@ -237,11 +249,7 @@ class ConditionTable:
         groups, group = np.unique(group_key, return_inverse=True)
         n_conditions, n_groups, group = len(codes), len(groups), group.ravel()
 
-        hashed = _hashed(manager, rows, seed)
         half = _halves(condition, batch, hashed)
-        kept = np.zeros(len(rows), dtype=bool)
-        kept[np.argsort(hashed, kind="stable")[:_MAX_SAMPLE]] = True
-
         sums = Sums(dataset, len(rows), n_groups, n_batches, linear and dataset.expression.kind == "counts")
         sums.add_all(rows, group, half, batch, kept)
 
@@ -258,8 +266,8 @@ class ConditionTable:
         own = _Groups(n[controls], total[controls], depth[controls])
         known = np.isfinite(sums.log_library)
         log_library = (
-            np.bincount(group[known], sums.log_library[known], n_groups),
-            np.bincount(group[known], None, n_groups),
+            np.bincount(group[of_cells][known], sums.log_library[known], n_groups),
+            np.bincount(group[of_cells][known], None, n_groups),
         )
         with np.errstate(invalid="ignore"):
             of_condition = np.divide(*(np.add.reduceat(v, starts) for v in log_library))
@@ -273,7 +281,7 @@ class ConditionTable:
         cells = np.bincount((condition * 2 + half) * n_batches + batch, minlength=n_conditions * 2 * n_batches)
         n_cells = max(len(rows), 1)
         overall = sums.total.sum(0) / n_cells
-        batch_n = np.bincount(batch, minlength=n_batches)
+        batch_n = np.bincount(batch[of_cells], minlength=n_batches)
         batch_mean = sums.by_batch / np.maximum(batch_n, 1)[:, None] if n_batches > 1 else overall[None]
         table = cls(
             codes=codes,
@@ -294,8 +302,9 @@ class ConditionTable:
             raw=_moments(sums.raw, sums.raw_square, n_cells),
             batch_mean=np.where(batch_n[:, None] > 0, batch_mean, overall).astype(np.float32),
             batch_n=batch_n,
-            sample=Sample(sums.sampled(), np.concatenate(sums.sample_depth), condition[kept]),
+            sample=Sample(sums.sampled(), np.concatenate(sums.sample_depth), condition[of_cells][kept]),
             n_contexts=n_contexts,
+            are_effects=are_effects,
             library=sums.library / n_cells,
             linear_unit=sums.unit / n_cells,
             log_library=of_condition,
@@ -420,7 +429,7 @@ class ConditionTable:
         of_control = dict(zip(self.context[self.is_control], np.flatnonzero(self.is_control), strict=True))
         se = np.full(mean.shape, np.inf)
         for own, groups, weight, n in self._comparisons(half):
-            of_controls = (weight**2 / n[groups]).sum(1)
+            of_controls = (weight**2 / n[groups]).sum(1) * (not self.are_effects)
             effect[own] = mean[own] - weight @ control_mean[groups]
             if plan is not None:
                 for share, change in zip(plan.weight[own].T, thinner, strict=True):
@@ -449,12 +458,14 @@ class ConditionTable:
 
     def _variances(self) -> Matrix:
         """Moderated variance within each condition, ``(n_conditions, n_genes)``."""
-        df = np.maximum(self.n.sum(1) - 1.0, 0.0)
+        certain = self.is_control & self.are_effects
+        df = np.where(certain, 0.0, np.maximum(self.n.sum(1) - 1.0, 0.0))
         if not df.sum():
-            logger.warning("No condition has replicates: the standard errors of the means are not known.")
+            if not self.are_effects:
+                logger.warning("No condition has replicates: the standard errors of the means are not known.")
             return np.zeros(self.within.shape)
         pooled = self.within.sum(0, dtype=np.float64) / df.sum()
-        return (self.within + _PRIOR_DF * pooled) / (df[:, None] + _PRIOR_DF)
+        return (self.within + _PRIOR_DF * pooled * ~certain[:, None]) / (df[:, None] + _PRIOR_DF)
 
     def pooled(
         self,

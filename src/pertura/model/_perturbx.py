@@ -166,6 +166,7 @@ class PerturbX(PerturbationModel):
     _options_cls = PerturbXOptions
     _presets: ClassVar[dict[str, dict[str, Any]]] = {"paper": PAPER}
     _draws_effects = True
+    _takes_effects = True
     module: Module
 
     def _make_module(self) -> None:
@@ -224,9 +225,12 @@ class PerturbX(PerturbationModel):
 
     def _initialize(self, data: PerturbationDataModule, table: ConditionTable) -> None:
         module = self.module
+        module.means.set(table.condition_means())
+        if self.registered.are_effects:
+            module.share.copy_(torch.tensor([0.0, 0.0, 0.0, 1.0]))
+            return
         if not self.is_trained_:
             self._standardize(data, table)
-        module.means.set(table.condition_means())
         module.effect_sd.copy_(torch.as_tensor(self._effect_sd()))
         treated = np.unique(module.conditions.context)
         module.fold.fill_(-1)
@@ -284,6 +288,8 @@ class PerturbX(PerturbationModel):
     def _complete(self, table: ConditionTable) -> None:
         """Describe the training contexts by bags, and choose the shares of regression and neural networks."""
         module = self.module
+        if self.registered.are_effects:
+            return
         module.on_step(1.0)
         cells = self._registered_cells(self.train_indices)
         controls = cells.at(cells.rows[cells.is_control])
@@ -334,6 +340,8 @@ class PerturbX(PerturbationModel):
         control = control_profiles(module.means.control, module.means.has_control, asked)
         if control is not None:
             result = {"control": control, "affinity": module.affinity(control)}
+        if self.registered.are_effects:  # nothing to put into a bag
+            return result
         more = max(0, len(asked.contexts) - len(module.has_bag))
         bag = torch.cat([module.bag, module.bag.new_zeros(more, *module.bag.shape[1:])])
         has_bag = torch.cat([module.has_bag, module.has_bag.new_zeros(more)])

@@ -46,7 +46,7 @@ from ._out import PredictionFile, check_out, fingerprint
 from ._predict import Predicted, Predictor, Settings, device_of, predict_blocks, predict_cells, seeded, sum_effects
 from ._query import Query, query
 from ._registered import Registered
-from ._setup import check_known, check_new, registered_modality, restored_on_error
+from ._setup import check_known, check_new, check_values, registered_modality, restored_on_error
 from ._train import TrainableModel
 from ._write import contexts_as_anndata, fill, frame, reserve, targets, write
 
@@ -116,6 +116,8 @@ class PerturbationModel(TrainableModel):
     _found_options: dict[str, Any] = {}
     # whether features of a perturbation that was not seen are enough to predict it
     _can_predict_features: bool = False
+    # whether it can be trained on effects of conditions, without cells
+    _takes_effects: ClassVar[bool] = False
     # whether a perturbation is an intervention on the gene whose name it bears, and nothing else
     _only_genes: bool = False
 
@@ -189,12 +191,13 @@ class PerturbationModel(TrainableModel):
         adata: AnnData,
         *,
         perturbation_key: str,
-        control: str,
+        control: str | None = None,
         layer: str | None = None,
         context_key: str | None = None,
         dose_key: str | None = None,
         batch_key: str | None = None,
         size_factor_key: str | None = None,
+        values: Literal["expression", "effects"] = "expression",
         perturbation_features_key: str | None = None,
         delimiter: str = "+",
         **kwargs: Any,
@@ -208,7 +211,8 @@ class PerturbationModel(TrainableModel):
         perturbation_key
             Column of ``obs`` that says what was done to each cell: a name, a combination ``"A+B"``, or `control`.
         control
-            Label of unperturbed cells.
+            Label of unperturbed cells. Effects have none; the name is then what predictions of no effect are called
+            (``"control"``).
         layer
             Layer with the expression; `None` for ``X``.
         context_key
@@ -225,6 +229,11 @@ class PerturbationModel(TrainableModel):
             on average the registered genes are then the whole library, and expected counts add up to it. Others are
             refused. By default, totals are recovered from ``X`` where it is log-normalized and `layer` holds its
             counts, else they are those of the genes of `adata`. The printed model says which.
+        values
+            What rows are. ``"expression"``: of cells, or of bulk samples, some of which are controls. ``"effects"``: of conditions,
+            one row (or replicate) for each perturbation in each context: log fold changes, z scores, or rankings as normal
+            scores. There are no controls then: the control is 0, and predictions for a row are effects of perturbations in the
+            row's context, whatever its own. `PerturbX` and the baselines take effects.
         perturbation_features_key
             Descriptions of perturbations, with which new ones can be predicted: key of a DataFrame in ``uns`` (one row
             per perturbation) or of gene embeddings in ``varm``.
@@ -326,7 +335,7 @@ class PerturbationModel(TrainableModel):
     def _fields(cls, args: dict[str, Any], features: pd.DataFrame | None = None) -> list[BaseAnnDataField]:
         """What is registered; a model that needs more than this appends to it."""
         return [
-            ExpressionField(args["layer"], args["size_factor_key"]),
+            ExpressionField(args["layer"], args["size_factor_key"], args.get("values", "expression")),
             PerturbationField(
                 args["perturbation_key"],
                 args["control"],
@@ -359,6 +368,7 @@ class PerturbationModel(TrainableModel):
             raise ValueError(f"`adata` must be an AnnData, got {type(adata).__name__}.{hint}")
         if adata.is_view:
             raise ValueError("`adata` is a view of another AnnData. Call `adata = adata.copy()` first.")
+        check_values(cls.__name__, args, cls._takes_effects)
         if source is None:
             features = check_new(adata, args, cls._perturbation_optional)
             for key in cls._setup_keys:
@@ -389,7 +399,7 @@ class PerturbationModel(TrainableModel):
 
     @property
     def data_kind(self) -> str:
-        """``"counts"`` or ``"continuous"``."""
+        """``"counts"``, ``"continuous"`` or ``"effects"``."""
         return self.registered.data_kind
 
     @property

@@ -17,7 +17,7 @@ from scvi.data import AnnDataManager
 
 from pertura.data import _mudata
 from pertura.data._cells import Batch, CellDataset, Expression
-from pertura.data._constants import KEYS, UNKNOWN
+from pertura.data._constants import CONTROL_ONLY, KEYS, UNKNOWN
 from pertura.data._fields import not_counts, sources
 from pertura.data._library import Library
 from pertura.data._perturbation import Perturbation
@@ -92,6 +92,8 @@ class Query:
         """Component codes and relative doses of each cell, ``(n_cells, order)`` twice."""
         encoded = np.asarray(self.manager.adata.obsm[f"_scvi_{KEYS.PERTURBATION}"])[self.rows]
         codes, dose = np.split(encoded, 2, axis=1)
+        if self.registered.are_effects:  # a question about a row starts from its context's control
+            codes, dose = np.full_like(codes, CONTROL_ONLY), np.zeros_like(dose)
         return np.rint(codes).astype(np.int64), dose
 
     @cached_property
@@ -118,7 +120,9 @@ class Query:
         return found, which.ravel()
 
     def controls_or_all(self) -> Query:
-        """Control cells; in contexts that have none, all cells."""
+        """Control cells; in contexts that have none, all cells. The control of effects is one row for each context."""
+        if self.registered.are_effects:
+            return self.at(self.rows[np.sort(np.unique(self.context, return_index=True)[1])])
         control, context = self.is_control, self.context
         return self.at(self.rows[control | ~np.isin(context, np.unique(context[control]))])
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pertura.data._constants import KEYS
+from pertura.data._constants import EFFECTS, KEYS
 from pertura.data._fields import ExpressionField
 from pertura.data._vocabulary import Vocabulary
 
@@ -28,7 +28,7 @@ class Registered:
     batches
         Values of the batch column, in the order of their codes.
     data_kind
-        ``"counts"`` or ``"continuous"``.
+        ``"counts"``, ``"continuous"`` or ``"effects"``.
     nonnegative
         Whether the smallest registered value is 0, as of counts and their logarithms: then no prediction should be negative.
     library
@@ -71,6 +71,11 @@ class Registered:
     def is_counts(self) -> bool:
         """Whether expression is counts."""
         return self.data_kind == "counts"
+
+    @property
+    def are_effects(self) -> bool:
+        """Whether rows are effects, with a control of 0."""
+        return self.data_kind == EFFECTS
 
     @property
     def default_scale(self) -> str:

@@ -12,7 +12,7 @@ from mudata import MuData
 
 from pertura.data import _mudata
 from pertura.data._cells import Expression
-from pertura.data._constants import KEYS
+from pertura.data._constants import EFFECTS, KEYS
 from pertura.data._diagnostics import warn_at_setup
 from pertura.data._validation import (
     check_doses,
@@ -28,6 +28,24 @@ from pertura.data._vocabulary import parse_label
 _OURS = ("_scvi", "_pertura")
 
 
+def check_values(name: str, args: dict[str, Any], takes_effects: bool) -> None:
+    """Check what rows are, and name the control that rows of effects do without."""
+    values = args.setdefault("values", "expression")
+    if values not in ("expression", EFFECTS):
+        raise ValueError(f"`values` must be 'expression' (of cells) or 'effects' (of conditions), got {values!r}.")
+    if values == EFFECTS and not takes_effects:
+        raise ValueError(
+            f"`values`: {name} learns from single cells and can not be trained on effects. model.PerturbX and the baselines "
+            "(such as baseline.MeanEffect and baseline.TwoWayAdditive) can."
+        )
+    if args["control"] is None:
+        if values != EFFECTS:
+            raise ValueError("`control`: name the label of unperturbed cells; only values='effects' does without.")
+        args["control"] = "control"
+    if values == EFFECTS and args["size_factor_key"] is not None:
+        raise ValueError("`size_factor_key`: effects have no library. Leave it out, or use values='expression'.")
+
+
 def check_new(adata: AnnData, args: dict[str, Any], perturbation_optional: bool) -> pd.DataFrame | None:
     """Check data that a new model is to be made of.
 
@@ -38,11 +56,12 @@ def check_new(adata: AnnData, args: dict[str, Any], perturbation_optional: bool)
     check_names(adata)
     kind = check_expression(adata, args["layer"])
     key, control, delimiter = args["perturbation_key"], args["control"], args["delimiter"]
+    effects = args["values"] == EFFECTS
     if key is None and perturbation_optional:
         if args["dose_key"] is not None:
             raise ValueError("`dose_key` needs `perturbation_key`: name the column that says what was dosed.")
     else:
-        check_perturbations(adata, key, control, delimiter)
+        check_perturbations(adata, key, control, delimiter, effects)
     check_doses(adata, args["dose_key"], key, control, delimiter)
     for name in ("context_key", "batch_key"):
         check_obs_key(adata, name, args[name])
@@ -52,7 +71,7 @@ def check_new(adata: AnnData, args: dict[str, Any], perturbation_optional: bool)
     labels = () if key is None else adata.obs[key].astype(str).unique()
     names = sorted({m for label in labels for m in parse_label(label, control, delimiter)})
     features = check_features(adata, args["perturbation_features_key"], names)
-    if key is not None:
+    if key is not None and not effects:
         warn_at_setup(adata, args, kind)
     return features
 

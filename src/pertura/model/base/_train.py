@@ -135,6 +135,9 @@ class TrainableModel(BaseModelClass):
         if batch_size is not None:
             check_whole("batch_size", batch_size)
         check_flag("early_stopping", early_stopping)
+        if self.registered.are_effects:  # what is learned from them is in closed form
+            self._fit_in_closed_form(train_size, validation_size, seed, datasplitter_kwargs, trainer_kwargs)
+            return
         plan_kwargs = self._plan_arguments(plan_kwargs, lr)
         seed = resolve_seed(seed)
         validates = early_stopping or trainer_kwargs.get("check_val_every_n_epoch") is not None
@@ -195,6 +198,34 @@ class TrainableModel(BaseModelClass):
             super().save(*args, **kwargs)
         if together:
             torch.distributed.barrier()
+
+    def _fit_in_closed_form(
+        self,
+        train_size: float | None,
+        validation_size: float | None,
+        seed: int | None,
+        datasplitter_kwargs: dict[str, Any] | None,
+        trainer_kwargs: dict[str, Any],
+    ) -> None:
+        """Measure the conditions, and let the module take them over."""
+        seed = resolve_seed(seed)
+        train_idx, val_idx = self._split(train_size, validation_size, False, seed, datasplitter_kwargs)
+        self._check_trainable(train_idx)
+        try:
+            with Progress(bool(trainer_kwargs.get("enable_progress_bar", True))) as self._progress:
+                self._progress.stage("Measuring effects")
+                data = PerturbationDataModule(
+                    self.adata_manager, train_idx, val_idx, batch_size=settings.batch_size, seed=seed
+                )
+                table = self._measure(train_idx, data)
+                self._initialize(data, table)
+                self.module.n_train = len(train_idx)
+                self.train_indices, self.validation_indices, self.test_indices = train_idx, val_idx, data.test_idx
+                self.history_ = {}
+                self.is_trained_ = True
+                self._after_training(train_idx, table)
+        finally:
+            self.__dict__.pop("_progress", None)
 
     def _check_trainable(self, train_idx: Rows) -> None:
         """Raise unless the model knows what was done to its training cells."""
@@ -411,7 +442,7 @@ class TrainableModel(BaseModelClass):
             self.contexts,
             scale=self.registered.default_scale,
             # bulk: replicates are few, and a profile is a mean already
-            min_cells=10 if self.registered.is_counts else 2,
+            min_cells=10 if self.registered.is_counts else 1 if self.registered.are_effects else 2,
             noise_share=share,
         )
 
