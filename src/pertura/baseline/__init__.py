@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "_empirical_bayes": ["EmpiricalBayes"],
         "_estimators": ["Additive", "MeanEffect", "NearestNeighbour", "NoChange", "WeightedMeanEffect"],
         "_linear": ["Linear"],
+        "_two_way": ["ContextMean", "LowRankCompletion", "TwoWayAdditive"],
         "_network": [
             "Correlation",
             "EmbeddingCosine",

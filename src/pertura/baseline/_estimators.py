@@ -252,7 +252,8 @@ class NearestNeighbour(Baseline):
       own; those of a combination are summed over members. Combinations without features are like those with which
       they share members.
 
-    Equally similar contexts or perturbations are averaged.
+    Equally similar contexts or perturbations are averaged. Of data that are effects, which have no control profiles, contexts are as
+    similar as the effects of the perturbations that they share.
 
     Doses are dealt with as in :class:`~pertura.baseline.MeanEffect`.
 

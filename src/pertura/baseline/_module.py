@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pertura.effects import Asked, ConditionTable
-from pertura.effects._contexts import profile_correlations
+from pertura.effects._contexts import effect_correlations, profile_correlations
 from pertura.module._added_effects import AddedEffectModule, Distinct
 from pertura.module._base import Globals
 
@@ -44,7 +44,13 @@ class BaselineModule(AddedEffectModule):
         return True
 
     def affinity(self, control: Tensor) -> NDArray[np.float64]:
-        """How alike contexts are: correlation of control profiles with those of training, ``(n, n_contexts)``."""
+        """How alike contexts are: correlation of control profiles with those of training, ``(n, n_contexts)``.
+
+        Where the controls are 0, correlation of the effects that training contexts share; new contexts are like none.
+        """
+        if not bool(self.means.control.any()):
+            known = effect_correlations(self.conditions, self.means.effect.cpu().numpy())
+            return np.pad(known, ((0, len(control) - len(known)), (0, 0)))
         return profile_correlations(control.cpu().numpy(), self.means.control.cpu().numpy())
 
     def weighted(self, weights: NDArray[np.float64]) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         ],
         "_networks": ["biobert_mesc500", "dorothea", "gene_sets", "ppi", "trrust"],
         "_sachs": ["sachs_2005"],
+        "_signatures": ["op3_2023", "sciplex_2020", "tahoe_2025"],
         "_simulate": ["simulate"],
         "_simulate_truth": ["true_effects", "true_network"],
         "_stimulation": ["kang_2018_mini", "kang_2018_wide"],

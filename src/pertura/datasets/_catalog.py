@@ -33,6 +33,7 @@ _COMPOUNDS: Final = {
     "dose_key": "dose",
     "context_key": "cell_type",
 }
+_SIGNATURES: Final = {"perturbation_key": "perturbation", "context_key": "cell_type", "values": "effects"}
 
 CATALOG: Final[dict[str, Entry]] = {
     "kang_2018_mini": Entry(
@@ -66,6 +67,25 @@ CATALOG: Final[dict[str, Entry]] = {
     "lincs_l1000_ht115": Entry(681, 978, _COMPOUNDS, "349 compounds with doses, bulk (log2)", ("lincs_l1000_ht115",)),
     "tggates_hepatocytes": Entry(
         2382, 196, _COMPOUNDS, "146 compounds, three doses and times, bulk hepatocytes (log2)", ("tggates_hepatocytes",)
+    ),
+    "op3_2023": Entry(
+        405, 6349, _SIGNATURES, "135 compounds in three blood cell types (rankings)", ("op3_b", "op3_nk", "op3_t")
+    ),
+    "tahoe_2025": Entry(
+        860,
+        8268,
+        _SIGNATURES,
+        "109 compounds in eight cancer lines (rankings)",
+        tuple(
+            f"tahoe_{line}" for line in ("a498", "hec_1_a", "lovo", "miapaca_2", "nci_h23", "snu_1", "snu_423", "sw48")
+        ),
+    ),
+    "sciplex_2020": Entry(
+        69,
+        5834,
+        _SIGNATURES,
+        "23 compounds in three cancer lines (rankings)",
+        ("sciplex_a549", "sciplex_k562", "sciplex_mcf7"),
     ),
     "sachs_2005": Entry(
         7466,

@@ -36,6 +36,18 @@ CITATIONS: Final[dict[str, str]] = {
         "transcriptional responses to novel chemical perturbations using deep generative model for drug "
         "discovery, Nat Commun 15:9256, doi:10.1038/s41467-024-53457-1"
     ),
+    "op3_2023": (
+        "Szałata et al. 2024, A benchmark for prediction of transcriptomic responses to chemical perturbations across "
+        "cell types, NeurIPS Datasets and Benchmarks 37, GSE279945; rankings of the package sigrecon"
+    ),
+    "tahoe_2025": (
+        "Zhang et al. 2025, Tahoe-100M: a giga-scale single-cell perturbation atlas for context-dependent gene function "
+        "and cellular modeling, bioRxiv, doi:10.1101/2025.02.20.639398; rankings of the package sigrecon"
+    ),
+    "sciplex_2020": (
+        "Srivatsan et al. 2020, Massively multiplex chemical transcriptomics at single-cell resolution, Science "
+        "367:45-51, doi:10.1126/science.aax6234; rankings of the package sigrecon"
+    ),
     "tggates_hepatocytes": (
         "Igarashi et al. 2015, Open TG-GATEs: a large-scale toxicogenomics database, Nucleic Acids Res "
         "43:D921-D927, doi:10.1093/nar/gku955"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import combinations, product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -166,6 +166,28 @@ class Conditions:
 def profile_correlations(profiles: NDArray, others: NDArray) -> NDArray[np.float64]:
     """Pearson correlation over genes of each profile with each of the others, ``(n, n_others)``; 0 if one is constant."""
     return _normalized(profiles) @ _normalized(others).T
+
+
+def effect_correlations(conditions: Conditions, effect: NDArray) -> NDArray[np.float64]:
+    """Correlation of two contexts' effects, over the perturbations and doses that both have, ``(n_contexts, n_contexts)``.
+
+    Parameters
+    ----------
+    conditions
+        What was measured.
+    effect
+        Effects, ``(n_conditions, n_genes)``.
+    """
+    n_contexts, keys = conditions.n_contexts, np.concatenate([conditions.codes, conditions.dose], axis=1)
+    key = np.unique(keys, axis=0, return_inverse=True)[1].ravel()
+    row = np.full((n_contexts, key.max(initial=-1) + 1), -1)
+    row[conditions.context, key] = np.arange(len(key))
+    result, products = np.eye(n_contexts), effect @ effect.T
+    for a, b in combinations(range(n_contexts), 2):
+        i, j = row[[a, b]][:, (row[[a, b]] >= 0).all(0)]
+        scale = np.sqrt(products[i, i].sum() * products[j, j].sum())
+        result[a, b] = result[b, a] = products[i, j].sum() / max(scale, 1e-12)
+    return result
 
 
 def _normalized(profiles: NDArray) -> NDArray[np.float64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from pertura.data._constants import CONTROL_ONLY, DOSE_TOLERANCE, UNKNOWN
 from pertura.data._vocabulary import dose_units
-from pertura.effects import Asked, ConditionMeans, Conditions, ConditionTable
+from pertura.effects import Asked, ConditionMeans, Conditions, ConditionTable, Transfer
 from pertura.nn._likelihoods import Point
 
 from ._base import Action, Basal, Cells, Counterfactual, Globals, PerturbationModule
@@ -160,6 +161,13 @@ class MeasuredMeans(nn.Module):
         """Weighted sums of measured effects and their sampling variances, ``(n, n_genes)``; weights ``(n, n_conditions)``."""
         weights = self.of_means(weights)
         return self.product(weights, self.mean), self.product(weights**2, self.variance)
+
+    def transfer(self, elsewhere: Callable[[Asked, int], NDArray[np.float64]]) -> Transfer:
+        """What known effects of a context say of its others; `elsewhere` as in :class:`~pertura.effects.Transfer`."""
+        n, effect = len(self.context), self.effect
+        noise = (self.variance[:n] + self.variance[n:][self.context]).mean(1)
+        products = (effect @ effect.mT / max(self.n_genes, 1)).double()
+        return Transfer(self.conditions, products.cpu().numpy(), noise.double().cpu().numpy(), elsewhere)
 
     def of_means(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
         """Weights of treated and control means: effects of one context share its control, and the error of it."""

@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pertura.effects import Asked, choose_strength, ridge_weights, stack_shares
+from pertura.effects import Asked, Transfer, choose_strength, ridge_weights, stack_shares
 from pertura.nn._selector import BagAggregation, ConcreteSelector, MemberLinear
 
 from ._added_effects import AddedEffectModule, Distinct, MeasuredMeans, add_buffers, set_buffer
@@ -344,9 +344,12 @@ class PerturbX(AddedEffectModule):
         return known(np.sort(codes)) >= 0 or all(known(codes[i : i + 1]) >= 0 for i in range(len(codes)))
 
     def effects(self, asked: Distinct, globals_: Globals) -> tuple[Tensor, Tensor]:
-        """Where a perturbation was measured, its measured effect; elsewhere mean effect, regression, bags and convergence."""
+        """Where a perturbation was measured, its measured effect; elsewhere mean effect, regression, bags and convergence.
+
+        In a context of which other perturbations are known these say how effects differ from those of other contexts.
+        """
         shape = (len(asked.asked), len(self.conditions))
-        measured, average, linear = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+        measured, average, linear, transferred = (np.zeros(shape) for _ in range(4))
         new: list[tuple[int, Asked, int]] = []
         for row, (whole, c) in enumerate(zip(asked.asked, asked.context, strict=True)):
             for one in self._parts(whole):
@@ -354,13 +357,16 @@ class PerturbX(AddedEffectModule):
                     own = (np.arange(self.n_contexts) == c).astype(float)
                     measured[row] += self.conditions.average(one.at_dose, self.conditions.label == one.label, own)
                     continue
+                if self.residual and self._transfer.knows(int(c)) and one.label >= 0:
+                    transferred[row] += self._transfer(one, int(c))
+                    continue
                 new.append((row, one, int(c)))
                 average[row] += self._from_others(one, int(c), globals_["affinity"][c], np.inf)
                 linear[row] += self._from_others(one, int(c), globals_["affinity"][c])
         regression, bags, convergence, rest = self.share.tolist()
         if not self.residual:
             measured[:] = average[:] = linear[:] = 0.0
-        transferred = (1.0 - regression) * average + regression * linear
+        transferred = transferred + (1.0 - regression) * average + regression * linear
         mean, variance = self.means.sums(measured)[0], self.means.sums(measured + transferred)[1]
         moved = self.means.sums(transferred)[0]
         if convergence > 0:
@@ -404,6 +410,23 @@ class PerturbX(AddedEffectModule):
 
     def _from_others(self, asked: Asked, context: int, row: Any, strength: float | None = None) -> Weights:
         return self.regression.weights(self.means, self._gram, asked, context, row, strength)
+
+    @property
+    def _transfer(self) -> Transfer:
+        """What known effects of a context say of its others; made anew when what it stands on changes."""
+        cache, basis, share = self.means.cache, self.regression.basis, float(self.share[0])
+        made_of = (basis, share, float(self.regression.strength))
+        if "transfer" not in cache or any(
+            a is not b and a != b for a, b in zip(cache["made_of"], made_of, strict=True)
+        ):
+            cache["made_of"], cache["transfer"] = made_of, self.means.transfer(self._expected)
+        return cache["transfer"]
+
+    def _expected(self, asked: Asked, context: int) -> Weights:
+        """Weights in what other contexts say: between their mean and the regression."""
+        row, share = self._gram[context], float(self.share[0])
+        average = self._from_others(asked, context, row, np.inf)
+        return (1.0 - share) * average + share * self._from_others(asked, context, row) if share else average
 
     def _spanned(self, effect: Tensor, rest: float) -> Tensor:
         """Effects of which a share is kept of what the basis does not span."""
