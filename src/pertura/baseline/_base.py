@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from pertura.data._datamodule import PerturbationDataModule
 from pertura.effects import ConditionTable
-
 from pertura.model.base import Options, PerturbationModel
 from pertura.model.base._arguments import did_you_mean
 from pertura.model.base._contexts import check_combinations, control_profiles

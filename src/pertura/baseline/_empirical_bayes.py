@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pertura.effects import Asked, ConditionTable, Halves, shrink, stack_shares
+from pertura.effects import Asked, ConditionTable, fit_departures, stack_shares
 from pertura.module._added_effects import Distinct, add_buffers, set_buffer, split_controls
 from pertura.module._base import Globals
 from pertura.module._perturbx import ContextRegression
@@ -53,22 +53,7 @@ class EmpiricalBayesModule(LinearModule):
         set_buffer(self, "residual", residual)
         others = self._of_others(asked, conditions.context)
         left = residual - float(self.share[1]) * (others @ residual)
-        own, center = table.effects(), effect - left
-        kept = np.flatnonzero(self.means.has_control.cpu().numpy()[table.context[table.treated]])
-        parts = []
-        for half in (0, 1):
-            found = table.effects(half=half)
-            parts.append((found.effect[kept], found.noise[kept]))
-        halves = Halves(effect, own.noise[kept], parts).standardized(rows, center[rows], table.spread)
-        mean, variance = np.zeros(effect.shape), np.zeros(effect.shape)
-        if len(rows):
-            found = shrink(halves, table.programs())
-            mean[rows] = found.mean * table.spread
-            # genes vary more in some conditions than at large: by that the measured part of the posterior is wider
-            noise = halves.noise[:, None]
-            wider = (own.se[kept][rows] / table.spread) ** 2 / noise - 1.0
-            gain = np.minimum(found.sd**2 / noise, 1.0)
-            variance[rows] = (found.sd * table.spread) ** 2 * (1.0 + gain * wider)
+        mean, variance = fit_departures(table, effect - left, rows)
         set_buffer(self, "posterior", mean)
         set_buffer(self, "posterior_variance", variance)
 

@@ -36,9 +36,11 @@ def _column(adata: AnnData, key: str, argument: str) -> NDArray[np.object_]:
     return adata.obs[key].astype(str).to_numpy(dtype=object)
 
 
-def _perturbations(adata: AnnData, key: str, control: str) -> tuple[NDArray[np.object_], NDArray[np.bool_]]:
-    """Label of each cell and whether it is treated."""
+def _perturbations(adata: AnnData, key: str, control: str | None) -> tuple[NDArray[np.object_], NDArray[np.bool_]]:
+    """Label of each cell and whether it is treated; without a control all rows are effects."""
     label = _column(adata, key, "perturbation_key")
+    if control is None:
+        return label, np.ones(len(label), dtype=bool)
     treated = label != str(control)
     if treated.all():
         raise ValueError(
@@ -151,7 +153,7 @@ def few_shot_context(
     adata: AnnData,
     *,
     perturbation_key: str,
-    control: str,
+    control: str | None,
     context_key: str,
     shots: Sequence[float] = (5, 10, 20),
     contexts: Iterable[str] | None = None,
@@ -170,7 +172,7 @@ def few_shot_context(
     perturbation_key, context_key
         Columns of ``adata.obs``.
     control
-        Label of control cells, which stay in train.
+        Label of control cells, which stay in train; `None` for rows of effects, which have no controls.
     shots
         Whole numbers: so many cells of each perturbation of the context train, the others are test. A perturbation with fewer than
         twice the largest number is in neither part. Numbers below 1: that share of the perturbations of the context trains with
@@ -198,7 +200,8 @@ def few_shot_context(
     shares = bool(shots) and shots[-1] < 1
     if not shots or shots[0] < 0 or not (shares or all(float(s).is_integer() for s in shots)):
         raise ValueError(f"`shots` must be numbers of cells, or shares below 1 of the perturbations, got {shots}.")
-    names = _choice(contexts, set(context[treated]) & set(context[~treated]), "contexts")
+    compared = treated if control is None else ~treated
+    names = _choice(contexts, set(context[treated]) & set(context[compared]), "contexts")
     splits = []
     for s in range(seed, seed + n_splits):
         rng = np.random.default_rng([s, 2])

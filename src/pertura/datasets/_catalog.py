@@ -33,7 +33,12 @@ _COMPOUNDS: Final = {
     "dose_key": "dose",
     "context_key": "cell_type",
 }
-_SIGNATURES: Final = {"perturbation_key": "perturbation", "context_key": "cell_type", "values": "effects"}
+_SIGNATURES: Final = {
+    "perturbation_key": "perturbation",
+    "context_key": "cell_type",
+    "values": "effects",
+    "delimiter": "|",
+}
 
 CATALOG: Final[dict[str, Entry]] = {
     "kang_2018_mini": Entry(

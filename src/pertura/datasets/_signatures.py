@@ -16,7 +16,8 @@ from ._r import read_rda_lists
 
 __all__ = ["op3_2023", "sciplex_2020", "tahoe_2025"]
 
-_KEYS = {"perturbation_key": "perturbation", "context_key": "cell_type", "values": "effects"}
+# names of compounds have plus signs
+_KEYS = {"perturbation_key": "perturbation", "context_key": "cell_type", "values": "effects", "delimiter": "|"}
 _MIN_RANKED = 0.8  # of the conditions must rank a gene
 _OP3 = {"op3_b": "B cells", "op3_nk": "NK cells", "op3_t": "T cells"}
 _TAHOE = {
@@ -41,7 +42,8 @@ def op3_2023() -> AnnData:
     Returns
     -------
     AnnData, conditions x genes: normal scores in ``X``, 0 for genes without a rank; ``obs``: ``perturbation`` and ``cell_type``.
-    There are no controls: register it with ``values="effects"``.
+    There are no controls: register it with ``values="effects"``, and with
+    ``delimiter="|"``, as names of compounds have plus signs.
 
     Raises
     ------
@@ -83,18 +85,17 @@ def sciplex_2020() -> AnnData:
 
 def _load(name: str, contexts: Mapping[str, str]) -> AnnData:
     """Normal scores of some files, converted once."""
-    paths = [fetch(key) for key in contexts]
+    paths, dataset = [fetch(key) for key in contexts], describe(name, *contexts, **_KEYS)
     converted = cache_dir() / "signatures" / f"{name}-{registry()[next(iter(contexts))].sha256[:8]}.h5ad"
     if converted.exists():
         adata = read_h5ad(converted)
-        adata.uns["dataset"] = dict(adata.uns["dataset"])
-        return adata
+        return new_log(adata.X, obs=adata.obs, var=adata.var, dataset=dataset, scale="arbitrary")
     rankings = {
         (context, str(compound)): ranked["up_full"]
         for path, context in zip(paths, contexts.values(), strict=True)
         for compound, ranked in read_rda_lists(path).items()
     }
-    adata = _normal_scores(rankings, describe(name, *contexts, **_KEYS))
+    adata = _normal_scores(rankings, dataset)
     try:
         adata.write_h5ad(converted, compression="gzip")
     except OSError:  # a cache that can not be written to

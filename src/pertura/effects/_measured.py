@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pertura.data._constants import CONTROL_ONLY, UNKNOWN
 
 from ._features import fit_features
-from ._shrink import shrink
+from ._shrink import Halves, shrink
 from ._table import ConditionTable
 
 Matrix = NDArray[np.float64]
@@ -162,6 +162,44 @@ class MeasuredEffect(nn.Module):
                 setattr(self, name, torch.empty_like(state_dict[prefix + name], device=value.device))
         self._rows_of = None
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def fit_departures(
+    table: ConditionTable, expected: Matrix, rows: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Posterior of what effects differ from those that are expected without them, by what was measured.
+
+    How far expected effects are off, by gene and along the programs of the cells, is learned from the conditions that were measured
+    well (:func:`~pertura.effects.shrink`): the fewer cells, the nearer a posterior is to 0.
+
+    Parameters
+    ----------
+    table
+        What was measured.
+    expected
+        Effects of the treated conditions that have controls, in the order of the table, ``(n_conditions, n_genes)``.
+    rows
+        Conditions whose effects are expected to be anything; the posterior of the others is 0, with variance 0.
+
+    Returns
+    -------
+    Mean and variance, ``(n_conditions, n_genes)`` each.
+    """
+    kept = np.flatnonzero(table.has_control[table.context[table.treated]])
+    mean, variance = np.zeros(expected.shape), np.zeros(expected.shape)
+    if not len(rows):
+        return mean, variance
+    own, *parts = (table.effects(half=half) for half in (None, 0, 1))
+    halves = Halves(own.effect[kept], own.noise[kept], [(part.effect[kept], part.noise[kept]) for part in parts])
+    halves = halves.standardized(rows, expected[rows], table.spread)
+    found = shrink(halves, table.programs())
+    mean[rows] = found.mean * table.spread
+    # genes vary more in some conditions than at large: by that the measured part of the posterior is wider
+    noise = halves.noise[:, None]
+    wider = (own.se[kept][rows] / table.spread) ** 2 / noise - 1.0
+    gain = np.minimum(found.sd**2 / noise, 1.0)
+    variance[rows] = (found.sd * table.spread) ** 2 * (1.0 + gain * wider)
+    return mean, variance
 
 
 def fit_measured(

@@ -46,6 +46,7 @@ class PerturbXOptions(Options):
     n_members: int = option(5, whole=1)
     rank: int | None = option(30, whole=1)
     residual: bool = option(True, flag=True)
+    target: Literal["mse", "de"] = option("mse", one_of=("mse", "de"))
     gene_weights: Literal["precision", "dominant", "uniform"] = option(
         "precision", one_of=("precision", "dominant", "uniform")
     )
@@ -99,8 +100,12 @@ class PerturbX(PerturbationModel):
     By default these neural networks predict the deviation from the mean effect over the training contexts, in a basis of
     few components. Several of them, each trained without some of the contexts, stand beside a ridge regression of the
     effects on the control profiles, and a term by which contexts that start apart come together. What each says about the
-    contexts that it did not see decides its share (:attr:`shares`): if all are 0, the prediction is the mean effect. In a context where a perturbation was
-    measured, its effect is the measured one. A combination that was not measured has the sum of its members' effects.
+    contexts that it did not see decides its share (:attr:`shares`): if all are 0, the prediction is the mean effect.
+
+    In a context where a perturbation was measured, its effect is the measured one, drawn towards what is expected without these cells
+    as far as they are few (`target`). In a context where at least three other perturbations were measured, these say how effects there
+    differ from those elsewhere, by a Gaussian process (:class:`~pertura.effects.Transfer`). That is all that is learned from data
+    registered with ``values="effects"``, in closed form: they have no control cells for the neural networks to read. A combination that was not measured has the sum of its members' effects.
     Perturbations that were not seen in training are not predicted.
 
     Where the share of the neural networks is 0, the selected genes and their importance describe the neural networks, not
@@ -128,6 +133,9 @@ class PerturbX(PerturbationModel):
     residual
         Whether the neural networks and the regression add to the mean effect. `False`: the neural networks alone, as in
         the paper; the selector then picks among all genes.
+    target
+        What effects are good for in contexts where they were measured. ``"mse"``: the smallest error; they are drawn towards what is
+        expected of them without these cells, the more the fewer cells there are. ``"de"``: as measured, for calling genes.
     gene_weights
         Weights of genes in the loss: ``"precision"`` (inverse squared standard error), ``"dominant"`` (more for genes with
         large effects in training) or ``"uniform"``.
@@ -226,6 +234,8 @@ class PerturbX(PerturbationModel):
     def _initialize(self, data: PerturbationDataModule, table: ConditionTable) -> None:
         module = self.module
         module.means.set(table.condition_means())
+        for name in ("posterior", "posterior_variance"):
+            set_buffer(module, name, getattr(module, name)[:0])
         if self.registered.are_effects:
             module.share.copy_(torch.tensor([0.0, 0.0, 0.0, 1.0]))
             return
@@ -304,6 +314,8 @@ class PerturbX(PerturbationModel):
             fold = module.fold.cpu().numpy()[table.context[sample.condition]]
             bases = [self._basis(sample.x[fold != f]) for f in range(module.n_folds)]
         module.stack([Split(*split, bag) for split, bag in zip(splits, parts, strict=True)], bases)
+        if self.options.target == "mse":
+            module.fit_posterior(table)
 
     def _bags(self, controls: Query, n_contexts: int, half: Rows | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Chosen genes of some control cells of each context, drawn with replacement; first those of half 0, then of half 1."""

@@ -39,7 +39,15 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pertura.effects import Asked, Transfer, choose_strength, ridge_weights, stack_shares
+from pertura.effects import (
+    Asked,
+    ConditionTable,
+    Transfer,
+    choose_strength,
+    fit_departures,
+    ridge_weights,
+    stack_shares,
+)
 from pertura.nn._selector import BagAggregation, ConcreteSelector, MemberLinear
 
 from ._added_effects import AddedEffectModule, Distinct, MeasuredMeans, add_buffers, set_buffer
@@ -233,6 +241,9 @@ class PerturbX(AddedEffectModule):
             self,
             bag=torch.zeros(n_contexts, 0, n_members, n_selected),
             has_bag=torch.zeros(n_contexts, dtype=torch.bool),
+            # effects in the contexts where they were measured; without rows: as measured
+            posterior=torch.zeros(0, n_genes),
+            posterior_variance=torch.zeros(0, n_genes),
         )
 
     # -- generative model and guide ---------------------------------------------------------------------------------
@@ -367,7 +378,11 @@ class PerturbX(AddedEffectModule):
         if not self.residual:
             measured[:] = average[:] = linear[:] = 0.0
         transferred = transferred + (1.0 - regression) * average + regression * linear
-        mean, variance = self.means.sums(measured)[0], self.means.sums(measured + transferred)[1]
+        if len(self.posterior):
+            mean, variance = self.means.product(measured, self.posterior), self.means.sums(transferred)[1]
+            variance = variance + self.means.product(measured**2, self.posterior_variance)
+        else:
+            mean, variance = self.means.sums(measured)[0], self.means.sums(measured + transferred)[1]
         moved = self.means.sums(transferred)[0]
         if convergence > 0:
             moved = moved - convergence * self.means.distances(average, asked.context, globals_["control"])
@@ -530,6 +545,29 @@ class PerturbX(AddedEffectModule):
         unseen = self.left_out(at).to(each)
         weight = unseen / unseen.sum(1, keepdim=True).clamp(min=1)
         return torch.einsum("ne,neg->ng", weight, each).cpu().double().numpy()
+
+    @torch.no_grad()
+    def fit_posterior(self, table: ConditionTable) -> None:
+        """Combine measured effects with what is expected of them without the cells they were measured in."""
+        conditions, transfer, convergence = self.conditions, self._transfer, float(self.share[2])
+        weights, rows = np.zeros((len(conditions), len(conditions))), []
+        for context in np.unique(conditions.context):
+            own, found = transfer.left_out(int(context))
+            weights[own] = found
+            rows.append(own)
+        rows = np.concatenate(rows)
+        expected = self.means.sums(weights)[0]
+        if convergence > 0:
+            alone = np.array([not transfer.knows(int(c)) for c in conditions.context])
+            average = weights * alone[:, None]
+            expected = expected - convergence * self.means.distances(average, conditions.context, self.means.control)
+        expected = expected.double().cpu().numpy()
+        mean, variance = fit_departures(table, expected, rows)
+        effect = self.means.effect.double().cpu().numpy()
+        posterior, measured = effect.copy(), self.means.sums(np.eye(len(conditions)))[1].double().cpu().numpy()
+        posterior[rows], measured[rows] = (expected + mean)[rows], variance[rows]
+        set_buffer(self, "posterior", posterior)
+        set_buffer(self, "posterior_variance", measured)
 
     def keep_bags(self, bag: Tensor, has_bag: Tensor) -> None:
         """Describe the training contexts by some of their control cells."""

@@ -427,9 +427,10 @@ class TrainableModel(BaseModelClass):
         self.module.eval()
         self._complete(table)
         cells, rng = self._registered_cells(train_idx), np.random.default_rng(0)
+        n_controls = 1 if self.registered.are_effects else _MAX_CONTROLS  # that of effects is 0
 
         def predict(context: int, perturbations: Sequence[Perturbation]) -> NDArray[np.float64]:
-            rows = some_controls(cells, context, _MAX_CONTROLS, rng)
+            rows = some_controls(cells, context, n_controls, rng)
             return self._effects_on(rows, perturbations, n_samples=4)
 
         # an effect has `n_latent` free coordinates for `n_genes` genes: as projections do, the model took up that share of
