@@ -151,6 +151,17 @@ def test_some_perturbations_of_a_context_train(adata, merged):
     assert set(few[0].train) < set(few[1].train) and np.array_equal(few[0].test, few[1].test)
 
 
+def test_shares_of_the_rows_of_effects():
+    """Without controls: one row for each perturbation of each context."""
+    obs = pd.DataFrame([(f"d{i}", c) for c in "xyz" for i in range(10)], columns=["drug", "line"])
+    adata = AnnData(np.zeros((30, 1)), obs=obs.set_index("drug" + obs.index.astype(str)))
+    keys = {"perturbation_key": "drug", "context_key": "line", "control": None}
+    few, more = few_shot_context(adata, shots=[0.2, 0.5], contexts=["y"], **keys)
+    assert len(few.train) == 20 + 2 and len(more.train) == 20 + 5 and set(few.train) < set(more.train)
+    np.testing.assert_array_equal(few.test, more.test)
+    assert (obs["line"].to_numpy()[few.test] == "y").all() and len(few.test) == 5
+
+
 def test_few_shots_need_enough_cells(adata):
     rare = np.flatnonzero((adata.obs["perturbation"] == "A") & (adata.obs["cell_type"] == "CD14"))
     adata = adata[np.setdiff1d(np.arange(2000), rare[9:])].copy()

@@ -10,9 +10,10 @@ import pandas as pd
 import pytest
 from anndata import AnnData, read_h5ad
 from scipy import sparse
+from scipy.stats import norm
 
 from pertura import datasets
-from pertura.datasets import _drugs, _stimulation, registry
+from pertura.datasets import _drugs, _signatures, _stimulation, registry
 from pertura.datasets._catalog import CATALOG
 from pertura.datasets._common import edges_to_csr
 from pertura.datasets._crispr import _combination
@@ -431,14 +432,56 @@ def test_loaders_give_new_objects(load_dataset) -> None:
     assert second.uns["dataset"]["name"] == "beeline_curated"
 
 
-@pytest.mark.parametrize("name", CATALOG)
+SIGNATURES = ["op3_2023", "tahoe_2025", "sciplex_2020"]  # read in ten seconds to two minutes
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SIGNATURES else ()) for name in CATALOG]
+)
 def test_the_catalog_is_true(load_dataset, name: str) -> None:
     entry, adata = CATALOG[name], load_dataset(name)
     assert adata.shape == (entry.rows, entry.genes)
     keys = dict(entry.keys)
     assert keys.pop("layer", "counts") in {*adata.layers, "counts"}
     if keys:
-        assert keys.pop("control") in set(adata.obs[keys["perturbation_key"]])
+        about = {name: keys.pop(name) for name in ("control", "values", "delimiter") if name in keys}
+        if "control" in about:
+            assert about["control"] in set(adata.obs[keys["perturbation_key"]])
+        else:
+            assert about["values"] == "effects" and not adata.obs[keys["perturbation_key"]].str.contains(r"\|").any()
         assert set(keys.values()) <= set(adata.obs)
         record = adata.uns["dataset"]
         assert {key: record[key] for key in keys if key in record} == {k: v for k, v in keys.items() if k in record}
+
+
+def test_rankings_become_normal_scores(tmp_path, monkeypatch) -> None:
+    """Files of ranked genes: the first is the most up, genes without a rank are 0, rare genes are left out."""
+    rankings = {
+        ("x", "A"): np.array(["g1", "g2", "g3", "g4"]),
+        ("x", "(+)-B"): np.array(["g4", "g3", "g2", "g1"]),
+        ("y", "A"): np.array(["g2", "g1", "rare"]),
+        ("y", "C"): np.array(["g3", "g1", "g2"]),
+        ("y", "D"): np.array(["g3", "g1", "g2", "g4"]),
+    }
+    adata = _signatures._normal_scores(rankings, {"name": "made"})
+    assert list(adata.var_names) == ["g1", "g2", "g3", "g4"][: adata.n_vars] and "rare" not in adata.var_names
+    assert list(adata.obs["perturbation"]) == ["A", "(+)-B", "A", "C", "D"]
+    assert list(adata.obs["cell_type"]) == ["x", "x", "y", "y", "y"]
+    quarter = norm.isf([0.125, 0.375, 0.625, 0.875])
+    np.testing.assert_allclose(adata[:, ["g1", "g2", "g3"]].X[:2], [quarter[:3], quarter[::-1][:3]], rtol=1e-5)
+    third = norm.isf(np.array([0.5, 1.5, 2.5]) / 3)
+    np.testing.assert_allclose(adata[2, ["g2", "g1", "g3"]].X.ravel(), [third[0], third[1], 0.0], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_op3_is_what_the_source_ranks(load_dataset) -> None:
+    adata = load_dataset("op3_2023")
+    assert adata.obs["cell_type"].value_counts().to_dict() == dict.fromkeys(["B cells", "NK cells", "T cells"], 135)
+    x = np.sort(adata.X, axis=1)
+    np.testing.assert_allclose(x, np.repeat(x[:1], len(x), axis=0))  # every condition ranks all genes
+    profiles = {c: adata.X[adata.obs["cell_type"] == c] for c in ("B cells", "T cells")}
+    r = [np.corrcoef(*one)[0, 1] for one in zip(*profiles.values(), strict=True)]
+    assert np.mean(r) == pytest.approx(0.285, abs=0.005)
+    again = datasets.op3_2023()  # from the cache
+    np.testing.assert_array_equal(again.X, adata.X)
+    assert dict(again.uns["dataset"]) == dict(adata.uns["dataset"])

@@ -13,7 +13,7 @@ import pytest
 import rdata
 
 from pertura.datasets import fetch
-from pertura.datasets._r import read_rda, read_rda_columns, to_csr, to_frame
+from pertura.datasets._r import read_rda, read_rda_columns, read_rda_lists, to_csr, to_frame
 
 # features x cells, as R keeps it:  [[1, 0, 0], [0, 0, 2]]
 _DIMNAMES = [np.array(["f1", "f2"]), np.array(["c1", "c2", "c3"])]
@@ -84,6 +84,16 @@ def test_columns_are_read_as_rdata_reads_them(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(
         read_rda_columns(path), pd.DataFrame(expected).reset_index(drop=True), check_dtype=False
     )
+
+
+def test_lists_of_lists_of_strings(tmp_path: Path) -> None:
+    made = {"A": {"up": np.array(["g1", "g2"]), "all": np.array(["g1", "Ä"])}, "B": {"up": np.array(["g3"])}}
+    for compression in ("bzip2", "gzip", "xz"):
+        rdata.write_rda(tmp_path / "list.rda", {"table": made}, compression=compression, file_format="xdr")
+        found = read_rda_lists(tmp_path / "list.rda")
+        assert {k: list(v) for k, v in found.items()} == {"A": ["up", "all"], "B": ["up"]}
+        assert found["A"]["all"].tolist() == ["g1", "Ä"]
+        assert found["B"]["up"].tolist() == ["g3"]
 
 
 def test_columns_of_other_types_are_refused(tmp_path: Path) -> None:
