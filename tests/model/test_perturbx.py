@@ -317,3 +317,51 @@ def test_a_single_context_is_said(caplog):
     PerturbX.setup_anndata(adata, **SETUP)
     PerturbX(adata)
     assert "`context_key`" not in caplog.text
+
+
+# -- contexts of which something was measured ---------------------------------------------------------------------------
+
+
+def arms(
+    n_new: dict[str, int], own_sd: float = 0.3, shift_sd: float = 0.0, seed: int = 0
+) -> tuple[AnnData, np.ndarray]:
+    """Perturbations A, B, … in five contexts, in the first with few cells or none; true effects there."""
+    rng = np.random.default_rng(seed)
+    mean, shift = rng.normal(0, 0.5, (len(n_new), N_GENES)), shift_sd * rng.normal(size=(5, N_GENES))
+    effect = mean + shift[:, None] + own_sd * rng.normal(size=(5, len(n_new), N_GENES))
+    base = 5 + rng.normal(0, 0.7, (5, N_GENES))
+    x, obs = [], []
+    for c in range(5):
+        number = {"control": 40, **{name: n if c == 0 else 40 for name, n in n_new.items()}}
+        for i, (name, n) in enumerate(number.items()):
+            moved = base[c] + (effect[c, i - 1] if i else 0.0)
+            x.append(moved + 0.7 * rng.normal(size=(n, N_GENES)))
+            obs += [(name, f"line{c:02d}")] * n
+    obs = pd.DataFrame(obs, columns=["perturbation", "cell_type"], index=[f"cell{i}" for i in range(len(obs))])
+    genes = pd.DataFrame(index=[f"g{j:02d}" for j in range(N_GENES)])
+    return AnnData(np.concatenate(x).astype(np.float32), obs=obs, var=genes), effect[0]
+
+
+def error_here(model, name: str, truth: np.ndarray) -> float:
+    table = model.get_perturbation_effect(name, n_samples=2)
+    own = table[table["context"] == "line00"].set_index("gene").loc[model.gene_names, "lfc_mean"]
+    return float(((own - truth) ** 2).mean())
+
+
+def test_few_cells_of_a_context_are_weighed_with_what_others_say():
+    """Better than these cells alone, and than the other contexts alone; as measured where that is asked for."""
+    adata, truth = arms({"A": 4})
+    few, raw = (fit(adata, PerturbX, 1, target=target, **SMALL) for target in ("mse", "de"))
+    own = fit(adata, MeanEffect, use_own_context=True)
+    measured = error_here(own, "A", truth[0])
+    assert error_here(raw, "A", truth[0]) == pytest.approx(measured, rel=1e-4)
+    here = ((adata.obs["cell_type"] == "line00") & (adata.obs["perturbation"] == "A")).to_numpy()
+    elsewhere = error_here(fit(adata[~here].copy(), MeanEffect), "A", truth[0])
+    assert error_here(few, "A", truth[0]) < 0.85 * min(measured, elsewhere)
+
+
+def test_known_perturbations_of_a_context_tell_of_another():
+    names = "ABCDE"
+    adata, truth = arms({**dict.fromkeys(names[1:], 40), "A": 0}, own_sd=0.1, shift_sd=0.6)
+    model, mean = fit(adata, PerturbX, 1, **SMALL), fit(adata, MeanEffect)
+    assert error_here(model, "A", truth[-1]) < 0.3 * error_here(mean, "A", truth[-1])
