@@ -63,6 +63,8 @@ WRONG_SETUP: list[tuple[str, Any]] = [
     ("size_factor_key", "absent"),
     ("size_factor_key", "text"),
     ("size_factor_key", "negative"),
+    ("values", "ranks"),
+    ("values", None),
     ("perturbation_features_key", "absent"),
     ("perturbation_features_key", 1),
     ("perturbation_features_key", "words"),

@@ -68,10 +68,8 @@ class Transfer:
         elsewhere: Callable[[Asked, int], Weights],
     ) -> None:
         self.conditions, self.products, self.noise, self.elsewhere = conditions, products, noise, elsewhere
-        labels, n_contexts = np.unique(conditions.label, return_counts=False), np.zeros(len(conditions.labels))
-        for label in labels:
-            n_contexts[label] = len(np.unique(conditions.context[conditions.label == label]))
-        self.repeated = n_contexts[conditions.label] > 1
+        pairs = np.unique(np.stack([conditions.label, conditions.context], axis=1), axis=0)
+        self.repeated = np.bincount(pairs[:, 0], minlength=1)[conditions.label] > 1
         self._fits: dict[int, _Fit | None] = {}
 
     def __call__(self, asked: Asked, context: int) -> Weights:

@@ -30,7 +30,7 @@ _OURS = ("_scvi", "_pertura")
 
 def check_values(name: str, args: dict[str, Any], takes_effects: bool) -> None:
     """Check what rows are, and name the control that rows of effects do without."""
-    values = args.setdefault("values", "expression")
+    values = args.get("values", "expression")
     if values not in ("expression", EFFECTS):
         raise ValueError(f"`values` must be 'expression' (of cells) or 'effects' (of conditions), got {values!r}.")
     if values == EFFECTS and not takes_effects:
@@ -56,7 +56,7 @@ def check_new(adata: AnnData, args: dict[str, Any], perturbation_optional: bool)
     check_names(adata)
     kind = check_expression(adata, args["layer"])
     key, control, delimiter = args["perturbation_key"], args["control"], args["delimiter"]
-    effects = args["values"] == EFFECTS
+    effects = args.get("values") == EFFECTS
     if key is None and perturbation_optional:
         if args["dose_key"] is not None:
             raise ValueError("`dose_key` needs `perturbation_key`: name the column that says what was dosed.")
