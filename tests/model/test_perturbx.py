@@ -321,6 +321,8 @@ def test_a_single_context_is_said(caplog):
 
 # -- contexts of which something was measured ---------------------------------------------------------------------------
 
+SMALL = {"n_members": 1, "n_hidden": 8, "n_selected": 4, "bag_size": 8}
+
 
 def arms(
     n_new: dict[str, int], own_sd: float = 0.3, shift_sd: float = 0.0, seed: int = 0
