@@ -8,6 +8,7 @@ Brackets are 95 % bootstrap intervals over compounds.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -90,17 +91,23 @@ def study(
     seeds: int,
     contexts: Sequence[str] | None = None,
     models: Sequence[str] = (*MODELS, RIDGE),
+    out: str | None = None,
 ) -> pd.DataFrame:
-    """Every model, for every context, share of known perturbations and choice of them."""
+    """Every model, for every context, share of known perturbations and choice of them; what is in the file `out` is not repeated."""
     keys = {key: SETUP[key] for key in ("perturbation_key", "context_key")}
     splits = few_shot_context(adata, control=None, shots=shares, contexts=contexts, n_splits=seeds, **keys)
-    tables = []
+    tables = [pd.read_csv(out)] if out and Path(out).exists() else []
+    done = set() if not tables else set(tables[0]["split"] + tables[0]["model"])
     for split in splits:
         for name in models:
+            if split.name + name in done:
+                continue
             own = (adata, split.train, split.test)
             predicted = ridge(*own) if name == RIDGE else predict(*own, MODELS[name])
             tables.append(scores(adata, split.test, predicted).assign(model=name, split=split.name))
         print(split.name, flush=True)
+        if out:
+            pd.concat(tables).to_csv(out, index=False)
     return pd.concat(tables, ignore_index=True)
 
 
@@ -113,9 +120,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     made.add_argument("--models", nargs="+", choices=(*MODELS, RIDGE), default=(*MODELS, RIDGE))
     asked = start(made, argv)
     adata = getattr(datasets, DATA[asked.data])()
-    table = study(adata, shares=asked.shares, seeds=asked.seeds, contexts=asked.contexts, models=asked.models)
-    if asked.out:
-        table.to_csv(asked.out, index=False)
+    table = study(
+        adata, shares=asked.shares, seeds=asked.seeds, contexts=asked.contexts, models=asked.models, out=asked.out
+    )
     parts = table["split"].str.extract(r"context=(?P<context>.*), (?P<share>\d+%) of")
     table = table.assign(**parts)
     show(table.groupby(["share", "model"], sort=False)[list(SCORES)].mean().reset_index())
