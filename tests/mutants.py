@@ -1064,9 +1064,9 @@ MUTANTS = [
     ),
     Mutant(
         "few-cells-are-believed",
-        "baseline/_empirical_bayes.py",
+        "effects/_measured.py",
         "mean[rows] = found.mean * table.spread",
-        "mean[rows] = left[rows]",
+        "mean[rows] = halves.effect * table.spread",
         "baseline/test_contexts.py",
         "few_cells",
     ),
