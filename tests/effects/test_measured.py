@@ -177,8 +177,9 @@ def test_unseen_perturbations_by_their_features(measure):
     np.testing.assert_allclose(sd, found.unseen_sd, rtol=1e-6)
     assert (np.abs(predicted - effect[30]) < 4 * sd.numpy()).all()
     # with nothing but their names, all unseen ones are the mean perturbation
-    plain = fit_measured(measure(AnnData(x.astype(np.float32), obs=obs), setup=PLAIN), 30)
-    np.testing.assert_allclose(plain.offset(new, torch.ones(1, 1))[0], plain.mean.mean(0), atol=1e-5)
+    table = measure(AnnData(x.astype(np.float32), obs=obs), setup=PLAIN)
+    plain = fit_measured(table, 30)
+    np.testing.assert_allclose(plain.offset(new, torch.ones(1, 1))[0], table.effects().effect.mean(0), atol=1e-5)
 
 
 def test_saved_and_loaded(fitted):

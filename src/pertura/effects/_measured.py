@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pertura.data._constants import CONTROL_ONLY, UNKNOWN
 
-from ._features import fit_features
+from ._kernels import fit_kernels
 from ._shrink import Halves, shrink
 from ._table import ConditionTable
 
@@ -209,6 +209,7 @@ def fit_measured(
     combinations: Sequence[Sequence[int]] | None = None,
     strength: Callable[[NDArray[np.int64], NDArray[np.float64]], NDArray] | None = None,
     features: NDArray | None = None,
+    feature_blocks: Sequence[slice] | None = None,
 ) -> MeasuredEffect:
     """Effects of all perturbations and measured combinations, shrunk by :func:`~pertura.effects.shrink`.
 
@@ -230,6 +231,8 @@ def fit_measured(
     features
         Features of the perturbations, ``(n_perturbations, n_features)``, from which unseen ones are predicted; `None`: unseen
         ones have the mean effect.
+    feature_blocks
+        Columns of the features that belong together; see :func:`~pertura.effects.fit_kernels`.
     """
     members = table.members
     if combinations is None:
@@ -272,20 +275,14 @@ def fit_measured(
         mean[paired] = expected[at] + found.mean * unit
         variance[paired] = np.minimum((found.sd * unit) ** 2, known[at] + tau**2)
     if len(single):
-        _fit_unseen(result, mean[single], None if features is None else np.asarray(features)[single])
-        if len(single) < 2:  # one perturbation does not say how much others differ from it
-            result.unseen_sd.copy_(torch.as_tensor(prior_sd))
+        described = np.zeros((len(single), 0)) if features is None else np.asarray(features)[single]
+        unseen = fit_kernels(described, effects.effect[single], feature_blocks, noise=effects.noise[single], unit=unit)
+        result.intercept.copy_(torch.as_tensor(unseen.intercept))
+        result.feature_weight.copy_(torch.as_tensor(unseen.weight))
+        # one perturbation does not say how much others differ from it
+        result.unseen_sd.copy_(torch.as_tensor(unseen.sd if len(single) > 1 else prior_sd))
     result.mean.copy_(torch.as_tensor(mean))
     result.sd.copy_(torch.as_tensor(np.sqrt(variance)))
     result.measured[torch.as_tensor(rows)] = True
     result.tau.copy_(torch.as_tensor(tau))
     return result
-
-
-def _fit_unseen(result: MeasuredEffect, effects: Matrix, features: NDArray | None) -> None:
-    """Effects of perturbations that were not seen: the mean, and of their features what left-out ones bear out."""
-    found = fit_features(np.zeros((len(effects), 0)) if features is None else features, effects)
-    result.intercept.copy_(torch.as_tensor(found.intercept))
-    if features is not None:
-        result.feature_weight.copy_(torch.as_tensor(found.weight))
-    result.unseen_sd.copy_(torch.as_tensor(np.sqrt(((effects - found.left_out) ** 2).mean(0))))

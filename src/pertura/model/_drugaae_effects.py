@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from scipy import sparse
 from sklearn.utils.extmath import randomized_svd
 
-from pertura.effects import ConditionTable, FeatureRidge, fit_dosed, fit_features
+from pertura.effects import ConditionTable, KernelFit, fit_dosed, fit_kernels
 from pertura.effects._dosed import DoseEffects
-from pertura.effects._features import correlations
+from pertura.effects._kernels import correlations
 from pertura.module._base import Action
 
 from .base import PerturbationModel
@@ -89,12 +89,12 @@ def fit_effects(module: Module, table: ConditionTable, max_dose: Sequence[float]
     features = module.features.cpu().numpy().astype(np.float64)
     signatures = [genes.numpy() for genes in module.signature_genes]
     described = found.measured & (features != 0).any(1)
-    fit: FeatureRidge | None = None
+    fit: KernelFit | None = None
     left_out = np.zeros(found.deviation.shape)
     if described.any():
         own = [np.full(module.n_text, -1)] * bool(module.n_text) + signatures
         target = found.deviation[described] + found.overall
-        fit = fit_features(features[described], target, blocks_of(module), own=own)
+        fit = fit_kernels(features[described], target, blocks_of(module), own=own)
         left_out[described] = fit.left_out - found.overall
     common = np.concatenate([found.mean, found.overall[None]])
     effects = found.effect * found.measured[:, None, None]
@@ -114,11 +114,9 @@ def fit_effects(module: Module, table: ConditionTable, max_dose: Sequence[float]
     _hold_out(module, found.measured)
     if fit is None:
         return None
-    mixture = tuple(map(float, fit.mixture))
     return {
         "gain": fit.gain,
-        "penalty": float(fit.penalty),
-        "mixture": mixture,
+        "kernel_weights": tuple(map(float, fit.kernel_weights)),
         "share": fit.share,
         "gene_by_gene": fit.strength is not None,
     }

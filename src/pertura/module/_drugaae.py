@@ -10,7 +10,7 @@ r"""DrugAAE: an adversarial autoencoder of cells under drugs (after Park, Song a
     x_g          &\sim p\big(x \mid \langle q(z), E_g \rangle + b_g + (V a)_g\big), \quad a = \textstyle\sum_d \delta_d(u_d)\, a_{dc}
 
 :math:`a_{dc}` are coordinates, in a basis V of few components, of the effect of d in context c: as measured where d was trained,
-from its features in closed form where it was not (:func:`pertura.effects.fit_features`). The paper has no such term. The guide is
+from its features in closed form where it was not (:func:`pertura.effects.fit_kernels`). The paper has no such term. The guide is
 :math:`q(z_b \mid x - V a)`, one encoder tied to E. A discriminator that only the training plan changes tries to tell the
 perturbation from :math:`z_b`; the guide is trained to make that impossible.
 

@@ -1,0 +1,376 @@
+r"""Effects of perturbations that were not measured: a Gaussian process over perturbations.
+
+With :math:`y_t` the measured effects and :math:`x_{ts}` effects of the same perturbation from elsewhere (another context, a
+signature), in coordinates of the principal components of the measured effects,
+
+.. math::
+
+    y_t = m + \sum_s b_s \odot x_{ts} + f(t) + e_t, \quad
+    f_c \sim N\Big(0, v_c \sum_k w_k K_k\Big), \quad e_{tc} \sim N(0, v_c w_e + n_t u_c).
+
+Each :math:`K_k` is the linear kernel of one block of features, :math:`v_c` the variance of a component, :math:`n_t` the noise of
+a perturbation. Components of like variance share their weights, which maximize the marginal likelihood; a kernel that does not
+improve it, nor the density of left-out perturbations with it, has weight 0. Amplitudes b are one number per source that each gene may
+depart from.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import lapack
+from scipy.optimize import minimize
+
+logger = logging.getLogger(__name__)
+
+Matrix = NDArray[np.float64]
+
+_MAX_COMPONENTS, _MAX_CHOOSING, _FIRST_GROUP = 128, 500, 4
+_MIN_PERTURBATIONS = 5
+_MEAN_VARIANCE = 10.0  # prior variance of the mean effect, in units of that of effects
+_MIN_GAIN = 2.0  # nats that a kernel has to add
+# Prior strength of "a gene's amplitude is that of all genes", in units of what an average gene's perturbations tell.
+_STRENGTHS = (0.1, 0.3, 1.0, 3.0, 1e6)
+
+
+@dataclass(frozen=True)
+class KernelFit:
+    """Effects of perturbations as a function of their features.
+
+    Attributes
+    ----------
+    weight, intercept
+        ``features @ weight + intercept`` is the effect; ``(n_features, n_genes)`` and ``(n_genes,)``.
+    left_out
+        Effect of each perturbation as predicted from all others, ``(n, n_genes)``.
+    sd
+        Sd of the effect of an average perturbation that was not measured, ``(n_genes,)``: what left-out ones were off.
+    kernel_weights
+        Share of each block in the variance of effects that the mean effect leaves, ``(n_blocks,)``. All 0: the mean effect is
+        all there is.
+    evidence
+        Gain in log marginal likelihood of the kernels over the mean effect alone, in nats.
+    gain
+        Mean Pearson correlation of left-out effects, over that of the mean effect.
+    strength
+        Prior strength of one amplitude for all genes; `None`: no part is in proportion to a gene's own value elsewhere.
+    """
+
+    weight: Matrix
+    intercept: NDArray[np.float64]
+    left_out: Matrix
+    sd: NDArray[np.float64]
+    kernel_weights: NDArray[np.float64]
+    evidence: float = 0.0
+    gain: float = 0.0
+    strength: float | None = None
+
+    @property
+    def share(self) -> float:
+        """Share of the features in the variance of effects that the mean effect leaves."""
+        return float(self.kernel_weights.sum())
+
+
+def correlations(first: NDArray, second: NDArray) -> NDArray[np.float64]:
+    """Pearson correlation of the rows of two matrices; 0 where a row is constant."""
+    a, b = (v - v.mean(1, keepdims=True) for v in (first, second))
+    scale = np.sqrt((a**2).sum(1) * (b**2).sum(1))
+    return np.divide((a * b).sum(1), scale, out=np.zeros(len(a)), where=scale > 1e-12)
+
+
+class _Process:
+    """Independent Gaussian processes with the same kernels, one per column of `y`.
+
+    Components are taken in groups, by how much of their variance is noise; those of a group share weights and a factorization.
+
+    Parameters
+    ----------
+    kernels
+        ``(n_kernels, n, n)``.
+    y
+        ``(n, n_components)``, by descending variance.
+    noise
+        Variance that is known of each row, ``(n,)``, times `unit` of each component, ``(n_components,)``.
+    """
+
+    def __init__(self, kernels: Matrix, y: Matrix, noise: NDArray, unit: NDArray) -> None:
+        self.kernels = kernels
+        total = (y**2).mean(0)
+        self.variance = np.maximum(total - unit * noise.mean(), 0.02 * total)
+        self.y = y / np.sqrt(self.variance)
+        ratio = unit / self.variance
+        order = np.argsort(ratio, kind="stable")
+        ends = _FIRST_GROUP * (2 ** np.arange(1, 10) - 1)
+        self.groups = [at for at in np.split(order, ends) if len(at)]
+        self.group_of = np.empty(len(order), dtype=np.int64)
+        for group, at in enumerate(self.groups):
+            self.group_of[at] = group
+        self.noise = [float(ratio[at].mean()) * noise for at in self.groups]
+
+    def inverse(self, group: int, used: NDArray, weights: NDArray[np.float64]) -> tuple[Matrix, float]:
+        """Inverse covariance of a group, and its log determinant."""
+        covariance = np.tensordot(weights[:-1], self.kernels[used], 1) + _MEAN_VARIANCE
+        covariance[np.diag_indices(len(covariance))] += weights[-1] + self.noise[group] + 1e-9
+        factor, _ = lapack.dpotrf(covariance, lower=1, overwrite_a=1)
+        log_determinant = 2.0 * float(np.log(np.diag(factor)).sum())
+        inverse, _ = lapack.dpotri(factor, lower=1, overwrite_c=1)
+        return np.tril(inverse) + np.tril(inverse, -1).T, log_determinant
+
+    def fit(self, used: NDArray[np.bool_]) -> tuple[Matrix, float]:
+        """Weights of kernels and of what they leave, ``(n_groups, n_kernels + 1)``; and the log likelihood.
+
+        Parameters
+        ----------
+        used
+            Kernels to use, ``(n_kernels,)``; the others have weight 0.
+        """
+        n, likelihood = int(used.sum()), 0.0
+        weights = np.zeros((len(self.groups), len(used) + 1))
+        for group, at in enumerate(self.groups):
+            y = self.y[:, at]
+
+            def value(log_weights: NDArray, group: int = group, y: Matrix = y) -> tuple[float, NDArray]:
+                inverse, log_determinant = self.inverse(group, used, np.exp(log_weights))
+                dual = inverse @ y
+                slope = y.shape[1] * inverse - dual @ dual.T
+                gradient = np.append(np.tensordot(self.kernels[used], slope, 2), np.trace(slope))
+                return 0.5 * (y.shape[1] * log_determinant + (dual * y).sum()), 0.5 * gradient * np.exp(log_weights)
+
+            start = np.log(np.append(np.full(n, 0.5 / max(n, 1)), 0.5))
+            limits = [(-10.0, 5.0)] * (n + 1)
+            found = minimize(
+                value, start, jac=True, method="L-BFGS-B", bounds=limits, options={"maxiter": 30, "ftol": 1e-6}
+            )
+            weights[group, np.append(used, True)] = np.exp(found.x)
+            likelihood -= float(found.fun)
+        return weights, likelihood
+
+    def duals(self, weights: Matrix) -> tuple[Matrix, Matrix]:
+        """Inverse covariance times `y`, and the diagonal of the inverse, ``(n, n_components)`` each."""
+        every = np.ones(len(self.kernels), dtype=bool)
+        dual, precision = np.empty_like(self.y), np.empty_like(self.y)
+        for group, at in enumerate(self.groups):
+            inverse, _ = self.inverse(group, every, weights[group])
+            dual[:, at], precision[:, at] = inverse @ self.y[:, at], np.diag(inverse)[:, None]
+        return dual, precision
+
+    def choose(self) -> tuple[Matrix, float]:
+        """Weights of the kernels that help, and the log likelihood that they add."""
+        used = np.ones(len(self.kernels), dtype=bool)
+        weights, likelihood = self.fit(used)
+        for k in np.argsort(weights[:, :-1].sum(0)):
+            fewer = used & (np.arange(len(used)) != k)
+            simpler, without = self.fit(fewer)
+            gain = self._densities(weights) - self._densities(simpler)
+            if likelihood - without < _MIN_GAIN or gain.mean() <= gain.std(ddof=1) / np.sqrt(len(gain)):
+                used, weights, likelihood = fewer, simpler, without
+        return weights, likelihood - self.fit(np.zeros_like(used))[1]
+
+    def _densities(self, weights: Matrix) -> NDArray[np.float64]:
+        """Log density of each row given the others, but for a constant, ``(n,)``."""
+        dual, precision = self.duals(weights)
+        return 0.5 * (np.log(precision) - dual**2 / precision).sum(1)
+
+
+def fit_kernels(
+    features: NDArray,
+    effects: NDArray,
+    blocks: Sequence[slice] | None = None,
+    *,
+    own: Sequence[NDArray] = (),
+    noise: NDArray | None = None,
+    unit: NDArray | None = None,
+) -> KernelFit:
+    """Predict effects from features as far as the measured perturbations support it.
+
+    Parameters
+    ----------
+    features
+        ``(n, n_features)``; a block that is all 0 is missing and taken as average.
+    effects
+        ``(n, n_genes)``.
+    blocks
+        Columns that belong together (gene sets, an embedding, effects in another context): one kernel each. By default all
+        columns.
+    own
+        For each block whose columns are genes, the gene of each of its columns (-1: not among those of `effects`). Effects
+        then have a part that is in proportion to the gene's own value there.
+    noise
+        Variance of the measured effects in units of that of one cell, ``(n,)``; by default 0.
+    unit
+        Sd of each gene in one cell, ``(n_genes,)``; by default 1.
+    """
+    n, n_genes = effects.shape
+    features = np.asarray(features, dtype=np.float64)
+    blocks = [slice(0, features.shape[1])] if blocks is None else blocks
+    noise = np.zeros(n) if noise is None else np.asarray(noise, dtype=np.float64)
+    unit = np.ones(n_genes) if unit is None else unit
+    level = max(float(effects.var(0).mean() - (noise[:, None] * unit**2).mean()), 1e-12)
+    row_weight = 1.0 / (noise * float((unit**2).mean()) + level)
+    row_weight /= row_weight.sum()
+    mean = row_weight @ effects
+    others = (mean - row_weight[:, None] * effects) / np.maximum(1.0 - row_weight, 1e-12)[:, None]
+    others = others if n > 1 else effects
+    if n < _MIN_PERTURBATIONS or not features.shape[1]:
+        zero = np.zeros((features.shape[1], n_genes))
+        return KernelFit(zero, mean, others, _sd(effects - others, noise, unit), np.zeros(len(blocks)))
+    center, scale, scaled = _standardized(features, blocks)
+    kernels = np.stack([scaled[:, block] @ scaled[:, block].T for block in blocks])
+    fits = [_fit(kernels, effects - mean, noise, unit)]
+    x, chosen = _own_values(scaled, n_genes, blocks, own), None
+    start = np.zeros((scaled.shape[1], n_genes))
+    if x is not None:
+        chosen, slopes, predicted = _choose_slopes(x, effects - mean, row_weight * n)
+    if chosen is not None:
+        fits.append(_fit(kernels, effects - mean - (x * slopes).sum(-1), noise, unit))
+        fits[1].left_out += predicted
+        # with and without amplitudes: left-out perturbations decide
+        gain = ((effects - mean - fits[0].left_out) ** 2 - (effects - mean - fits[1].left_out) ** 2).sum(1)
+        if gain.mean() > gain.std(ddof=1) / np.sqrt(n):
+            for i, (columns, genes) in enumerate(_signatures(blocks, own)):
+                start[columns, genes] = slopes[genes, i]
+        else:
+            chosen = None
+    found = fits[0 if chosen is None else 1]
+    for block, coefficients in zip(blocks, found.coefficients, strict=True):
+        start[block] += scaled[:, block].T @ coefficients
+    weight = start / scale[:, None]
+    left_out = found.left_out + mean
+    supported = chosen is not None or found.share.any()
+    if not supported:
+        logger.info("The features do not predict left-out perturbations: unseen ones have the mean effect.")
+        left_out = others
+    of_mean = effects - others
+    sd = found.sd if supported else _sd(effects - others, noise, unit)
+    share = found.share.copy()
+    if chosen is not None:  # the amplitudes explain, too; they belong to the blocks that they are of
+        explained = 1.0 - ((effects - left_out) ** 2).sum() / max((of_mean**2).sum(), 1e-300)
+        rows = [i for i, genes in enumerate(own) if (np.asarray(genes) >= 0).any()]
+        share[rows] = np.maximum(share[rows], max(explained - share.sum(), 0.0) / len(rows))
+        share /= max(1.0, share.sum())
+    gain = float((correlations(left_out, effects) - correlations(others, effects)).mean()) if supported else 0.0
+    intercept = mean + found.mean - center @ weight
+    return KernelFit(weight, intercept, left_out, sd, share, found.evidence, gain, chosen)
+
+
+@dataclass
+class _Fit:
+    """Shares of the kernels, what multiplies kernels with new perturbations, mean, left-out predictions, evidence."""
+
+    share: NDArray[np.float64]
+    coefficients: Sequence[Matrix]
+    mean: NDArray[np.float64]
+    left_out: Matrix
+    sd: NDArray[np.float64]
+    evidence: float
+
+
+def _fit(kernels: Matrix, y: Matrix, noise: NDArray, unit: NDArray) -> _Fit:
+    """Gaussian processes of the principal components of centered effects."""
+    n = len(y)
+    _, values, axes = np.linalg.svd(y, full_matrices=False)
+    kept = (np.arange(len(values)) < _MAX_COMPONENTS) & (values > 1e-6 * max(values[0], 1e-300))
+    if not kept.any():
+        none = np.zeros_like(y)
+        return _Fit(np.zeros(len(kernels)), [none] * len(kernels), none[0], none, none[0], 0.0)
+    axes = axes[kept]
+    scores, noise_unit = y @ axes.T, axes**2 @ unit**2
+    part = np.arange(n)
+    if n > _MAX_CHOOSING:
+        part = np.sort(np.random.default_rng(0).permutation(n)[:_MAX_CHOOSING])
+    weights, evidence = _Process(kernels[:, part][..., part], scores[part], noise[part], noise_unit).choose()
+    process = _Process(kernels, scores, noise, noise_unit)
+    dual, precision = process.duals(weights)
+    root = np.sqrt(process.variance)
+    left_out = ((process.y - dual / precision) * root) @ axes
+    of_component = weights[process.group_of]
+    share = process.variance @ of_component
+    # of an average perturbation that is left out: what components leave, and what is in none of them
+    ahead = (1.0 / precision - np.stack(process.noise, 1)[:, process.group_of]).mean(0) * process.variance
+    outside = np.maximum(((y - scores @ axes) ** 2).mean(0) - noise.mean() * (1.0 - (axes**2).sum(0)) * unit**2, 0.0)
+    variance = np.maximum(ahead, 0.0) @ axes**2 + outside
+    coefficients = [(kernel_weight * dual * root) @ axes for kernel_weight in of_component[:, :-1].T]
+    mean = _MEAN_VARIANCE * (dual * root).sum(0) @ axes
+    return _Fit(share[:-1] / share.sum(), coefficients, mean, left_out, np.sqrt(variance), evidence)
+
+
+def _sd(error: Matrix, noise: NDArray, unit: NDArray) -> NDArray[np.float64]:
+    """Root mean square of errors beyond their noise."""
+    return np.sqrt(np.maximum((error**2).mean(0) - noise.mean() * unit**2, 1e-3 * (error**2).mean(0)))
+
+
+def _standardized(features: Matrix, blocks: Sequence[slice]) -> tuple[NDArray, NDArray, Matrix]:
+    """Center and scale of columns, and features: blocks have a mean square length of 1, and 0 where they are missing."""
+    center, scale, scaled = np.zeros(features.shape[1]), np.ones(features.shape[1]), np.zeros_like(features)
+    for block in blocks:
+        part = features[:, block]
+        known = (part != 0).any(1)
+        if not known.any():
+            continue
+        center[block] = part[known].mean(0)
+        part = (part - center[block]) * known[:, None]
+        scale[block] = np.sqrt((part**2).sum() / len(part)) + 1e-12
+        scaled[:, block] = part / scale[block]
+    return center, scale, scaled
+
+
+# -- a part in proportion to a gene's own value elsewhere ---------------------------------------------------------------
+
+
+def _signatures(blocks: Sequence[slice], own: Sequence[NDArray]) -> list[tuple[NDArray, NDArray]]:
+    """Columns of each signature and their genes."""
+    result = []
+    for block, genes in zip(blocks, own, strict=False):
+        columns = np.arange(block.start, block.stop)
+        found = np.asarray(genes) >= 0
+        if found.any():
+            result.append((columns[found], np.asarray(genes)[found]))
+    return result
+
+
+def _own_values(scaled: Matrix, n_genes: int, blocks: Sequence[slice], own: Sequence[NDArray]) -> Matrix | None:
+    """Each gene's own value in each signature, ``(n, n_genes, n_signatures)``."""
+    signatures = _signatures(blocks, own)
+    if not signatures:
+        return None
+    x = np.zeros((len(scaled), n_genes, len(signatures)))
+    for i, (columns, genes) in enumerate(signatures):
+        x[:, genes, i] = scaled[:, columns]
+    return x
+
+
+def _choose_slopes(x: Matrix, y: Matrix, row_weight: NDArray) -> tuple[float | None, Matrix, Matrix]:
+    """Strength that predicts left-out rows best (`None`: none does), slopes, and the left-out predictions."""
+    best: tuple = (None, np.zeros(x.shape[1:]), np.zeros_like(y))
+    error = (y**2).sum(1)
+    for strength in _STRENGTHS:
+        predicted = (x * _slopes(x, y, strength, row_weight, left_out=True)).sum(-1)
+        own = ((y - predicted) ** 2).sum(1)
+        if row_weight @ own < row_weight @ error:
+            best, error = (strength, _slopes(x, y, strength, row_weight), predicted), own
+    return best
+
+
+def _slopes(x: Matrix, y: Matrix, strength: float, row_weight: NDArray, *, left_out: bool = False) -> Matrix:
+    """One slope per gene and signature, shrunk to one for all genes.
+
+    Returns
+    -------
+    ``(n_genes, n_signatures)``, or with `left_out` one table per row, fitted without it.
+    """
+    n_genes, n_signatures = x.shape[1:]
+    eye, weighted = np.eye(n_signatures), x * row_weight[:, None, None]
+    gram, cross = np.einsum("ngi,ngj->gij", weighted, x), np.einsum("ngi,ng->gi", weighted, y)
+    if left_out:
+        gram = gram - weighted[..., None] * x[..., None, :]
+        cross = cross - weighted * y[..., None]
+    total = gram.sum(-3)
+    level = np.trace(total, axis1=-2, axis2=-1)[..., None, None] / n_signatures
+    common = np.linalg.solve(total + (1e-9 * level + 1e-12) * eye, cross.sum(-2)[..., None])[..., None, :, :]
+    ridge = (strength * level / n_genes + 1e-12)[..., None, :, :] * eye
+    rest = cross[..., None] - gram @ common
+    return (common + np.linalg.solve(gram + ridge, rest))[..., 0]
