@@ -789,12 +789,12 @@ MUTANTS = [
         "activations",
     ),
     Mutant(
-        "counterfactual-divergence-reversed",
+        "passed-cells-moved-to-failed-ones",
         "module/_artifact.py",
-        "kl_divergence(theirs, own)",
-        "kl_divergence(own, theirs)",
+        "fixed, kept = z.detach(), ",
+        "fixed, kept = z, ",
         "module/test_cradlevae.py",
-        "divergence",
+        "energy_distance",
     ),
     Mutant(
         "counterfactual-loss-rewarded",

@@ -162,17 +162,37 @@ def test_the_basal_state_does_not_tell_quality(trained):
     assert not mean[:, 6:].any()
     assert _told_apart(expression, failed) > 0.95
     assert _told_apart(draw, failed) < 0.6
-    assert _told_apart(mean, failed) < 0.75
+    assert _told_apart(mean, failed) < 0.65
 
 
-def test_the_counterfactual_is_of_the_same_perturbation_and_the_other_label(trained):
-    artifact, adata = trained.module.artifact, trained.adata
-    name = trained.vocabulary.names[1]
-    own = (adata.obs["perturbation"] == name).to_numpy() & adata.obs["failed"].to_numpy()
-    counts = torch.as_tensor(_counts(adata)[own])
-    expected = torch.log1p(1e4 * counts / counts.sum(1, keepdim=True)).mean(0)
-    torch.testing.assert_close(artifact.profile[2, 1], expected, atol=1e-3, rtol=1e-3)
-    assert int(artifact.profile_cells[2, 1]) == own.sum()
+def test_most_cells_pass_quality_control_without_the_artifact(trained):
+    """Judged by a classifier of measured cells."""
+    adata, failed = trained.adata, trained.adata.obs["failed"].to_numpy()
+    x = np.log1p(1e4 * _counts(adata) / _counts(adata).sum(1, keepdims=True))
+    judge = make_pipeline(StandardScaler(), LogisticRegression()).fit(x, failed)
+    asked = {"n_samples": 4, "ci": None, "return_anndata": True}
+    own, removed = (
+        judge.predict(trained.predict_perturbation(trained.vocabulary.names[0], artefact=a, **asked).X)
+        for a in ("own", "removed")
+    )
+    assert own.mean() > 0.25 and removed.mean() < 0.05
+
+
+@pytest.mark.slow
+def test_distributions_of_failed_and_passed_cells_are_matched(screen):
+    """Without help from matched inputs, and without an empty basal state."""
+    states = {}
+    for weight in (0.0, 10.0):
+        adata = screen.copy()
+        CRADLEVAE.setup_anndata(adata, **KEYS)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = CRADLEVAE(adata, n_latent=6, match_quality=False, counterfactual_weight=weight)
+        model.train(max_epochs=80, **QUIET)
+        states[weight] = model.get_latent_representation(n_samples=30, artefact="removed")[:, :6]
+    failed = screen.obs["failed"].to_numpy()
+    assert _told_apart(states[0.0], failed) > 0.9 and _told_apart(states[10.0], failed) < 0.7
+    assert states[10.0].std(0).mean() > 0.7 * states[0.0].std(0).mean()
 
 
 def test_effects_are_measured_between_cells_that_passed(screen):

@@ -29,8 +29,6 @@ def _module(**options):
     with torch.no_grad():
         for p in module.parameters():
             p.add_(0.2 * torch.randn_like(p))
-        module.artifact.profile.uniform_(0.0, 3.0)
-        module.artifact.profile_cells.fill_(5.0)
         if module.gene_effects is not None:
             module.gene_effects.measured.mean.normal_()
             module.gene_effects.measured.sd.fill_(0.1)
@@ -45,59 +43,50 @@ def _loss(module, cells, particles=1):
     return elbo.differentiable_loss(module.model, module.guide, cells)
 
 
-def _share_of_counterfactual(options, size=N, particles=1):
-    """The same draws with and without the loss."""
-    total = 0.0
-    for weight, sign in ((2.0, 1.0), (0.0, -1.0)):
-        module = _module(counterfactual_weight=weight, **options)
-        with torch.no_grad():
-            for start in range(0, N, size):
-                total += sign * float(_loss(module, _cells(slice(start, start + size)), particles))
-    return total
-
-
-def test_the_counterfactual_loss_is_the_divergence_from_the_other_quality():
-    """KL(q(. | profile of the others, other label) || q(. | own expression, other label)), the artifact given."""
-    module, cells = _module(match_quality=False, masked=False), _cells()
-    shift = torch.zeros(N, 3)
-    artifact = torch.tensor([[1.0, -2.0, 0.5]])
-    other = 1.0 - cells.qc
+def test_the_counterfactual_loss_is_the_energy_distance_of_failed_from_passed_cells():
+    """Within each perturbation, of different cells, weighted by the number of failed ones; mean over draws."""
+    module, cells = _module(), _cells()
+    z = torch.randn(2, N, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
     group = torch.where(cells.action.present[:, 0], cells.action.codes[:, 0] + 1, 0)
-    profile = module.artifact.profile[group, other[:, 0].long()]
-
-    def q(u):
-        return module.encoder(u, None, shift, other * artifact)
-
-    theirs = q((profile - module.input_mean) / module.input_scale)
-    own = q(module.standardized(cells.x, cells.library))
-    (m1, s1), (m2, s2) = (theirs.loc, theirs.scale), (own.loc, own.scale)
-    expected = (s2 / s1).log() + (s1**2 + (m1 - m2) ** 2) / (2 * s2**2) - 0.5
-    found = module.artifact.divergence(
-        cells,
-        module.standardized(cells.x, cells.library),
-        lambda x: (x - module.input_mean) / module.input_scale,
-        lambda u, quality, of: module.encoder(u, None, shift, quality * artifact),
-    )
-    torch.testing.assert_close(found, expected.sum())
-    module.artifact.profile_cells[1] = 0.0  # a perturbation without cells of the other quality has no loss
-    less = module.artifact.divergence(
-        cells,
-        module.standardized(cells.x, cells.library),
-        lambda x: (x - module.input_mean) / module.input_scale,
-        lambda u, quality, of: module.encoder(u, None, shift, quality * artifact),
-    )
-    torch.testing.assert_close(less, expected[group != 1].sum())
+    at = cells.qc[:, 0] > 0
+    for own in (0, 1, 3):
+        at[torch.where(group == own)[0][:3]] = True
+    at[group == 2] = False  # a perturbation none of whose cells failed has no loss
+    cells = replace(cells, qc=at[:, None].float())
+    expected = 0.0
+    for draw in z:
+        for own in group[at].unique():
+            f, p = draw[(group == own) & at], draw[(group == own) & ~at].detach()
+            assert len(f) > 1 < len(p)
+            across, ff, pp = ((a[:, None] - b).norm(dim=-1) for a, b in ((f, p), (f, f), (p, p)))
+            # the diagonal is 0, and no pair
+            means = 2 * across.mean() - ff.sum() / (len(f) * (len(f) - 1)) - pp.sum() / (len(p) * (len(p) - 1))
+            expected = expected + len(f) * means / len(z)
+    found = module.artifact.divergence(cells, z)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    (moved,) = torch.autograd.grad(found, z)
+    assert (moved[:, at] != 0).any() and not moved[:, ~at].any()  # passed cells stay
+    alone = at & (torch.cumsum(at, 0) == 1)
+    assert module.artifact.divergence(replace(cells, qc=alone[:, None].float()), z) == 0
 
 
-@pytest.mark.parametrize("effects", ["measured", "latent"])
-def test_the_counterfactual_loss_adds_up_over_minibatches_and_not_over_particles(effects):
-    # without draws of shifts and artifact in the encoder, the loss is the same in every step
-    options = {"effects": effects, "match_quality": True}
-    whole = _share_of_counterfactual(options)
-    assert whole > 0
-    if effects == "measured":
-        assert _share_of_counterfactual(options, size=12) == pytest.approx(whole, rel=1e-3)
-        assert _share_of_counterfactual(options, particles=4) == pytest.approx(whole, rel=1e-3)
+@pytest.mark.parametrize("particles", [1, 4])
+def test_the_counterfactual_loss_is_added_to_the_negative_elbo(particles):
+    """The same draws with and without the loss."""
+    losses = []
+    for weight in (2.0, 0.0):
+        module = _module(counterfactual_weight=weight)
+        with torch.no_grad():
+            losses.append(float(_loss(module, _cells(), particles)))
+        found = module.artifact.divergence
+        if weight:
+            seen = []
+            module.artifact.divergence = lambda cells, z, found=found, seen=seen: (
+                seen.append(found(cells, z)) or seen[-1]
+            )
+            with torch.no_grad():
+                assert float(_loss(module, _cells(), particles)) == pytest.approx(losses[0])
+    assert losses[0] - losses[1] == pytest.approx(2.0 * float(seen[0]), rel=1e-3, abs=1e-2)
 
 
 def test_losses_are_for_training_alone():

@@ -229,8 +229,8 @@ def fit_kernels(
         fits.append(_fit(kernels, effects - mean - (x * slopes).sum(-1), noise, unit))
         fits[1].left_out += predicted
         # with and without amplitudes: left-out perturbations decide
-        gain = ((effects - mean - fits[0].left_out) ** 2 - (effects - mean - fits[1].left_out) ** 2).sum(1)
-        if gain.mean() > gain.std(ddof=1) / np.sqrt(n):
+        plain, scaled_too = (row_weight @ (effects - mean - fit.left_out) ** 2 for fit in fits)
+        if scaled_too.sum() < plain.sum():
             for i, (columns, genes) in enumerate(_signatures(blocks, own)):
                 start[columns, genes] = slopes[genes, i]
         else:

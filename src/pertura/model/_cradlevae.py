@@ -54,8 +54,8 @@ class CRADLEVAE(ArtifactModel):
     prior_sd_E
         Prior sd of shifts; `None` learns one for each dimension.
     counterfactual_weight
-        Weight per cell of the counterfactual loss: the basal state of a cell, had its label been the other, is that of the
-        mean profile of training cells of the same perturbation with the other label.
+        Weight per failed cell of the counterfactual loss: the energy distance of the basal states of failed cells from those of
+        passed cells of the same perturbation.
     class_balance
         Weigh the expression of cells that passed by the share of failed ones in the minibatch, and vice versa.
     match_quality
@@ -93,8 +93,8 @@ class CRADLEVAE(ArtifactModel):
         ``"paper"``: settings and training schedule of the paper's combination screens. Its weight of the counterfactual
         loss, 0.1, counts the 512 cells of a minibatch, because the loss is their sum. The paper also stops early:
         ``train(early_stopping=True, early_stopping_monitor="elbo_validation", early_stopping_patience=50)``. Where its code
-        is not well defined (whose cells are counterfactual, a term that is not a valid divergence), the intended
-        definitions are used. Options given beside the preset win.
+        is not well defined (whose cells are counterfactual, a term that is not a valid divergence), distributions are compared
+        as in the default. Options given beside the preset win.
 
     Examples
     --------

@@ -1,16 +1,17 @@
 r"""Latent of technical artifacts: what cells that failed quality control have in common (Baek et al. 2024).
 
-With :math:`c_i` 1 for cells that failed, decoders see :math:`c_i A`, :math:`A \sim N(0, I)`, and the basal state of a cell,
-had its label been the other, is that of cells of the same perturbation which have the other label:
+With :math:`c_i` 1 for cells that failed, decoders see :math:`c_i A`, :math:`A \sim N(0, I)`. The basal states of cells of one
+perturbation are to have the same distribution whether they failed or passed. The paper draws them together through mean profiles:
+that can be had by a basal state that is empty. Here the distributions themselves are compared, by their energy distance within
+each perturbation p of a minibatch (a maximum mean discrepancy, :math:`k(z, z') = -\lVert z - z' \rVert`):
 
 .. math::
 
-    L_{cf} = \beta \sum_i
-        \mathrm{KL}\big(q(z^b \mid x'_i, d_i, 1 - c_i) \,\|\, q(z^b \mid x_i, d_i, 1 - c_i)\big),
+    L_{cf} = \beta \sum_p F_p \big( 2\, \mathrm{E} \lVert z_f - z_s \rVert - \mathrm{E} \lVert z_f - z_f' \rVert
+        - \mathrm{E} \lVert z_s - z_s' \rVert \big),
 
-:math:`x'_i` the mean profile of those cells in the training data. The published code takes other cells for them and drops
-the variance of the second normal from the divergence; neither is repeated. Its loss is a sum over a minibatch beside a mean,
-so that its :math:`\beta` is as many times larger as the minibatch has cells.
+:math:`z_f` draws of the :math:`F_p` failed cells and :math:`z_s` of those that passed, through which no gradient goes: failed cells
+move to passed ones, not the other way around.
 
 An encoder that sees the expression of failed cells passes on what they have in common, whatever the counterfactual loss
 says. By default it therefore sees failed cells with each gene's mean and spread within perturbations brought to those of
@@ -19,7 +20,7 @@ passed cells.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pyro
@@ -27,12 +28,8 @@ import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributions import kl_divergence
 
 from ._base import Action, Cells
-
-# of standardized expression and the quality it is to have; the last one is 1 where it is expression of failed cells
-Posterior = Callable[[Tensor, Tensor, Tensor], dist.Normal]
 
 
 def failed(cells: Cells) -> Tensor:
@@ -50,7 +47,7 @@ class Artifact(nn.Module):
     combinations
         Codes of the members of registered combinations.
     counterfactual_weight
-        :math:`\beta`, per cell.
+        :math:`\beta`, per failed cell.
     class_balance
         Weigh the expression of cells that passed by the share of failed cells in the minibatch, and vice versa, as the
         paper does.
@@ -62,9 +59,6 @@ class Artifact(nn.Module):
     ----------
     n_seen
         Width of what encoders see of the artifact.
-    profile, profile_cells
-        Mean normalized profiles of passed and failed training cells and their number: of controls, of each perturbation,
-        of combinations; ``(n_groups, 2, n_genes)`` and ``(n_groups, 2)``.
     center, ratio
         Of failed cells less passed ones within groups, and the ratio of passed cells' spread to theirs, in units of the
         encoder's input; ``(2, n_genes)`` and ``(n_genes,)``.
@@ -77,7 +71,7 @@ class Artifact(nn.Module):
         n_latent: int,
         combinations: Sequence[Sequence[int]] = (),
         *,
-        counterfactual_weight: float = 1.0,
+        counterfactual_weight: float = 10.0,
         class_balance: bool = False,
         match_quality: bool = True,
     ) -> None:
@@ -91,9 +85,7 @@ class Artifact(nn.Module):
         order = max([1, *map(len, combinations)])
         padded = [[*sorted(c), *[-1] * (order - len(c))] for c in combinations]
         self.register_buffer("combinations", torch.tensor(padded, dtype=torch.long).reshape(len(padded), order))
-        n_groups = 1 + n_perturbations + len(padded)
-        self.register_buffer("profile", torch.zeros(n_groups, 2, n_genes))
-        self.register_buffer("profile_cells", torch.zeros(n_groups, 2))
+        self.n_groups = 1 + n_perturbations + len(padded)
         self.register_buffer("center", torch.zeros(2, n_genes))
         self.register_buffer("ratio", torch.ones(n_genes))
 
@@ -112,7 +104,7 @@ class Artifact(nn.Module):
         share = cells.qc.mean()
         return torch.where(cells.qc[:, 0] > 0, 1.0 - share, share) if 0 < share < 1 else 1.0
 
-    def shown(self, u: Tensor, quality: Tensor, artifact: Tensor, of: Tensor) -> tuple[Tensor, Tensor | None]:
+    def shown(self, u: Tensor, quality: Tensor, artifact: Tensor) -> tuple[Tensor, Tensor | None]:
         """What encoders see: expression, and the artifact.
 
         Parameters
@@ -120,50 +112,57 @@ class Artifact(nn.Module):
         u
             Standardized expression, ``(n_cells, n_genes)``.
         quality
-            1 where the cell is to be one that failed, ``(n_cells, 1)``.
+            1 for cells that failed, ``(n_cells, 1)``.
         artifact
             Draws of A.
-        of
-            1 where `u` is expression of failed cells, ``(n_cells, 1)``.
         """
-        return (self.matched(u, of), None) if self.match_quality else (u, quality * artifact)
+        return (self.matched(u, quality), None) if self.match_quality else (u, quality * artifact)
 
-    def counterfactual(self, cells: Cells, u: Tensor, standardize: Callable[[Tensor], Tensor], q: Posterior) -> None:
+    def counterfactual(self, cells: Cells, z: Tensor) -> None:
         """In training, add the counterfactual loss; for guides.
 
         Parameters
         ----------
-        u
-            What the encoder sees of the cells.
-        standardize
-            Turns normalized profiles into what it sees.
-        q
-            Posterior of the basal state.
+        z
+            Draws of the basal states of the cells, ``(..., n_cells, n_latent)``.
         """
         if self.training and self.counterfactual_weight > 0 and cells.qc is not None:
-            loss = self.counterfactual_weight * self.divergence(cells, u, standardize, q)
+            loss = self.counterfactual_weight * self.divergence(cells, z)
             pyro.factor("counterfactual", loss, has_rsample=True)
 
-    def divergence(self, cells: Cells, u: Tensor, standardize: Callable[[Tensor], Tensor], q: Posterior) -> Tensor:
-        """Of basal states from those of cells of the other quality: summed over cells, mean over draws."""
-        other = 1.0 - cells.qc
-        profile, known = self.profile_of(cells.action, other)
-        theirs, own = q(standardize(profile), other, other), q(u, other, cells.qc)
-        return (kl_divergence(theirs, own).sum(-1) * known).sum(-1).mean()
+    def divergence(self, cells: Cells, z: Tensor) -> Tensor:
+        """Energy distance of failed from passed cells within perturbations: summed over failed cells, mean over draws.
+
+        Perturbations with fewer than two cells of either quality in the minibatch are left out.
+        """
+        group, at = self.group(cells.action), failed(cells)[:, 0] > 0
+        group = torch.where(group < 0, self.n_groups, group)
+        # cells x groups, either quality
+        member = F.one_hot(group, self.n_groups + 1)[:, : self.n_groups].to(z)
+        ours, theirs = member * at[:, None], member * ~at[:, None]
+        n_failed, n_passed = ours.sum(0), theirs.sum(0)
+        use = (n_failed > 1) & (n_passed > 1)
+        if not use.any():
+            return z.sum() * 0.0
+        ours, theirs, n_failed, n_passed = ours[:, use], theirs[:, use], n_failed[use], n_passed[use]
+        fixed, kept = z.detach(), (ours.sum(1) > 0).nonzero()[:, 0]
+        ours, own = ours[kept], z[..., kept, :]
+        # weights of pairs: groups count by their failed cells, and no cell is its own pair
+        across = torch.einsum("ig,jg,g->ij", ours, theirs, 2.0 / n_passed)
+        within = torch.einsum("ig,jg,g->ij", ours, ours, 1.0 / (n_failed - 1.0)).fill_diagonal_(0.0)
+        between = torch.einsum("ig,jg,g->ij", theirs, theirs, n_failed / (n_passed * (n_passed - 1.0))).fill_diagonal_(
+            0.0
+        )
+        total = (across * torch.cdist(own, fixed)).sum((-2, -1)) - (within * torch.cdist(own, own)).sum((-2, -1))
+        return (total - (between * torch.cdist(fixed, fixed)).sum((-2, -1))).mean()
 
     def matched(self, u: Tensor, quality: Tensor) -> Tensor:
         """Expression of failed cells with the mean and spread of passed ones."""
         passed_center, failed_center = self.center
         return torch.where(quality > 0, (u - failed_center) * self.ratio + passed_center, u)
 
-    def profile_of(self, action: Action, quality: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean profile of training cells of a perturbation and quality, and whether there were any."""
-        group, at = self.group(action), quality[:, 0].long()
-        known = (group >= 0) & (self.profile_cells[group.clamp(min=0), at] > 0)
-        return self.profile[group.clamp(min=0), at], known
-
     def group(self, action: Action) -> Tensor:
-        """Row of a cell's perturbation in :attr:`profile`, -1 where it has none, ``(n_cells,)``."""
+        """Number of a cell's perturbation: controls, perturbations, combinations; -1 for others, ``(n_cells,)``."""
         codes = torch.where(action.present, action.codes, -1).sort(1, descending=True).values
         unknown, several = (codes < -1).any(1), (codes >= 0).sum(1) > 1
         single = torch.where(unknown, -1, codes[:, 0] + 1)
@@ -190,8 +189,6 @@ class Artifact(nn.Module):
             Of the encoder's standardization.
         """
         profile = total / number.clamp(min=1.0)[..., None]
-        self.profile.copy_(profile)
-        self.profile_cells.copy_(number)
         weight = number.prod(1) / number.sum(1).clamp(min=1.0)
         if not weight.any():
             return
@@ -222,18 +219,11 @@ def infer_basal(
     effect
         Measured effect on standardized expression, which is taken off.
     """
-
-    def q(u: Tensor, quality: Tensor, of: Tensor) -> dist.Normal:
-        u, seen = module.artifact.shown(u, quality, artifact, of)
-        return module.encoder(u, module.one_hot_batch(cells.batch), shift, seen)
-
-    def standardize(profile: Tensor) -> Tensor:
-        return (profile - module.input_mean) / module.input_scale - effect
-
-    u, quality = module.standardized(cells.x, cells.library) - effect, failed(cells)
+    u = module.standardized(cells.x, cells.library) - effect
+    u, seen = module.artifact.shown(u, failed(cells), artifact)
     with pyro.plate("cells", len(cells)), pyro.poutine.scale(scale=kl_weight):
-        pyro.sample("z", q(u, quality, quality).to_event(1))
-    module.artifact.counterfactual(cells, u, standardize, q)
+        z = pyro.sample("z", module.encoder(u, module.one_hot_batch(cells.batch), shift, seen).to_event(1))
+    module.artifact.counterfactual(cells, z)
 
 
 def _one_row(artifact: Tensor) -> Tensor:

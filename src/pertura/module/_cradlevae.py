@@ -74,7 +74,7 @@ class CRADLEVAE(LatentModule):
         artifact_lr_factor: float = 5.0,
         effects: Literal["measured", "latent"] = "latent",
         combinations: Sequence[Sequence[int]] = (),
-        counterfactual_weight: float = 1.0,
+        counterfactual_weight: float = 10.0,
         class_balance: bool = False,
         match_quality: bool = True,
         **shift_options: Any,

@@ -101,7 +101,7 @@ class GeneIndexed(LatentModule):
         effect_lr_factor: float = 0.3,
         artifact_lr_factor: float = 5.0,
         combinations: Sequence[Sequence[int]] = (),
-        counterfactual_weight: float = 1.0,
+        counterfactual_weight: float = 10.0,
         class_balance: bool = False,
         match_quality: bool = True,
         **shift_options: Any,

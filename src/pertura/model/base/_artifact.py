@@ -52,7 +52,7 @@ class ArtifactOptions(TrainingOptions):
     effect_guide: Literal["mean_field", "correlated"] = option("mean_field", one_of=("mean_field", "correlated"))
     mask_prior: float = option(0.1, above=0, below=1)
     prior_sd_E: float | None = option(None, above=0)
-    counterfactual_weight: float = option(1.0, least=0)
+    counterfactual_weight: float = option(10.0, least=0)
     class_balance: bool = option(False, flag=True)
     match_quality: bool = option(True, flag=True)
     likelihood: Literal["nb", "normal"] | None = option(None, one_of=("nb", "normal"))
@@ -64,8 +64,8 @@ class ArtifactOptions(TrainingOptions):
     batch_size: int | None = option(None, whole=1)
 
 
-# of the two papers, but for the number of latent dimensions and the prior of the mask; the weight of the counterfactual loss is
-# 0.1, summed over minibatches of 512 cells beside a mean over cells
+# of the two papers, but for the number of latent dimensions, the prior of the mask, and what the counterfactual loss is; its weight
+# is 0.1, summed over minibatches of 512 cells beside a mean over cells
 PAPER: dict[str, Any] = {
     "n_layers": 2,
     "n_encoder_layers": 1,
@@ -268,8 +268,8 @@ def passed_rows(dataset: CellDataset, rows: Rows) -> Rows:
 def describe_quality(module: Any, data: PerturbationDataModule) -> None:
     """Tell ``module.artifact`` what passed and failed training cells of each perturbation look like to the encoder."""
     artifact, device = module.artifact, device_of(module)
-    number = torch.zeros_like(artifact.profile_cells)
-    total = torch.zeros(artifact.profile.shape, dtype=torch.float64)
+    number = torch.zeros(artifact.n_groups, 2, dtype=torch.float64)
+    total = torch.zeros(artifact.n_groups, 2, len(module.input_mean), dtype=torch.float64)
     square = torch.zeros_like(total)
     for tensors in data.iterate(data.train_idx):
         tensors.pop("n_pairs")
@@ -280,8 +280,8 @@ def describe_quality(module: Any, data: PerturbationDataModule) -> None:
         x, own = module.normalized(cells.x[at], cells.library[at]).cpu().double(), tuple(w.cpu() for w in where)
         total.index_put_(own, x, accumulate=True)
         square.index_put_(own, x**2, accumulate=True)
-        number.index_put_(where, torch.ones(len(at), device=device), accumulate=True)
+        number.index_put_(own, torch.ones(len(at), dtype=torch.float64), accumulate=True)
     if not number[:, 1].any() or not number[:, 0].any():
         logger.warning("All training cells have the same quality label: there is no artifact to learn.")
-    parts = (number.cpu().double(), total, square, module.input_mean.cpu(), module.input_scale.cpu())
+    parts = (number, total, square, module.input_mean.cpu(), module.input_scale.cpu())
     artifact.describe(*parts)
