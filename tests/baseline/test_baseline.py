@@ -23,6 +23,7 @@ ALL = [
     bl.Additive,
     bl.Linear,
     bl.EmpiricalBayes,
+    bl.GaussianProcess,
 ]
 SCREEN = {"perturbation_key": "perturbation", "control": "control", "layer": "counts", "context_key": "cell_type"}
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pertura.effects import fit_kernels
+from pertura.effects import feature_blocks, fit_kernels
 from pertura.effects._kernels import _MEAN_VARIANCE, _Process, _slopes, correlations
 
 BLOCKS = [slice(0, 10), slice(10, 20), slice(20, 30)]
@@ -41,12 +41,18 @@ def test_planted_kernels(seed):
     assert oracle.evidence > found.evidence > 100.0
     first, second, useless = found.kernel_weights
     assert first > second > 0.02 and useless < 0.01 and found.gain > 0.1
-    predicted = features[test] @ found.weight + found.intercept
+    predicted, sd = found.predict(features[test])
+    np.testing.assert_allclose(predicted, features[test] @ found.weight + found.intercept, atol=1e-8)
     error, of_mean = (((truth[test] - p) ** 2).mean() for p in (predicted, measured[train].mean(0)))
     best = ((truth[test] - latent[test] @ oracle.weight - oracle.intercept) ** 2).mean()
     assert error < 0.75 * of_mean and of_mean - error > 0.6 * (of_mean - best)
-    inside = np.abs(predicted - truth[test]) < 1.645 * found.sd
+    inside = np.abs(predicted - truth[test]) < 1.645 * sd
     assert 0.85 < inside.mean() < 0.96
+    # an average perturbation that was left out is as uncertain as a new one, one without features more so
+    np.testing.assert_allclose(found.sd, np.sqrt((sd**2).mean(0)), rtol=0.2)
+    nothing, more = found.predict(np.zeros((1, 30)))
+    np.testing.assert_allclose(nothing[0], found.mean)
+    assert (more[0] ** 2).mean() > 1.1 * (found.sd**2).mean()
 
 
 def test_what_a_row_adds_is_what_fits_without_it_lack():
@@ -56,7 +62,7 @@ def test_what_a_row_adds_is_what_fits_without_it_lack():
     kernels, weights = x @ x.mT, np.array([[0.3, 0.5, 0.2], [0.7, 0.1, 0.1]])
     process = _Process(kernels, y, noise, np.linspace(0.1, 1.0, 7))
     assert [len(at) for at in process.groups] == [4, 3]
-    dual, precision = process.duals(weights)
+    dual, precision, _ = process.duals(weights)
     for row, column in ((3, 0), (11, 6)):
         own, keep = weights[process.group_of[column]], np.arange(20) != row
         variance = process.noise[process.group_of[column]] + own[2]
@@ -155,3 +161,30 @@ def test_without_features_the_mean_effect_is_all_there_is():
     found = fit_kernels(np.zeros((10, 0)), effects)
     np.testing.assert_allclose(found.intercept, effects.mean(0))
     np.testing.assert_allclose(found.left_out[2], np.delete(effects, 2, 0).mean(0))
+
+
+def test_columns_of_one_source_are_one_block():
+    names = ["a", "go:1", "hpa:x:1", "b", "go:2"]
+    assert [list(b) for b in feature_blocks(names)] == [[0, 3], [1, 4], [2]]
+    assert [list(b) for b in feature_blocks([f"s{i}:x" for i in range(9)])] == [list(range(9))]
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(30, 4)), rng.normal(size=(30, 5))
+    y += x[:, [0, 2]] @ rng.normal(size=(2, 5)) * 2.0
+    apart, together = fit_kernels(x, y, [np.array([0, 2]), np.array([1, 3])]), fit_kernels(x, y)
+    assert apart.kernel_weights[0] > 0.3 > 0.1 > apart.kernel_weights[1] and apart.evidence > together.evidence
+
+
+def test_a_missing_block_is_average():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, 4)) + 3.0
+    y = (x - 3.0) @ rng.normal(size=(4, 5)) + 0.1 * rng.normal(size=(60, 5))
+    x[:10, :2] = 0.0
+    found = fit_kernels(x, y, [slice(0, 2), slice(2, 4)])
+    assert found.kernel_weights.min() > 0.1
+    given, missing = (
+        found.predict(row)[0] for row in (np.array([[3.0, 3.0, 4.0, 2.0]]), np.array([[0.0, 0.0, 4.0, 2.0]]))
+    )
+    np.testing.assert_allclose(given, missing, atol=0.5)
+    assert (
+        found.predict(np.array([[0.0, 0.0, 4.0, 2.0]]))[1] > found.predict(np.array([[3.0, 3.0, 4.0, 2.0]]))[1]
+    ).all()

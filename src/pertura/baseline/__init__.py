@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "_base": ["Baseline"],
         "_empirical_bayes": ["EmpiricalBayes"],
+        "_gaussian_process": ["GaussianProcess"],
         "_estimators": ["Additive", "MeanEffect", "NearestNeighbour", "NoChange", "WeightedMeanEffect"],
         "_linear": ["Linear"],
         "_two_way": ["ContextMean", "LowRankCompletion", "TwoWayAdditive"],

@@ -17,7 +17,7 @@ depart from.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,25 +30,25 @@ logger = logging.getLogger(__name__)
 Matrix = NDArray[np.float64]
 
 _MAX_COMPONENTS, _MAX_CHOOSING, _FIRST_GROUP = 128, 500, 4
-_MIN_PERTURBATIONS = 5
+_MIN_PERTURBATIONS, _MAX_SOURCES = 5, 8
 _MEAN_VARIANCE = 10.0  # prior variance of the mean effect, in units of that of effects
 _MIN_GAIN = 2.0  # nats that a kernel has to add
 # Prior strength of "a gene's amplitude is that of all genes", in units of what an average gene's perturbations tell.
 _STRENGTHS = (0.1, 0.3, 1.0, 3.0, 1e6)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KernelFit:
     """Effects of perturbations as a function of their features.
 
     Attributes
     ----------
-    weight, intercept
-        ``features @ weight + intercept`` is the effect; ``(n_features, n_genes)`` and ``(n_genes,)``.
+    mean
+        Effect where features say nothing, ``(n_genes,)``.
     left_out
         Effect of each perturbation as predicted from all others, ``(n, n_genes)``.
     sd
-        Sd of the effect of an average perturbation that was not measured, ``(n_genes,)``: what left-out ones were off.
+        Sd of the effect of an average perturbation that was not measured, ``(n_genes,)``.
     kernel_weights
         Share of each block in the variance of effects that the mean effect leaves, ``(n_blocks,)``. All 0: the mean effect is
         all there is.
@@ -60,19 +60,142 @@ class KernelFit:
         Prior strength of one amplitude for all genes; `None`: no part is in proportion to a gene's own value elsewhere.
     """
 
-    weight: Matrix
-    intercept: NDArray[np.float64]
+    mean: NDArray[np.float64]
     left_out: Matrix
     sd: NDArray[np.float64]
     kernel_weights: NDArray[np.float64]
-    evidence: float = 0.0
-    gain: float = 0.0
-    strength: float | None = None
+    evidence: float
+    gain: float
+    strength: float | None
+    _blocks: _Blocks
+    _slopes: Matrix
+    _fit: _Fit | None
 
     @property
     def share(self) -> float:
         """Share of the features in the variance of effects that the mean effect leaves."""
         return float(self.kernel_weights.sum())
+
+    def predict(self, features: NDArray) -> tuple[Matrix, Matrix]:
+        """Effects of perturbations with these features and their sd, ``(n, n_genes)`` each; a block that is all 0 is missing."""
+        blocks, fit = self._blocks, self._fit
+        z, missing = blocks.scale(np.asarray(features, dtype=np.float64))
+        mean = self.mean + z @ self._slopes
+        if fit is None:
+            return mean, np.broadcast_to(self.sd, mean.shape)
+        kernels = np.stack([z[:, block] @ own[:, block].T for block, own in blocks])
+        # a perturbation that is not described is as far from the others as an average one
+        alone = np.stack([(z[:, block] ** 2).sum(1) for block, _ in blocks]) + missing
+        mean = mean + np.einsum("kin,kng->ig", kernels, fit.coefficients)
+        ahead = np.empty((len(z), len(fit.axes)))
+        for at, weights, inverse in fit.groups:
+            with_others = np.tensordot(weights[:-1], kernels, 1) + _MEAN_VARIANCE
+            explained = np.einsum("in,nm,im->i", with_others, inverse, with_others)
+            ahead[:, at] = (weights[:-1] @ alone + _MEAN_VARIANCE + weights[-1] - explained)[:, None]
+        return mean, np.sqrt((np.maximum(ahead, 0.0) * fit.variance) @ fit.axes**2 + fit.outside)
+
+    @property
+    def weight(self) -> Matrix:
+        """Of a perturbation all of whose blocks are known the effect is ``features @ weight + intercept``."""
+        total = self._slopes.copy()
+        if self._fit is not None:
+            for (block, own), coefficients in zip(self._blocks, self._fit.coefficients, strict=True):
+                total[block] += own[:, block].T @ coefficients
+        return total / self._blocks.width[:, None]
+
+    @property
+    def intercept(self) -> NDArray[np.float64]:
+        """See :attr:`weight`; ``(n_genes,)``."""
+        return self.mean - self._blocks.center @ self.weight
+
+
+@dataclass
+class _Fit:
+    """Gaussian processes of components.
+
+    Attributes
+    ----------
+    share
+        Of the kernels in the variance.
+    coefficients
+        What kernels with new perturbations are multiplied with, ``(n_kernels, n, n_genes)``.
+    mean
+        What is added to the mean effect.
+    left_out, sd, evidence
+        As in :class:`KernelFit`.
+    axes, variance, groups, outside
+        Components, their variances, the components of each group with weights and inverse covariance, and the variance of each
+        gene that is in no component.
+    """
+
+    share: NDArray[np.float64]
+    coefficients: Matrix
+    mean: NDArray[np.float64]
+    left_out: Matrix
+    sd: NDArray[np.float64]
+    evidence: float
+    axes: Matrix
+    variance: NDArray[np.float64]
+    groups: list[tuple[NDArray[np.int64], NDArray[np.float64], Matrix]]
+    outside: NDArray[np.float64]
+
+
+class _Blocks:
+    """Features in blocks that have a mean square length of 1, and are 0 where they are missing.
+
+    Parameters
+    ----------
+    features
+        ``(n, n_features)``.
+    columns
+        Of each block.
+    """
+
+    def __init__(self, features: Matrix, columns: Sequence[slice | NDArray]) -> None:
+        self.columns, n = columns, features.shape[1]
+        self.center, self.width = np.zeros(n), np.ones(n)
+        for block in columns:
+            part = features[:, block]
+            known = (part != 0).any(1)
+            if known.any():
+                self.center[block] = part[known].mean(0)
+                self.width[block] = np.sqrt(((part[known] - self.center[block]) ** 2).sum() / len(part)) + 1e-12
+        self.scaled, _ = self.scale(features)
+
+    def __iter__(self) -> Iterator[tuple[slice | NDArray, Matrix]]:
+        return ((block, self.scaled) for block in self.columns)
+
+    def scale(self, features: Matrix) -> tuple[Matrix, NDArray[np.bool_]]:
+        """Centered and scaled features, and where blocks are missing, ``(n_blocks, n)``."""
+        scaled = (features - self.center) / self.width
+        missing = np.stack([~(features[:, block] != 0).any(1) for block in self.columns])
+        for block, absent in zip(self.columns, missing, strict=True):
+            scaled[np.ix_(absent, np.arange(scaled.shape[1])[block])] = 0.0
+        return scaled, missing
+
+    def places(self, own: Sequence[NDArray]) -> list[tuple[NDArray, NDArray]]:
+        """Columns of each block whose columns are genes, and these genes."""
+        result = []
+        for block, genes in zip(self.columns, own, strict=False):
+            found = np.asarray(genes) >= 0
+            if found.any():
+                result.append((np.arange(len(self.center))[block][found], np.asarray(genes)[found]))
+        return result
+
+
+def feature_blocks(names: Sequence[str]) -> list[NDArray[np.int64]]:
+    """Columns that come from one source: those whose names have the same part before the first colon, ``"source:column"``.
+
+    Parameters
+    ----------
+    names
+        Of the columns. Where they name more than eight sources, all columns are one block.
+    """
+    source = np.array([str(name).split(":", 1)[0] if ":" in str(name) else "" for name in names])
+    sources = list(dict.fromkeys(source))
+    if not 0 < len(sources) <= _MAX_SOURCES:
+        return [np.arange(len(names))]
+    return [np.flatnonzero(source == one) for one in sources]
 
 
 def correlations(first: NDArray, second: NDArray) -> NDArray[np.float64]:
@@ -149,14 +272,15 @@ class _Process:
             likelihood -= float(found.fun)
         return weights, likelihood
 
-    def duals(self, weights: Matrix) -> tuple[Matrix, Matrix]:
-        """Inverse covariance times `y`, and the diagonal of the inverse, ``(n, n_components)`` each."""
-        every = np.ones(len(self.kernels), dtype=bool)
+    def duals(self, weights: Matrix) -> tuple[Matrix, Matrix, list[tuple]]:
+        """Inverse covariance times `y`, the diagonal of the inverse, ``(n, n_components)`` each, and components, weights, inverses."""
+        every, groups = np.ones(len(self.kernels), dtype=bool), []
         dual, precision = np.empty_like(self.y), np.empty_like(self.y)
         for group, at in enumerate(self.groups):
             inverse, _ = self.inverse(group, every, weights[group])
             dual[:, at], precision[:, at] = inverse @ self.y[:, at], np.diag(inverse)[:, None]
-        return dual, precision
+            groups.append((at, weights[group], inverse))
+        return dual, precision, groups
 
     def choose(self) -> tuple[Matrix, float]:
         """Weights of the kernels that help, and the log likelihood that they add."""
@@ -172,14 +296,14 @@ class _Process:
 
     def _densities(self, weights: Matrix) -> NDArray[np.float64]:
         """Log density of each row given the others, but for a constant, ``(n,)``."""
-        dual, precision = self.duals(weights)
+        dual, precision, _ = self.duals(weights)
         return 0.5 * (np.log(precision) - dual**2 / precision).sum(1)
 
 
 def fit_kernels(
     features: NDArray,
     effects: NDArray,
-    blocks: Sequence[slice] | None = None,
+    blocks: Sequence[slice | NDArray] | None = None,
     *,
     own: Sequence[NDArray] = (),
     noise: NDArray | None = None,
@@ -215,132 +339,77 @@ def fit_kernels(
     mean = row_weight @ effects
     others = (mean - row_weight[:, None] * effects) / np.maximum(1.0 - row_weight, 1e-12)[:, None]
     others = others if n > 1 else effects
-    if n < _MIN_PERTURBATIONS or not features.shape[1]:
-        zero = np.zeros((features.shape[1], n_genes))
-        return KernelFit(zero, mean, others, _sd(effects - others, noise, unit), np.zeros(len(blocks)))
-    center, scale, scaled = _standardized(features, blocks)
-    kernels = np.stack([scaled[:, block] @ scaled[:, block].T for block in blocks])
-    fits = [_fit(kernels, effects - mean, noise, unit)]
-    x, chosen = _own_values(scaled, n_genes, blocks, own), None
-    start = np.zeros((scaled.shape[1], n_genes))
-    if x is not None:
-        chosen, slopes, predicted = _choose_slopes(x, effects - mean, row_weight * n)
+    scaler, slopes = _Blocks(features, blocks), np.zeros((features.shape[1], n_genes))
+    fits: list[_Fit] = []
+    chosen = None
+    if n >= _MIN_PERTURBATIONS and features.shape[1]:
+        kernels = np.stack([z[:, block] @ z[:, block].T for block, z in scaler])
+        fits.append(_fit(kernels, effects - mean, noise, unit))
+        places = scaler.places(own)
+        x = np.zeros((n, n_genes, len(places)))
+        for i, (columns, genes) in enumerate(places):
+            x[:, genes, i] = scaler.scaled[:, columns]
+        if places:
+            chosen, amplitudes, predicted = _choose_slopes(x, effects - mean, row_weight * n)
     if chosen is not None:
-        fits.append(_fit(kernels, effects - mean - (x * slopes).sum(-1), noise, unit))
+        fits.append(_fit(kernels, effects - mean - (x * amplitudes).sum(-1), noise, unit))
         fits[1].left_out += predicted
         # with and without amplitudes: left-out perturbations decide
-        plain, scaled_too = (row_weight @ (effects - mean - fit.left_out) ** 2 for fit in fits)
-        if scaled_too.sum() < plain.sum():
-            for i, (columns, genes) in enumerate(_signatures(blocks, own)):
-                start[columns, genes] = slopes[genes, i]
+        plain, with_amplitudes = ((row_weight @ (effects - mean - fit.left_out) ** 2).sum() for fit in fits)
+        if with_amplitudes < plain:
+            for i, (columns, genes) in enumerate(places):
+                slopes[columns, genes] = amplitudes[genes, i]
         else:
             chosen = None
-    found = fits[0 if chosen is None else 1]
-    for block, coefficients in zip(blocks, found.coefficients, strict=True):
-        start[block] += scaled[:, block].T @ coefficients
-    weight = start / scale[:, None]
-    left_out = found.left_out + mean
-    supported = chosen is not None or found.share.any()
-    if not supported:
-        logger.info("The features do not predict left-out perturbations: unseen ones have the mean effect.")
-        left_out = others
-    of_mean = effects - others
-    sd = found.sd if supported else _sd(effects - others, noise, unit)
-    share = found.share.copy()
+    found = fits[0 if chosen is None else 1] if fits else None
+    if found is None or (chosen is None and not found.share.any()):
+        if features.shape[1]:
+            logger.info("The features do not predict left-out perturbations: unseen ones have the mean effect.")
+        share = np.zeros(len(blocks))
+        return KernelFit(mean, others, _sd(effects - others, noise, unit), share, 0.0, 0.0, None, scaler, slopes, None)
+    left_out, share = found.left_out + mean, found.share.copy()
     if chosen is not None:  # the amplitudes explain, too; they belong to the blocks that they are of
-        explained = 1.0 - ((effects - left_out) ** 2).sum() / max((of_mean**2).sum(), 1e-300)
+        explained = 1.0 - ((effects - left_out) ** 2).sum() / max(((effects - others) ** 2).sum(), 1e-300)
         rows = [i for i, genes in enumerate(own) if (np.asarray(genes) >= 0).any()]
         share[rows] = np.maximum(share[rows], max(explained - share.sum(), 0.0) / len(rows))
         share /= max(1.0, share.sum())
-    gain = float((correlations(left_out, effects) - correlations(others, effects)).mean()) if supported else 0.0
-    intercept = mean + found.mean - center @ weight
-    return KernelFit(weight, intercept, left_out, sd, share, found.evidence, gain, chosen)
-
-
-@dataclass
-class _Fit:
-    """Shares of the kernels, what multiplies kernels with new perturbations, mean, left-out predictions, evidence."""
-
-    share: NDArray[np.float64]
-    coefficients: Sequence[Matrix]
-    mean: NDArray[np.float64]
-    left_out: Matrix
-    sd: NDArray[np.float64]
-    evidence: float
+    gain = float((correlations(left_out, effects) - correlations(others, effects)).mean())
+    return KernelFit(mean + found.mean, left_out, found.sd, share, found.evidence, gain, chosen, scaler, slopes, found)
 
 
 def _fit(kernels: Matrix, y: Matrix, noise: NDArray, unit: NDArray) -> _Fit:
     """Gaussian processes of the principal components of centered effects."""
     n = len(y)
     _, values, axes = np.linalg.svd(y, full_matrices=False)
-    kept = (np.arange(len(values)) < _MAX_COMPONENTS) & (values > 1e-6 * max(values[0], 1e-300))
-    if not kept.any():
-        none = np.zeros_like(y)
-        return _Fit(np.zeros(len(kernels)), [none] * len(kernels), none[0], none, none[0], 0.0)
-    axes = axes[kept]
+    axes = axes[(np.arange(len(values)) < _MAX_COMPONENTS) & (values > 1e-6 * values[0] + 1e-300)]
     scores, noise_unit = y @ axes.T, axes**2 @ unit**2
     part = np.arange(n)
     if n > _MAX_CHOOSING:
         part = np.sort(np.random.default_rng(0).permutation(n)[:_MAX_CHOOSING])
     weights, evidence = _Process(kernels[:, part][..., part], scores[part], noise[part], noise_unit).choose()
     process = _Process(kernels, scores, noise, noise_unit)
-    dual, precision = process.duals(weights)
-    root = np.sqrt(process.variance)
-    left_out = ((process.y - dual / precision) * root) @ axes
-    of_component = weights[process.group_of]
+    root, of_component = np.sqrt(process.variance), weights[process.group_of]
+    dual, precision, groups = process.duals(weights)
     share = process.variance @ of_component
-    # of an average perturbation that is left out: what components leave, and what is in none of them
-    ahead = (1.0 / precision - np.stack(process.noise, 1)[:, process.group_of]).mean(0) * process.variance
     outside = np.maximum(((y - scores @ axes) ** 2).mean(0) - noise.mean() * (1.0 - (axes**2).sum(0)) * unit**2, 0.0)
-    variance = np.maximum(ahead, 0.0) @ axes**2 + outside
-    coefficients = [(kernel_weight * dual * root) @ axes for kernel_weight in of_component[:, :-1].T]
-    mean = _MEAN_VARIANCE * (dual * root).sum(0) @ axes
-    return _Fit(share[:-1] / share.sum(), coefficients, mean, left_out, np.sqrt(variance), evidence)
+    ahead = (1.0 / precision - np.stack(process.noise, 1)[:, process.group_of]).mean(0) * process.variance
+    return _Fit(
+        share[:-1] / max(share.sum(), 1e-300),
+        np.stack([(kernel_weight * dual * root) @ axes for kernel_weight in of_component[:, :-1].T]),
+        _MEAN_VARIANCE * (dual * root).sum(0) @ axes,
+        ((process.y - dual / precision) * root) @ axes,
+        np.sqrt(np.maximum(ahead, 0.0) @ axes**2 + outside),
+        evidence,
+        axes,
+        process.variance,
+        groups,
+        outside,
+    )
 
 
 def _sd(error: Matrix, noise: NDArray, unit: NDArray) -> NDArray[np.float64]:
     """Root mean square of errors beyond their noise."""
     return np.sqrt(np.maximum((error**2).mean(0) - noise.mean() * unit**2, 1e-3 * (error**2).mean(0)))
-
-
-def _standardized(features: Matrix, blocks: Sequence[slice]) -> tuple[NDArray, NDArray, Matrix]:
-    """Center and scale of columns, and features: blocks have a mean square length of 1, and 0 where they are missing."""
-    center, scale, scaled = np.zeros(features.shape[1]), np.ones(features.shape[1]), np.zeros_like(features)
-    for block in blocks:
-        part = features[:, block]
-        known = (part != 0).any(1)
-        if not known.any():
-            continue
-        center[block] = part[known].mean(0)
-        part = (part - center[block]) * known[:, None]
-        scale[block] = np.sqrt((part**2).sum() / len(part)) + 1e-12
-        scaled[:, block] = part / scale[block]
-    return center, scale, scaled
-
-
-# -- a part in proportion to a gene's own value elsewhere ---------------------------------------------------------------
-
-
-def _signatures(blocks: Sequence[slice], own: Sequence[NDArray]) -> list[tuple[NDArray, NDArray]]:
-    """Columns of each signature and their genes."""
-    result = []
-    for block, genes in zip(blocks, own, strict=False):
-        columns = np.arange(block.start, block.stop)
-        found = np.asarray(genes) >= 0
-        if found.any():
-            result.append((columns[found], np.asarray(genes)[found]))
-    return result
-
-
-def _own_values(scaled: Matrix, n_genes: int, blocks: Sequence[slice], own: Sequence[NDArray]) -> Matrix | None:
-    """Each gene's own value in each signature, ``(n, n_genes, n_signatures)``."""
-    signatures = _signatures(blocks, own)
-    if not signatures:
-        return None
-    x = np.zeros((len(scaled), n_genes, len(signatures)))
-    for i, (columns, genes) in enumerate(signatures):
-        x[:, genes, i] = scaled[:, columns]
-    return x
 
 
 def _choose_slopes(x: Matrix, y: Matrix, row_weight: NDArray) -> tuple[float | None, Matrix, Matrix]:

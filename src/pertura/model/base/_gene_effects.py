@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from pertura.data._vocabulary import dose_units
-from pertura.effects import ConditionTable, fit_measured
+from pertura.effects import ConditionTable, feature_blocks, fit_measured
 from pertura.module._base import Action
 
 from ._predict import Predictor, Settings, device_of
@@ -48,6 +48,7 @@ def fit_gene_effects(model: Model, table: ConditionTable) -> None:
         combinations=[vocabulary.code(members).tolist() for members in vocabulary.combinations],
         strength=dose_response(model),
         features=vocabulary.feature_matrix(vocabulary.names) if described else None,
+        feature_blocks=feature_blocks(list(vocabulary.features.columns)) if described else None,
     ).to(device)
     if not model.is_trained_:
         base = torch.as_tensor(table.control_moments.mean, dtype=torch.float32, device=device)
