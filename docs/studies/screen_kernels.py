@@ -123,7 +123,7 @@ def scores(screen: Screen, cls: type, features: pd.DataFrame | None) -> tuple[pd
         )
         truth = screen.effect[at][screen.missing[at]]
         inside = (low <= truth) & (truth <= high)
-        top = np.argsort(-np.abs(truth), axis=1)[:, :50]
+        top = np.argsort(-np.abs(truth), axis=1)[:, : min(50, truth.shape[1] // 4)]
         rows.append(
             {
                 "asked": kind,

@@ -32,7 +32,10 @@ Matrix = NDArray[np.float64]
 _MAX_COMPONENTS, _MAX_CHOOSING, _FIRST_GROUP = 128, 500, 4
 _MIN_PERTURBATIONS, _MAX_SOURCES = 5, 8
 _MEAN_VARIANCE = 10.0  # prior variance of the mean effect, in units of that of effects
-_MIN_GAIN = 2.0  # nats that a kernel has to add
+_MIN_GAIN, _MIN_Z = (
+    2.0,
+    2.0,
+)  # what a kernel has to add: nats for each of its weights, standard errors of left-out densities
 # Prior strength of "a gene's amplitude is that of all genes", in units of what an average gene's perturbations tell.
 _STRENGTHS = (0.1, 0.3, 1.0, 3.0, 1e6)
 
@@ -290,7 +293,8 @@ class _Process:
             fewer = used & (np.arange(len(used)) != k)
             simpler, without = self.fit(fewer)
             gain = self._densities(weights) - self._densities(simpler)
-            if likelihood - without < _MIN_GAIN or gain.mean() <= gain.std(ddof=1) / np.sqrt(len(gain)):
+            few = likelihood - without < _MIN_GAIN * len(self.groups)
+            if few or gain.mean() <= _MIN_Z * gain.std(ddof=1) / np.sqrt(len(gain)):
                 used, weights, likelihood = fewer, simpler, without
         return weights, likelihood - self.fit(np.zeros_like(used))[1]
 
