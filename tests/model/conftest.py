@@ -165,7 +165,7 @@ MODELS = [
     ),
     Spec("baseline.Additive", refuses_unseen=False, **_CLOSED_FORM),
     Spec("baseline.Linear", knows_genes=True, **_CLOSED_FORM),
-    Spec("baseline.EmpiricalBayes", knows_genes=True, **_CLOSED_FORM),
+    # stands for EmpiricalBayes, too, which it extends
     Spec("baseline.GaussianProcess", knows_genes=True, **_CLOSED_FORM),
 ]
 # arguments that all models share are checked by code that all models share: one model and one baseline will do
