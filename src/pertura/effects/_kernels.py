@@ -241,20 +241,23 @@ class _Process:
         """Inverse covariance of a group, and its log determinant."""
         covariance = np.tensordot(weights[:-1], self.kernels[used], 1) + _MEAN_VARIANCE
         covariance[np.diag_indices(len(covariance))] += weights[-1] + self.noise[group] + 1e-9
-        factor, _ = lapack.dpotrf(covariance, lower=1, overwrite_a=1)
+        factor, _ = lapack.dpotrf(covariance.T, lower=1, overwrite_a=1)
         log_determinant = 2.0 * float(np.log(np.diag(factor)).sum())
         inverse, _ = lapack.dpotri(factor, lower=1, overwrite_c=1)
         return np.tril(inverse) + np.tril(inverse, -1).T, log_determinant
 
-    def fit(self, used: NDArray[np.bool_]) -> tuple[Matrix, float]:
+    def fit(self, used: NDArray[np.bool_], start: Matrix | None = None) -> tuple[Matrix, float]:
         """Weights of kernels and of what they leave, ``(n_groups, n_kernels + 1)``; and the log likelihood.
 
         Parameters
         ----------
         used
             Kernels to use, ``(n_kernels,)``; the others have weight 0.
+        start
+            Weights to start from.
         """
-        n, likelihood = int(used.sum()), 0.0
+        likelihood, kept = 0.0, np.append(used, True)
+        start = np.full((len(self.groups), len(kept)), 0.5 / max(len(used), 1)) if start is None else start
         weights = np.zeros((len(self.groups), len(used) + 1))
         for group, at in enumerate(self.groups):
             y = self.y[:, at]
@@ -266,12 +269,15 @@ class _Process:
                 gradient = np.append(np.tensordot(self.kernels[used], slope, 2), np.trace(slope))
                 return 0.5 * (y.shape[1] * log_determinant + (dual * y).sum()), 0.5 * gradient * np.exp(log_weights)
 
-            start = np.log(np.append(np.full(n, 0.5 / max(n, 1)), 0.5))
-            limits = [(-10.0, 5.0)] * (n + 1)
             found = minimize(
-                value, start, jac=True, method="L-BFGS-B", bounds=limits, options={"maxiter": 30, "ftol": 1e-6}
+                value,
+                np.log(np.clip(start[group, kept], 1e-3, 1e2)),
+                jac=True,
+                method="L-BFGS-B",
+                bounds=[(-10.0, 5.0)] * int(kept.sum()),
+                options={"maxiter": 30, "ftol": 1e-7},
             )
-            weights[group, np.append(used, True)] = np.exp(found.x)
+            weights[group, kept] = np.exp(found.x)
             likelihood -= float(found.fun)
         return weights, likelihood
 
@@ -291,12 +297,12 @@ class _Process:
         weights, likelihood = self.fit(used)
         for k in np.argsort(weights[:, :-1].sum(0)):
             fewer = used & (np.arange(len(used)) != k)
-            simpler, without = self.fit(fewer)
+            simpler, without = self.fit(fewer, weights)
             gain = self._densities(weights) - self._densities(simpler)
             few = likelihood - without < _MIN_GAIN * len(self.groups)
             if few or gain.mean() <= _MIN_Z * gain.std(ddof=1) / np.sqrt(len(gain)):
                 used, weights, likelihood = fewer, simpler, without
-        return weights, likelihood - self.fit(np.zeros_like(used))[1]
+        return weights, likelihood - self.fit(np.zeros_like(used), weights)[1]
 
     def _densities(self, weights: Matrix) -> NDArray[np.float64]:
         """Log density of each row given the others, but for a constant, ``(n,)``."""
