@@ -36,6 +36,7 @@ _MIN_GAIN, _MIN_Z = (
     2.0,
     2.0,
 )  # what a kernel has to add: nats for each of its weights, standard errors of left-out densities
+_LEVELS = (0.03, 0.1, 0.3, 1.0)  # of all weights, in units of those of the marginal likelihood
 # Prior strength of "a gene's amplitude is that of all genes", in units of what an average gene's perturbations tell.
 _STRENGTHS = (0.1, 0.3, 1.0, 3.0, 1e6)
 
@@ -118,6 +119,8 @@ class _Fit:
 
     Attributes
     ----------
+    weights
+        Of kernels and of what they leave, ``(n_groups, n_kernels + 1)``.
     share
         Of the kernels in the variance.
     coefficients
@@ -131,6 +134,7 @@ class _Fit:
         gene that is in no component.
     """
 
+    weights: Matrix
     share: NDArray[np.float64]
     coefficients: Matrix
     mean: NDArray[np.float64]
@@ -302,7 +306,18 @@ class _Process:
             few = likelihood - without < _MIN_GAIN * len(self.groups)
             if few or gain.mean() <= _MIN_Z * gain.std(ddof=1) / np.sqrt(len(gain)):
                 used, weights, likelihood = fewer, simpler, without
-        return weights, likelihood - self.fit(np.zeros_like(used), weights)[1]
+        evidence = likelihood - self.fit(np.zeros_like(used), weights)[1]
+        if not used.any():
+            return weights, evidence
+        # directions of features in which perturbations hardly differ have little to say, whatever the likelihood makes of them
+        level = np.append(np.ones(len(used)), 0.0)
+        tried = [weights * np.where(level > 0, factor, 1.0) for factor in _LEVELS]
+        return min(tried, key=self._error), evidence
+
+    def _error(self, weights: Matrix) -> float:
+        """Squared error of left-out rows, those that are known better counting more."""
+        dual, precision, _ = self.duals(weights)
+        return float(((dual / precision) ** 2 @ self.variance) @ (1.0 / (1.0 + self.noise[0])))
 
     def _densities(self, weights: Matrix) -> NDArray[np.float64]:
         """Log density of each row given the others, but for a constant, ``(n,)``."""
@@ -350,28 +365,18 @@ def fit_kernels(
     others = (mean - row_weight[:, None] * effects) / np.maximum(1.0 - row_weight, 1e-12)[:, None]
     others = others if n > 1 else effects
     scaler, slopes = _Blocks(features, blocks), np.zeros((features.shape[1], n_genes))
-    fits: list[_Fit] = []
-    chosen = None
+    found, chosen = None, None
     if n >= _MIN_PERTURBATIONS and features.shape[1]:
         kernels = np.stack([z[:, block] @ z[:, block].T for block, z in scaler])
-        fits.append(_fit(kernels, effects - mean, noise, unit))
+        found = _fit(kernels, effects - mean, noise, unit)
         places = scaler.places(own)
-        x = np.zeros((n, n_genes, len(places)))
-        for i, (columns, genes) in enumerate(places):
-            x[:, genes, i] = scaler.scaled[:, columns]
         if places:
-            chosen, amplitudes, predicted = _choose_slopes(x, effects - mean, row_weight * n)
-    if chosen is not None:
-        fits.append(_fit(kernels, effects - mean - (x * amplitudes).sum(-1), noise, unit))
-        fits[1].left_out += predicted
-        # with and without amplitudes: left-out perturbations decide
-        plain, with_amplitudes = ((row_weight @ (effects - mean - fit.left_out) ** 2).sum() for fit in fits)
-        if with_amplitudes < plain:
+            x = np.zeros((n, n_genes, len(places)))
+            for i, (columns, genes) in enumerate(places):
+                x[:, genes, i] = scaler.scaled[:, columns]
+            found, chosen, amplitudes = _with_amplitudes(found, x, kernels, effects, mean, row_weight, noise, unit)
             for i, (columns, genes) in enumerate(places):
                 slopes[columns, genes] = amplitudes[genes, i]
-        else:
-            chosen = None
-    found = fits[0 if chosen is None else 1] if fits else None
     if found is None or (chosen is None and not found.share.any()):
         if features.shape[1]:
             logger.info("The features do not predict left-out perturbations: unseen ones have the mean effect.")
@@ -387,23 +392,25 @@ def fit_kernels(
     return KernelFit(mean + found.mean, left_out, found.sd, share, found.evidence, gain, chosen, scaler, slopes, found)
 
 
-def _fit(kernels: Matrix, y: Matrix, noise: NDArray, unit: NDArray) -> _Fit:
-    """Gaussian processes of the principal components of centered effects."""
+def _fit(kernels: Matrix, y: Matrix, noise: NDArray, unit: NDArray, weights: Matrix | None = None) -> _Fit:
+    """Gaussian processes of the principal components of centered effects; weights are chosen unless they are given."""
     n = len(y)
     _, values, axes = np.linalg.svd(y, full_matrices=False)
     axes = axes[(np.arange(len(values)) < _MAX_COMPONENTS) & (values > 1e-6 * values[0] + 1e-300)]
     scores, noise_unit = y @ axes.T, axes**2 @ unit**2
-    part = np.arange(n)
-    if n > _MAX_CHOOSING:
+    process, evidence = _Process(kernels, scores, noise, noise_unit), 0.0
+    if weights is None and n > _MAX_CHOOSING:
         part = np.sort(np.random.default_rng(0).permutation(n)[:_MAX_CHOOSING])
-    weights, evidence = _Process(kernels[:, part][..., part], scores[part], noise[part], noise_unit).choose()
-    process = _Process(kernels, scores, noise, noise_unit)
+        weights, evidence = _Process(kernels[:, part][..., part], scores[part], noise[part], noise_unit).choose()
+    elif weights is None or len(weights) != len(process.groups):
+        weights, evidence = process.choose()
     root, of_component = np.sqrt(process.variance), weights[process.group_of]
     dual, precision, groups = process.duals(weights)
     share = process.variance @ of_component
     outside = np.maximum(((y - scores @ axes) ** 2).mean(0) - noise.mean() * (1.0 - (axes**2).sum(0)) * unit**2, 0.0)
     ahead = (1.0 / precision - np.stack(process.noise, 1)[:, process.group_of]).mean(0) * process.variance
     return _Fit(
+        weights,
         share[:-1] / max(share.sum(), 1e-300),
         np.stack([(kernel_weight * dual * root) @ axes for kernel_weight in of_component[:, :-1].T]),
         _MEAN_VARIANCE * (dual * root).sum(0) @ axes,
@@ -422,16 +429,32 @@ def _sd(error: Matrix, noise: NDArray, unit: NDArray) -> NDArray[np.float64]:
     return np.sqrt(np.maximum((error**2).mean(0) - noise.mean() * unit**2, 1e-3 * (error**2).mean(0)))
 
 
-def _choose_slopes(x: Matrix, y: Matrix, row_weight: NDArray) -> tuple[float | None, Matrix, Matrix]:
-    """Strength that predicts left-out rows best (`None`: none does), slopes, and the left-out predictions."""
-    best: tuple = (None, np.zeros(x.shape[1:]), np.zeros_like(y))
-    error = (y**2).sum(1)
-    for strength in _STRENGTHS:
-        predicted = (x * _slopes(x, y, strength, row_weight, left_out=True)).sum(-1)
-        own = ((y - predicted) ** 2).sum(1)
-        if row_weight @ own < row_weight @ error:
-            best, error = (strength, _slopes(x, y, strength, row_weight), predicted), own
-    return best
+def _with_amplitudes(
+    plain: _Fit,
+    x: Matrix,
+    kernels: Matrix,
+    effects: Matrix,
+    mean: NDArray,
+    row_weight: NDArray,
+    noise: NDArray,
+    unit: NDArray,
+) -> tuple[_Fit, float | None, Matrix]:
+    """Fit with or without amplitudes, whichever predicts left-out rows better; strength of their prior (`None`: without), amplitudes."""
+    y = effects - mean
+
+    def fit(strength: float, weights: Matrix | None) -> tuple[_Fit, float, Matrix]:
+        own = _slopes(x, y, strength, row_weight)
+        found = _fit(kernels, y - (x * own).sum(-1), noise, unit, weights)
+        found.left_out += (x * _slopes(x, y, strength, row_weight, left_out=True)).sum(-1)
+        return found, strength, own
+
+    def score(each: tuple) -> float:
+        # strong perturbations would decide a squared error
+        return float(row_weight @ correlations(each[0].left_out + mean, effects))
+
+    # the kernels' weights are chosen anew for the best of them alone
+    _, strength, _ = max((fit(strength, plain.weights) for strength in _STRENGTHS), key=score)
+    return max((plain, None, np.zeros(x.shape[1:])), fit(strength, None), key=score)
 
 
 def _slopes(x: Matrix, y: Matrix, strength: float, row_weight: NDArray, *, left_out: bool = False) -> Matrix:
