@@ -60,6 +60,8 @@ class KernelFit:
         Gain in log marginal likelihood of the kernels over the mean effect alone, in nats.
     gain
         Mean Pearson correlation of left-out effects, over that of the mean effect.
+    share
+        How much of what predictions differ from the mean effect left-out perturbations bear out, 0 to 1.
     strength
         Prior strength of one amplitude for all genes; `None`: no part is in proportion to a gene's own value elsewhere.
     """
@@ -70,15 +72,11 @@ class KernelFit:
     kernel_weights: NDArray[np.float64]
     evidence: float
     gain: float
+    share: float
     strength: float | None
     _blocks: _Blocks
     _slopes: Matrix
     _fit: _Fit | None
-
-    @property
-    def share(self) -> float:
-        """Share of the features in the variance of effects that the mean effect leaves."""
-        return float(self.kernel_weights.sum())
 
     def predict(self, features: NDArray) -> tuple[Matrix, Matrix]:
         """Effects of perturbations with these features and their sd, ``(n, n_genes)`` each; a block that is all 0 is missing."""
@@ -381,15 +379,21 @@ def fit_kernels(
         if features.shape[1]:
             logger.info("The features do not predict left-out perturbations: unseen ones have the mean effect.")
         share = np.zeros(len(blocks))
-        return KernelFit(mean, others, _sd(effects - others, noise, unit), share, 0.0, 0.0, None, scaler, slopes, None)
+        return KernelFit(
+            mean, others, _sd(effects - others, noise, unit), share, 0.0, 0.0, 0.0, None, scaler, slopes, None
+        )
     left_out, share = found.left_out + mean, found.share.copy()
+    deviation, wanted = left_out - others, effects - others
+    believed = float(np.clip((deviation * wanted).sum() / max((deviation**2).sum(), 1e-300), 0.0, 1.0))
     if chosen is not None:  # the amplitudes explain, too; they belong to the blocks that they are of
-        explained = 1.0 - ((effects - left_out) ** 2).sum() / max(((effects - others) ** 2).sum(), 1e-300)
+        explained = 1.0 - ((effects - left_out) ** 2).sum() / max((wanted**2).sum(), 1e-300)
         rows = [i for i, genes in enumerate(own) if (np.asarray(genes) >= 0).any()]
         share[rows] = np.maximum(share[rows], max(explained - share.sum(), 0.0) / len(rows))
         share /= max(1.0, share.sum())
     gain = float((correlations(left_out, effects) - correlations(others, effects)).mean())
-    return KernelFit(mean + found.mean, left_out, found.sd, share, found.evidence, gain, chosen, scaler, slopes, found)
+    return KernelFit(
+        mean + found.mean, left_out, found.sd, share, found.evidence, gain, believed, chosen, scaler, slopes, found
+    )
 
 
 def _fit(kernels: Matrix, y: Matrix, noise: NDArray, unit: NDArray, weights: Matrix | None = None) -> _Fit:
@@ -408,17 +412,21 @@ def _fit(kernels: Matrix, y: Matrix, noise: NDArray, unit: NDArray, weights: Mat
     dual, precision, groups = process.duals(weights)
     share = process.variance @ of_component
     outside = np.maximum(((y - scores @ axes) ** 2).mean(0) - noise.mean() * (1.0 - (axes**2).sum(0)) * unit**2, 0.0)
-    ahead = (1.0 / precision - np.stack(process.noise, 1)[:, process.group_of]).mean(0) * process.variance
+    of_noise = np.stack(process.noise, 1)[:, process.group_of]
+    ahead = np.maximum(1.0 / precision - of_noise, 0.0)
+    # what left-out perturbations are off by, where that is more than the process expects
+    off = ((dual / precision) ** 2 - of_noise).mean(0) @ process.variance
+    variance = process.variance * max(1.0, off / max(ahead.mean(0) @ process.variance, 1e-300))
     return _Fit(
         weights,
         share[:-1] / max(share.sum(), 1e-300),
         np.stack([(kernel_weight * dual * root) @ axes for kernel_weight in of_component[:, :-1].T]),
         _MEAN_VARIANCE * (dual * root).sum(0) @ axes,
         ((process.y - dual / precision) * root) @ axes,
-        np.sqrt(np.maximum(ahead, 0.0) @ axes**2 + outside),
+        np.sqrt((ahead.mean(0) * variance) @ axes**2 + outside),
         evidence,
         axes,
-        process.variance,
+        variance,
         groups,
         outside,
     )
