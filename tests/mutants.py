@@ -743,8 +743,8 @@ MUTANTS = [
     Mutant(
         "own-effect-not-taken-off-by-cradlevae",
         "module/_artifact.py",
-        "u, quality = module.standardized(cells.x, cells.library) - effect, failed(cells)",
-        "u, quality = module.standardized(cells.x, cells.library), failed(cells)",
+        "u = module.standardized(cells.x, cells.library) - effect",
+        "u = module.standardized(cells.x, cells.library)",
         "module/test_samsvae.py",
         "without_their and CRADLEVAE",
     ),
@@ -787,6 +787,22 @@ MUTANTS = [
         "wanted = levels",
         "module/test_samsvae.py",
         "activations",
+    ),
+    Mutant(
+        "useless-descriptions-kept",
+        "effects/_kernels.py",
+        "used, weights, likelihood = fewer, simpler, without",
+        "pass",
+        "effects/test_kernels.py",
+        "say_nothing",
+    ),
+    Mutant(
+        "noise-of-perturbations-ignored",
+        "effects/_kernels.py",
+        "weights[-1] + self.noise[group] + 1e-9",
+        "weights[-1] + 1e-9",
+        "effects/test_kernels.py",
+        "row_adds",
     ),
     Mutant(
         "passed-cells-moved-to-failed-ones",
