@@ -69,6 +69,15 @@ def test_networks_with_strong_loops_stay_finite():
     np.testing.assert_allclose(spectral_radius(torch.stack([loop, chain])), [1.0, 0.0], atol=0.05)
 
 
+def test_the_spectral_radius_knows_signs():
+    """Of mixed signs it is far below that of the absolute values, by which paths would be shrunk for no reason."""
+    matrices = torch.randn(3, 80, 80, generator=torch.Generator().manual_seed(0)) / 12
+    expected = torch.linalg.eigvals(matrices).abs().amax(-1)
+    np.testing.assert_allclose(spectral_radius(matrices), expected, rtol=0.05)
+    assert (torch.linalg.eigvals(matrices.abs()).abs().amax(-1) > 4 * expected).all()
+    assert spectral_radius(torch.zeros(2, 0, 0)).tolist() == [0.0, 0.0]
+
+
 def test_logits_accumulate_over_paths():
     module = _module(cls=HopsGPOVAE, n_hops=2)
     w = (module.shifts.mask_logits * module.possible).detach()

@@ -12,6 +12,8 @@ from anndata import AnnData
 from numpy.typing import NDArray
 from scipy import sparse
 
+from pertura.effects import clr, shrunken_power
+
 Floats = NDArray[np.float64]
 
 
@@ -56,8 +58,9 @@ class Correlation(NetworkBaseline):
     layer
         `None` for ``X``. Values should be on a log scale.
     kind
-        ``"pearson"``; ``"partial"``: given all other genes, of the covariance shrunk by Ledoit and Wolf; ``"clr"``: the
-        correlation's mutual information against that of each of the two genes with all others.
+        ``"pearson"``; ``"partial"``: given all other genes, of the covariance shrunk by Ledoit and Wolf; ``"whitening"``: the same
+        with its inverse square root in place of its inverse; ``"clr"``: the correlation's mutual information against that of each
+        of the two genes with all others.
     center_cells
         Subtract the mean of each cell over standardized genes first, which differs with its depth and quality.
 
@@ -70,11 +73,11 @@ class Correlation(NetworkBaseline):
         self,
         *,
         layer: str | None = None,
-        kind: Literal["pearson", "partial", "clr"] = "pearson",
+        kind: Literal["pearson", "partial", "whitening", "clr"] = "pearson",
         center_cells: bool = False,
     ) -> None:
-        if kind not in ("pearson", "partial", "clr"):
-            raise ValueError(f"`kind` must be 'pearson', 'partial' or 'clr', got {kind!r}.")
+        if kind not in ("pearson", "partial", "whitening", "clr"):
+            raise ValueError(f"`kind` must be 'pearson', 'partial', 'whitening' or 'clr', got {kind!r}.")
         self.layer, self.kind, self.center_cells = layer, kind, center_cells
 
     def fit(self, adata: AnnData, train: pd.DataFrame | None = None) -> Self:
@@ -84,19 +87,12 @@ class Correlation(NetworkBaseline):
             varies = z.any(0)
             z = _unit_variance(varies * (z - z[:, varies].mean(1, keepdims=True)))
         self.genes_ = adata.var_names.astype(str)
-        if self.kind == "partial":
-            from sklearn.covariance import LedoitWolf
-
-            precision = LedoitWolf(assume_centered=True).fit(z).precision_
-            d = np.sqrt(np.diag(precision))
-            self.weight_ = np.abs(precision / np.outer(d, d))
+        if self.kind in ("partial", "whitening"):
+            self.weight_ = np.abs(shrunken_power(z, -1.0 if self.kind == "partial" else -0.5))
             return self
         self.weight_ = np.abs(z.T @ z) / len(z)
         if self.kind == "clr":
-            information = -0.5 * np.log1p(-(np.minimum(self.weight_, 1 - 1e-9) ** 2))
-            np.fill_diagonal(information, 0.0)
-            above = np.maximum((information - information.mean(1)) / np.maximum(information.std(1), 1e-12), 0)
-            self.weight_ = np.sqrt(above**2 + above.T**2)
+            self.weight_ = clr(self.weight_)
         return self
 
     def score(self, pairs: pd.DataFrame) -> Floats:

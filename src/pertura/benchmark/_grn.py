@@ -159,6 +159,7 @@ def grn_models() -> dict[str, Scorer]:
         "correlation": baseline.Correlation(),
         "correlation, centered cells": baseline.Correlation(center_cells=True),
         "partial correlation": baseline.Correlation(kind="partial"),
+        "whitening": baseline.Correlation(kind="whitening"),
         "CLR": baseline.Correlation(kind="clr"),
         "trees": baseline.TreeEnsemble(regulators="is_regulator", n_estimators=50),
         "regulator rate": baseline.RegulatorRate(),

@@ -7,6 +7,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "_coexpression": ["closed_form_networks", "clr", "combine_networks", "shrunken_power", "stack_networks"],
         "_contexts": [
             "Asked",
             "Conditions",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -11,6 +12,7 @@ import pandas as pd
 import torch
 from anndata import AnnData
 from scipy import sparse
+from scvi import settings
 
 from pertura.data._datamodule import PerturbationDataModule
 from pertura.data._vocabulary import Vocabulary
@@ -253,6 +255,12 @@ class GPOVAE(ArtifactModel, GRNModel):
             return
         if module.gene_effects is not None:
             fit_gene_effects(self, table)
+        if (table.n[table.treated].sum(1) < 2).mean() > 0.5:
+            warnings.warn(
+                "Most perturbations were measured in a single cell or profile: how exact their shifts are is not known, and "
+                "probabilities of edges are too close to 0 and 1. Register replicates, or raise `shift_floor`.",
+                stacklevel=settings.warnings_stacklevel + 1,
+            )
         shift, variance = fit_shifts(table, n, dose_response(self))
         module.shift_table.copy_(torch.as_tensor(shift))
         precision = np.isfinite(variance) / (variance + self.options.shift_floor**2)

@@ -16,10 +16,11 @@ from scvi import settings
 
 from pertura.data._datamodule import PerturbationDataModule
 from pertura.data._perturbation import Perturbation
-from pertura.effects import ConditionTable
+from pertura.effects import ConditionTable, closed_form_networks, combine_networks, stack_networks
 from pertura.module._infosem import InfoSEM as Module
 from pertura.module._pairs import PairPrior
 from pertura.train._alternating import AlternatingPlan
+from pertura.train._trainer import TrainRunner
 
 from ._network_priors import embedding_table, gene_descriptions, known_table, label_matrix, regulator_names
 from .base import GeneNetwork, GRNModel, Options, option
@@ -27,9 +28,11 @@ from .base._arguments import check_whole, resolve_seed
 from .base._predict import device_of, seeded
 from .base._train import default_epochs
 
-# alpha per gene where none is given: DeepSEM's 100 for the 821 genes of mouse dendritic cells
-_ALPHA_PER_GENE = 100 / 821
+# alpha per gene where none is given: DeepSEM's 100 for the 821 genes of mouse dendritic cells, and what left-out cells prefer
+_ALPHA_PER_GENE, _LESS_ALPHA = 100 / 821, 0.01
 _N_STEPS, _N_EPOCHS, _MAX_RESIDUAL_CELLS = 540, 10, 2000
+# the other networks of `combine` take genes^3, and a second fit
+_MAX_COMBINED_GENES, _MAX_COMBINED_CELLS, _MIN_COMBINED_CELLS = 3000, 5000, 10
 # mean distance of the weights from their start, and largest weight, in units of the start
 _LEAST_MOVED, _LEAST_LARGEST = 0.5, 0.1
 _MODULE_OPTIONS = (
@@ -71,6 +74,7 @@ class InfoSEMOptions(Options):
     prior_shrinkage: float = option(0.5, least=0)
     edge_logit_sd: float = option(1.0, above=0)
     max_radius: float = option(0.95, least=0)
+    combine: bool = option(True, flag=True)
     controls_only: bool = option(False, flag=True)
     lr: float = option(5e-4, above=0)
     grn_lr_factor: float = option(1.0, above=0)
@@ -96,6 +100,7 @@ _DEEPSEM = {
     "z_prior": "learned",
     "prior_shrinkage": 0.0,
     "max_radius": 0.0,
+    "combine": False,
     "lr": 1e-4,
     "grn_lr_factor": 5.0,
     "optimizer": "rmsprop",
@@ -148,7 +153,8 @@ class InfoSEM(GRNModel):
     hidden
         Widths of encoder and decoder, which all genes share.
     alpha
-        Weight of mean :math:`|A|`; the prior sd of A is G / (N alpha). `None`: 0.12 for each gene.
+        Weight of mean :math:`|A|`; the prior sd of A is G / (N alpha). `None`: 0.12 for each gene, 0.0012 where networks are
+        combined.
     beta
         Weight of the divergence of z.
     augmentation
@@ -163,6 +169,10 @@ class InfoSEM(GRNModel):
         For a prior mean: sd of the prior of the logits of known edges.
     max_radius
         Spectral radius beyond which A is scaled down; 0: no limit.
+    combine
+        Without a prior and without knock-outs: order edges by the weights together with two networks in closed form (CLR and the inverse square root of the
+        covariance), each as far as it predicts a third of the cells that was left out. That takes a second fit on the
+        other two thirds, and is not done for more than 3,000 genes. ``model.network_shares_`` says what each counts.
     controls_only
         Train on control cells alone. Otherwise a cell whose gene was knocked out informs all other genes.
     lr
@@ -253,7 +263,8 @@ class InfoSEM(GRNModel):
             len(self.registered.batches),
             regulators=rows,
             knocked_out=genes.get_indexer(list(vocabulary.names)),
-            alpha=options.alpha or _ALPHA_PER_GENE * len(genes),
+            alpha=options.alpha or _ALPHA_PER_GENE * len(genes) * (_LESS_ALPHA if self._combines else 1.0),
+            combined=self._combines,
             native_scale="log1p" if self.registered.is_counts else "layer",
             **informed,
             **{name: getattr(options, name) for name in _MODULE_OPTIONS},
@@ -262,6 +273,17 @@ class InfoSEM(GRNModel):
             f"{type(self).__name__}: {len(regulators)} regulators, {len(genes)} genes, prior {options.prior}, "
             f"{options.n_ensemble} in the ensemble"
         )
+
+    @property
+    def _combines(self) -> bool:
+        options, n_genes = self.options, len(self.gene_names)
+        wanted = options.combine and options.prior == "none" and options.posterior == "map" and not self._perturbed
+        return wanted and 2 < n_genes <= _MAX_COMBINED_GENES
+
+    @property
+    def _perturbed(self) -> bool:
+        """Whether knock-outs tell regulators from targets."""
+        return bool(self.gene_names.isin(self.vocabulary.names).any()) and not self.options.controls_only
 
     @classmethod
     def setup_anndata(
@@ -372,8 +394,50 @@ class InfoSEM(GRNModel):
         rows = self.train_indices
         if self.options.controls_only:
             rows = rows[self._registered_cells(rows).is_control]
-        rows = np.sort(np.random.default_rng(0).permutation(rows)[:_MAX_RESIDUAL_CELLS])
-        self.module.fit_residuals(self._registered_cells(rows).cells(256, device_of(self.module)))
+        rows = np.random.default_rng(0).permutation(rows)
+        some = np.sort(rows[:_MAX_RESIDUAL_CELLS])
+        self.module.fit_residuals(self._registered_cells(some).cells(256, device_of(self.module)))
+        if self._combines and len(rows) >= _MIN_COMBINED_CELLS:
+            self._progress.stage("Comparing networks")
+            self._combine(rows)
+
+    def _runner(
+        self, data: PerturbationDataModule, plan_kwargs: dict[str, Any], max_epochs: int | None, **trainer_kwargs: Any
+    ) -> TrainRunner:
+        self._asked = {"plan_kwargs": dict(plan_kwargs), "batch_size": data.batch_size, "seed": data.seed}
+        self._asked |= {name: trainer_kwargs[name] for name in ("accelerator", "devices")}
+        return super()._runner(data, plan_kwargs, max_epochs, **trainer_kwargs)
+
+    def _combine(self, rows: NDArray[np.int64]) -> None:
+        """Order edges by the weights and by networks in closed form, as far as each predicts cells that it was not learned from."""
+        cut, module = 2 * len(rows) // 3, self.module
+        share = np.full(3, 1 / 3)
+        train, left_out = (self._standardized(part) for part in (rows[:cut], rows[cut:]))
+        if not self.trainer.interrupted:
+            share = stack_networks([_all_rows(self._fit_to(rows[:cut])), *closed_form_networks(train)], train, left_out)
+        self.network_shares_ = dict(zip(("weights", "clr", "whitening"), share.tolist(), strict=True))
+        of_regulators = module.regulators.cpu().numpy()
+        networks = [module.mean_network().cpu().numpy()]
+        networks += [network[of_regulators] for network in closed_form_networks(np.concatenate([train, left_out]))]
+        module.rank_pairs(combine_networks(networks, share, module.no_loops.bool().cpu().numpy()))
+
+    def _standardized(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Standardized expression of the first of some cells."""
+        cells = self._registered_cells(np.sort(rows[:_MAX_COMBINED_CELLS])).cells(256, device_of(self.module))
+        return torch.cat([self.module.clipped(part).cpu() for part in cells]).double().numpy()
+
+    def _fit_to(self, rows: NDArray[np.int64]) -> Module:
+        """A module that was trained on some of the cells for as many steps, within limits."""
+        steps = len(self.history_["elbo_train"]) * -(-len(self.train_indices) // self._asked["batch_size"])
+        epochs = max(1, round(min(steps, 2 * _N_STEPS) / -(-len(rows) // self._asked["batch_size"])))
+        given = {**self.init_params_["non_kwargs"], "combine": False, "alpha": self.module.alpha, "n_ensemble": 1}
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            other = type(self)(self.adata, **given)
+            other._after_training = lambda *_: None  # it predicts nothing
+            split = {"external_indexing": [np.sort(rows)]}
+            other.train(epochs, datasplitter_kwargs=split, enable_progress_bar=False, **self._asked)
+        return other.module
 
     def _plan_defaults(self) -> dict[str, Any]:
         options = self.options
@@ -392,20 +456,20 @@ class InfoSEM(GRNModel):
     @torch.no_grad()
     def _gene_network(self) -> GeneNetwork:
         module, options = self.module, self.options
-        weight, proba, prior = module.network(), module.edge_proba(), module.prior_mean()
-        if module.pairs is not None:
+        proba, prior = module.edge_proba(), module.prior_mean()
+        ordered = bool(module.informed)
+        if ordered or module.pairs is not None:
             proba = module.log_odds.sigmoid()[None]
         elif proba is None and module.network_log_sd is not None:
             proba = torch.special.ndtr(module.network_weight.abs() / module.network_log_sd.exp())
-        perturbed = self.gene_names.isin(self.vocabulary.names).any() and not options.controls_only
         return GeneNetwork(
             regulators=self.gene_names[module.regulators.cpu().numpy()],
             genes=self.gene_names,
-            weight=(weight.abs().mean(0) * weight.mean(0).sign()).cpu().numpy(),
+            weight=module.mean_network().cpu().numpy(),
             proba=None if proba is None else (proba.mean(0) * module.no_loops).cpu().numpy(),
             prior_mean=None if not isinstance(prior, torch.Tensor) else prior.mean(0).cpu().numpy(),
-            rank_by="weight" if module.pairs is None else "proba",
-            direction="perturbations" if perturbed else "none" if options.regulators is None else "regulators",
+            rank_by="proba" if ordered or module.pairs is not None else "weight",
+            direction="perturbations" if self._perturbed else "none" if options.regulators is None else "regulators",
         )
 
     @torch.no_grad()
@@ -454,3 +518,9 @@ class InfoSEM(GRNModel):
         with seeded(seed, device_of(self.module)):
             x = self.module.generate(n_cells).cpu().numpy()
         return AnnData(X=x, var=pd.DataFrame(index=self.gene_names))
+
+
+def _all_rows(module: Module) -> NDArray[np.float64]:
+    """Weights of all pairs of genes, 0 for those of genes that are no regulators."""
+    weight = module.network_weight.new_zeros(module.n_genes, module.n_genes)
+    return weight.index_copy(0, module.regulators, module.mean_network()).double().cpu().numpy()

@@ -43,7 +43,7 @@ from pertura.nn._scalar import ScalarMLP
 from pertura.nn._sem import propagate, remove_regulation, total_effect
 
 from ._base import Action, Basal, Cells, Counterfactual, Globals, PerturbationModule
-from ._pairs import PairPrior
+from ._pairs import PairPrior, edge_log_odds, ranks
 
 # logits of known edges, pairs known to be none, and all others
 LOGITS = {1: math.log(0.95 / 0.05), -1: math.log(0.05 / 0.95), 0: 0.0}
@@ -71,6 +71,8 @@ class InfoSEM(PerturbationModule):
         A^l of the paper's prior: 1 for known edges, -1 for known non-edges, 0 else, ``(n_regulators, n_genes)``; `None` for none.
     pairs
         Features of the pairs, of the prior of their size; `None` for none.
+    combined
+        Whether the log-odds of edges are set when training ends, by the weights and other networks.
     n_ensemble
         Models trained side by side on the same minibatches.
     posterior
@@ -109,6 +111,7 @@ class InfoSEM(PerturbationModule):
         embedding: NDArray[np.float32] | None = None,
         known: NDArray[np.int8] | None = None,
         pairs: PairPrior | None = None,
+        combined: bool = False,
         n_ensemble: int = 1,
         posterior: Literal["map", "variational"] = "map",
         likelihood: Literal["mse", "normal"] = "mse",
@@ -153,11 +156,13 @@ class InfoSEM(PerturbationModule):
         if posterior == "variational":
             self.network_log_sd = nn.Parameter(torch.full(shape, math.log(0.1 * self.unit)))
         self.pairs, self.additive = pairs, embedding is not None
+        # whether the log-odds of edges are known
+        self.register_buffer("informed", torch.tensor(False))
+        if combined or pairs is not None:
+            self.register_buffer("log_odds", torch.zeros(shape[1:]))
         if pairs is not None:
             self.register_buffer("log_size", torch.zeros(shape[1:]))
-            self.register_buffer("log_odds", torch.zeros(shape[1:]))
             self.register_buffer("pair_coefficients", torch.zeros(len(pairs.features), 3))
-            self.register_buffer("informed", torch.tensor(False))
         if embedding is not None:
             self.register_buffer("embedding", torch.as_tensor(embedding))
             self.prior_source = nn.Parameter(torch.zeros(n_ensemble, embedding.shape[1]))
@@ -201,6 +206,18 @@ class InfoSEM(PerturbationModule):
         if self.network_log_sd is not None:
             self.network_log_sd.fill_(math.log(0.1 * self.unit))
         self.informed.fill_(True)
+
+    @torch.no_grad()
+    def rank_pairs(self, evidence: NDArray[np.float64]) -> None:
+        """Set the log-odds of edges, which rise with the evidence, ``(n_regulators, n_genes)``."""
+        self.log_odds.copy_(torch.as_tensor(edge_log_odds(ranks(evidence))))
+        self.informed.fill_(True)
+
+    @torch.no_grad()
+    def mean_network(self) -> Tensor:
+        """Mean size of the weights of the members, with the sign of their mean, ``(n_regulators, n_genes)``."""
+        weight = self.network()
+        return weight.abs().mean(0) * weight.mean(0).sign()
 
     def prior_mean(self) -> Tensor | float:
         """M, ``(n_members, n_regulators, n_genes)``; 0 but for the paper's prior."""

@@ -81,13 +81,13 @@ class PairPrior:
 
     def learn(self, size: Floats) -> Informed:
         """Learn from the size of weights, ``(n_regulators, n_genes)``, of a fit without prior."""
-        rank = _ranks(size)
+        rank = ranks(size)
         labels, values = self._labels, [self.similarity]
         if labels is not None:
             values.append(labels.worth * labels.of_pair)
         f = np.stack(values, -1)
         log_size, coefficients = self._size_of(size, f)
-        log_odds = self._two_groups(rank, log_size, float(coefficients[:, 2].max()))
+        log_odds = edge_log_odds(rank, log_size, float(coefficients[:, 2].max()))
         if labels is not None:
             log_odds = labels.posterior(rank, self.similarity)
         if self.known is not None:
@@ -126,30 +126,6 @@ class PairPrior:
         kept = np.maximum(0.0, 1 - (_DOUBT * error / np.where(mean == 0, 1.0, mean)) ** 2) * (mean != 0)
         of_pair = (found * kept)[self.fold[self.regulators]][:, self.fold]
         return (of_pair * f).sum(-1), np.stack([mean, error, kept], 1)
-
-    def _two_groups(self, rank: Floats, log_size: Floats, trust: float) -> Floats:
-        """Posterior log-odds: edges are as frequent as the expected size says, and differ in size from other pairs as it tells.
-
-        The data do not determine how many edges there are: among the pairs whose expected size is least and largest the shares
-        are set. As far as features are not trusted, the ratio of the densities is one that only grows with the size.
-        """
-        expected = np.exp(log_size - log_size.min())
-        span = max(np.quantile(expected, 0.999), _MIN_RATIO) - 1.0
-        share = _LOWEST + (_HIGHEST - _LOWEST) * np.clip((expected - 1.0) / span, 0, 1)
-        at = np.minimum((rank * _BINS).astype(int), _BINS - 1)
-        grid = (np.arange(_BINS) + 0.5) / _BINS
-        ratio = np.log(1 - np.log1p(-grid)) - 0.7  # of the default: a slow rise over the quantiles
-        if trust > 0:
-            # the share of a bin is linear in the share of edges: one density where it is 0, one where it is 1
-            x = np.stack([1 - share.ravel(), share.ravel()], 1).astype(np.float64)
-            of_bin = np.stack([np.bincount(at.ravel(), weights=c, minlength=_BINS) for c in x.T])
-            density = np.clip(np.linalg.lstsq(x.T @ x, of_bin, rcond=None)[0], 0.1 / _BINS, None)
-            density /= density.sum(1, keepdims=True)
-            ratio = (1 - trust) * ratio + trust * _increasing(np.log(density[1] / density[0]))
-        # straight on to the ends: the largest weights are not alike
-        ends = 1.5 * ratio[[0, -1]] - 0.5 * ratio[[1, -2]]
-        ratio = np.interp(rank, np.r_[0, grid, 1], np.r_[ends[0], ratio, ends[1]])
-        return np.log(share / (1 - share)) + ratio + _TIES * rank
 
 
 @dataclass(frozen=True)
@@ -209,6 +185,31 @@ class _Labels:
         return fitted.intercept_[0] + max(a, 0.0) * self.of_pair + b * similarity + (max(c, 0.0) + _TIES) * rank
 
 
+def edge_log_odds(rank: Floats, log_size: Floats | float = 0.0, trust: float = 0.0) -> Floats:
+    """Posterior log-odds: edges are as frequent as the expected size says, and differ in size from other pairs as it tells.
+
+    The data do not determine how many edges there are: among the pairs whose expected size is least and largest the shares
+    are set, which is the lowest share where there are no features. As far as features are not trusted, the ratio of the densities is one that only grows with the size.
+    """
+    expected = np.exp(log_size - np.min(log_size))
+    span = max(np.quantile(expected, 0.999), _MIN_RATIO) - 1.0
+    share = _LOWEST + (_HIGHEST - _LOWEST) * np.clip((expected - 1.0) / span, 0, 1)
+    at = np.minimum((rank * _BINS).astype(int), _BINS - 1)
+    grid = (np.arange(_BINS) + 0.5) / _BINS
+    ratio = np.log(1 - np.log1p(-grid)) - 0.7  # of the default: a slow rise over the quantiles
+    if trust > 0:
+        # the share of a bin is linear in the share of edges: one density where it is 0, one where it is 1
+        x = np.stack([1 - share.ravel(), share.ravel()], 1).astype(np.float64)
+        of_bin = np.stack([np.bincount(at.ravel(), weights=c, minlength=_BINS) for c in x.T])
+        density = np.clip(np.linalg.lstsq(x.T @ x, of_bin, rcond=None)[0], 0.1 / _BINS, None)
+        density /= density.sum(1, keepdims=True)
+        ratio = (1 - trust) * ratio + trust * _increasing(np.log(density[1] / density[0]))
+    # straight on to the ends: the largest weights are not alike
+    ends = 1.5 * ratio[[0, -1]] - 0.5 * ratio[[1, -2]]
+    ratio = np.interp(rank, np.r_[0, grid, 1], np.r_[ends[0], ratio, ends[1]])
+    return np.log(share / (1 - share)) + ratio + _TIES * rank
+
+
 def _gamma_regression(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
     """Coefficients of log E y, by Fisher scoring, whose information does not change; sizes of 0 are allowed."""
     if len(x) < 10 * x.shape[1] or not y.any():
@@ -240,7 +241,7 @@ def _labeled(
     return row, column, known[row, column] > 0
 
 
-def _ranks(size: Floats) -> Floats:
+def ranks(size: Floats) -> Floats:
     """Ranks from 0 to 1."""
     order = np.argsort(size, axis=None, kind="stable")
     rank = np.empty(size.size, np.float32)
