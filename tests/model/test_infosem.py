@@ -78,10 +78,31 @@ def test_curated_networks(load_dataset, name):
     adata = load_dataset("beeline_curated", model=name)
     InfoSEM.setup_anndata(adata)
     train = {"max_epochs": 30, "batch_size": 256, "lr": 2e-3}
-    model = fitted(adata, train, n_ensemble=4, hidden=(32, 32), likelihood="normal")
+    model = fitted(adata, train, n_ensemble=4, hidden=(32, 32), likelihood="normal", combine=False)
     truth = adata.uns["ground_truth"]
     found, baseline = model.evaluate_grn(truth), score_network(correlation(adata), truth)
     assert found["auprc"] > baseline["auprc"]
+
+
+def test_edges_without_knock_outs_are_ordered_by_what_predicts_left_out_cells(screened_chain):
+    """Of weights that were hardly trained, and networks in closed form; with knock-outs the weights alone count."""
+    rng = np.random.default_rng(0)
+    adata = ad.AnnData(gaussian(np.diag(np.full(11, 0.9), 1), 300, rng).astype(np.float32))
+    adata.var_names = [f"g{i}" for i in range(12)]
+    InfoSEM.setup_anndata(adata)
+    truth = [(f"g{i}", f"g{i + 1}") for i in range(11)]
+    model, alone = (fitted(adata, QUICK, combine=combine) for combine in (True, False))
+    assert model.network_shares_["whitening"] > 0.5 > model.network_shares_["weights"]
+    assert model.evaluate_grn(truth)["auprc"] > 1.5 * alone.evaluate_grn(truth)["auprc"]
+    assert model.get_grn(key_added=None)["proba"].is_monotonic_decreasing
+    assert "proba" not in alone.get_grn(key_added=None)
+    again = InfoSEM(adata)
+    again.module.load_state_dict(model.module.state_dict())
+    again.is_trained_ = True
+    assert again.evaluate_grn(truth)["auprc"] == model.evaluate_grn(truth)["auprc"]
+    perturbed = screened_chain.copy()
+    InfoSEM.setup_anndata(perturbed, perturbation_key="gene", control="control")
+    assert not InfoSEM(perturbed)._combines and InfoSEM(perturbed, controls_only=True)._combines
 
 
 def test_planted_network():
@@ -462,8 +483,9 @@ def test_presets_are_those_of_the_papers(informed):
         assert plan.optim is torch.optim.RMSprop and plan.optim_kwargs["lr"] == 1e-4
         rate = 1e-4 * plan.grn_lr_factor * module.lr_factors["network_"] / module.unit / 820
         assert rate == pytest.approx(2e-5, rel=0.01)
-        assert model._default_max_epochs(7) == 90 and model._default_batch_size(1000) == 64
-    assert InfoSEM(informed, preset="paper", n_epochs=3)._default_max_epochs(7) == 3
+        assert model._default_max_epochs(50) == 90 and model._default_batch_size(1000) == 64
+        assert model._default_max_epochs(2) == 1000, "few cells: 2,000 steps"
+    assert InfoSEM(informed, preset="paper", n_steps=1, n_epochs=3)._default_max_epochs(7) == 3
     assert InfoSEM(informed)._default_max_epochs(6) == 90
     assert InfoSEM(informed, prior="embedding")._default_max_epochs(6) == 180
 
@@ -483,12 +505,14 @@ def test_settings_train_and_predict(informed, options):
     assert np.isfinite(model.get_grn(key_added=None)["weight"]).all()
     assert np.isfinite(model.predict_perturbation("a", return_anndata=True, n_samples=4).X).all()
     assert np.isfinite(model.posterior_predictive_sample(n_samples=2).todense()).all()
-    assert ("proba" in model.get_grn(key_added=None)) == ("posterior" in options)
+    assert ("proba" in model.get_grn(key_added=None)) == ("preset" not in options)
 
 
 def test_weights_that_hardly_moved_are_warned_of(informed):
     with pytest.warns(UserWarning, match="moved by 1"):
         fitted(informed, {"max_epochs": 1, "lr": 1e-6})
+    with pytest.warns(UserWarning, match="plain correlations"):
+        fitted(informed, {"max_epochs": 40, "lr": 1e-6, "plan_kwargs": {"grn_lr_factor": 2e4}}, alpha=30.0, combine=False)
     with pytest.warns(UserWarning, match="shrunk to nearly 0"):
         fitted(informed, {"max_epochs": 40, "lr": 1e-2}, alpha=1e4)
     with warnings.catch_warnings():

@@ -7,7 +7,14 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "_coexpression": ["closed_form_networks", "clr", "combine_networks", "shrunken_power", "stack_networks"],
+        "_coexpression": [
+            "closed_form_networks",
+            "clr",
+            "combine_networks",
+            "explained",
+            "shrunken_power",
+            "stack_networks",
+        ],
         "_contexts": [
             "Asked",
             "Conditions",

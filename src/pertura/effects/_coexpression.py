@@ -60,15 +60,22 @@ def stack_networks(networks: Sequence[Matrix], train: Matrix, left_out: Matrix) 
     """
     from scipy.optimize import nnls
 
-    predicted = []
-    for weight in networks:
-        own = train @ weight
-        slope = (own * train).sum(0) / np.maximum((own**2).sum(0), 1e-12)
-        predicted.append((left_out @ weight * slope).ravel())
-    design = np.stack(predicted, 1)
-    found = nnls(design, left_out.ravel())[0] if len(left_out) else np.zeros(len(networks))
+    design = np.stack([_predicted(weight, train, left_out).ravel() for weight in networks], 1)
+    found = nnls(design, left_out.ravel())[0]
     even = np.full(len(networks), 1 / len(networks))
     return even if not found.any() else _EVEN * even + (1 - _EVEN) * found / found.sum()
+
+
+def explained(network: Matrix, x: Matrix) -> float:
+    """Share of the variance of standardized expression that a network explains in its own cells, as :func:`stack_networks` does."""
+    return 1 - float(((x - _predicted(network, x, x)) ** 2).sum() / max((x**2).sum(), 1e-12))
+
+
+def _predicted(weight: Matrix, train: Matrix, asked: Matrix) -> Matrix:
+    """Each gene by the others, with a slope of its own."""
+    own = train @ weight
+    slope = (own * train).sum(0) / np.maximum((own**2).sum(0), 1e-12)
+    return asked @ weight * slope
 
 
 def combine_networks(networks: Sequence[Matrix], share: NDArray[np.float64], pairs: NDArray[np.bool_]) -> Matrix:

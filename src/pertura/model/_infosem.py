@@ -16,7 +16,7 @@ from scvi import settings
 
 from pertura.data._datamodule import PerturbationDataModule
 from pertura.data._perturbation import Perturbation
-from pertura.effects import ConditionTable, closed_form_networks, combine_networks, stack_networks
+from pertura.effects import ConditionTable, closed_form_networks, combine_networks, explained, stack_networks
 from pertura.module._infosem import InfoSEM as Module
 from pertura.module._pairs import PairPrior
 from pertura.train._alternating import AlternatingPlan
@@ -26,15 +26,15 @@ from ._network_priors import embedding_table, gene_descriptions, known_table, la
 from .base import GeneNetwork, GRNModel, Options, option
 from .base._arguments import check_whole, resolve_seed
 from .base._predict import device_of, seeded
-from .base._train import default_epochs
 
 # alpha per gene where none is given: DeepSEM's 100 for the 821 genes of mouse dendritic cells, and what left-out cells prefer
 _ALPHA_PER_GENE, _LESS_ALPHA = 100 / 821, 0.01
-_N_STEPS, _N_EPOCHS, _MAX_RESIDUAL_CELLS = 540, 10, 2000
+_MAX_RESIDUAL_CELLS, _MAX_STEPS_AGAIN = 2000, 1080
 # the other networks of `combine` take genes^3, and a second fit
 _MAX_COMBINED_GENES, _MAX_COMBINED_CELLS, _MIN_COMBINED_CELLS = 3000, 5000, 10
 # mean distance of the weights from their start, and largest weight, in units of the start
 _LEAST_MOVED, _LEAST_LARGEST = 0.5, 0.1
+_LEAST_EXPLAINED = 0.5  # of the variance that correlations explain
 _MODULE_OPTIONS = (
     "n_ensemble",
     "posterior",
@@ -80,7 +80,8 @@ class InfoSEMOptions(Options):
     grn_lr_factor: float = option(1.0, above=0)
     optimizer: Literal["adam", "rmsprop"] = option("adam", one_of=("adam", "rmsprop"))
     alternate: bool = option(False, flag=True)
-    n_epochs: int | None = option(None, whole=1)
+    n_steps: int = option(540, whole=1)
+    n_epochs: int = option(10, whole=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,6 +106,7 @@ _DEEPSEM = {
     "grn_lr_factor": 5.0,
     "optimizer": "rmsprop",
     "alternate": True,
+    "n_steps": 2000,
     "n_epochs": 90,
 }
 
@@ -154,7 +156,7 @@ class InfoSEM(GRNModel):
         Widths of encoder and decoder, which all genes share.
     alpha
         Weight of mean :math:`|A|`; the prior sd of A is G / (N alpha). `None`: 0.12 for each gene, 0.0012 where networks are
-        combined.
+        combined without a prior.
     beta
         Weight of the divergence of z.
     augmentation
@@ -170,9 +172,10 @@ class InfoSEM(GRNModel):
     max_radius
         Spectral radius beyond which A is scaled down; 0: no limit.
     combine
-        Without a prior and without knock-outs: order edges by the weights together with two networks in closed form (CLR and the inverse square root of the
-        covariance), each as far as it predicts a third of the cells that was left out. That takes a second fit on the
-        other two thirds, and is not done for more than 3,000 genes. ``model.network_shares_`` says what each counts.
+        Where no knock-outs tell regulators from targets: order edges by the weights together with two networks in closed form (CLR and
+        the inverse square root of the covariance), each as far as it predicts a third of the cells that was left out. That takes a
+        second fit, without prior and on the other cells, and is not done for more than 3,000 genes.
+        ``model.network_shares_`` says what each counts.
     controls_only
         Train on control cells alone. Otherwise a cell whose gene was knocked out informs all other genes.
     lr
@@ -183,12 +186,12 @@ class InfoSEM(GRNModel):
         ``"adam"`` or ``"rmsprop"``.
     alternate
         Train encoder and decoder for one epoch and A for two, in turn.
-    n_epochs
-        Passes over the data where ``train`` is given no number; `None`: at least 540 steps and 10 epochs, twice as many with a
-        prior of the size.
+    n_steps, n_epochs
+        Length of training where ``train`` is given no number of epochs: at least so many steps and so many epochs, twice as many
+        with a prior of the size.
     preset
         ``"paper"``: the InfoSEM paper's standard normal z, state-dependent variance and additive prior mean, without shrinkage,
-        augmentation or delay, trained with DeepSEM's schedule; ``"deepsem"``: DeepSEM's own setting, which has a learned
+        augmentation or delay, trained with DeepSEM's schedule of 90 epochs, and at least 2,000 steps; ``"deepsem"``: DeepSEM's own setting, which has a learned
         prior of z and the squared error. Options given beside it win.
 
     Notes
@@ -263,7 +266,8 @@ class InfoSEM(GRNModel):
             len(self.registered.batches),
             regulators=rows,
             knocked_out=genes.get_indexer(list(vocabulary.names)),
-            alpha=options.alpha or _ALPHA_PER_GENE * len(genes) * (_LESS_ALPHA if self._combines else 1.0),
+            alpha=options.alpha
+            or _ALPHA_PER_GENE * len(genes) * (_LESS_ALPHA if self._combines and options.prior == "none" else 1.0),
             combined=self._combines,
             native_scale="log1p" if self.registered.is_counts else "layer",
             **informed,
@@ -277,7 +281,8 @@ class InfoSEM(GRNModel):
     @property
     def _combines(self) -> bool:
         options, n_genes = self.options, len(self.gene_names)
-        wanted = options.combine and options.prior == "none" and options.posterior == "map" and not self._perturbed
+        wanted = options.combine and options.posterior == "map" and not self._perturbed
+        wanted = wanted and (options.prior == "none" or options.prior_form == "size")
         return wanted and 2 < n_genes <= _MAX_COMBINED_GENES
 
     @property
@@ -381,25 +386,39 @@ class InfoSEM(GRNModel):
         return torch.stack([cells.x.amin(0) for cells in parts]).amin(0)
 
     def _complete(self, table: ConditionTable) -> None:
-        moved, largest = self.module.moved()
-        problem = ""
-        if moved < _LEAST_MOVED:
-            problem = f"moved by {moved:.0%} of the value they started at. Train longer (`max_epochs`) or faster (`lr`)"
-        elif largest < _LEAST_LARGEST:
-            problem = f"were all shrunk to nearly 0. Ask for less sparsity (`alpha`, here {self.module.alpha:.3g})"
-        if problem:
-            warnings.warn(
-                f"The weights of the network mean little: they {problem}.", stacklevel=settings.warnings_stacklevel + 1
-            )
         rows = self.train_indices
         if self.options.controls_only:
             rows = rows[self._registered_cells(rows).is_control]
         rows = np.random.default_rng(0).permutation(rows)
         some = np.sort(rows[:_MAX_RESIDUAL_CELLS])
         self.module.fit_residuals(self._registered_cells(some).cells(256, device_of(self.module)))
-        if self._combines and len(rows) >= _MIN_COMBINED_CELLS:
+        self._warn_of_weights(rows)
+        started = self.module.pairs is None or bool(self.module.informed)
+        if self._combines and started and len(rows) >= _MIN_COMBINED_CELLS:
             self._progress.stage("Comparing networks")
             self._combine(rows)
+
+    def _warn_of_weights(self, rows: NDArray[np.int64]) -> None:
+        """Warn where training was too short, or sparsity too dear, for weights that mean something."""
+        (moved, largest), problem = self.module.moved(), ""
+        if moved < _LEAST_MOVED:
+            problem = f"moved by {moved:.0%} of the value they started at. Train longer (`max_epochs`) or faster (`lr`)"
+        elif largest < _LEAST_LARGEST:
+            problem = f"were all shrunk to nearly 0. Ask for less sparsity (`alpha`, here {self.module.alpha:.3g})"
+        elif 2 < len(self.gene_names) <= _MAX_COMBINED_GENES:
+            x = self._standardized(rows[:_MAX_RESIDUAL_CELLS])
+            correlation = x.T @ x
+            np.fill_diagonal(correlation, 0.0)
+            own, other = explained(_all_rows(self.module), x), explained(correlation, x)
+            if own < _LEAST_EXPLAINED * other:
+                problem = (
+                    f"explain {own:.0%} of how genes vary, and plain correlations {other:.0%}. Train longer (`max_epochs`), or "
+                    "with the default settings in place of a preset's"
+                )
+        if problem:
+            warnings.warn(
+                f"The weights of the network mean little: they {problem}.", stacklevel=settings.warnings_stacklevel + 2
+            )
 
     def _runner(
         self, data: PerturbationDataModule, plan_kwargs: dict[str, Any], max_epochs: int | None, **trainer_kwargs: Any
@@ -417,7 +436,8 @@ class InfoSEM(GRNModel):
             share = stack_networks([_all_rows(self._fit_to(rows[:cut])), *closed_form_networks(train)], train, left_out)
         self.network_shares_ = dict(zip(("weights", "clr", "whitening"), share.tolist(), strict=True))
         of_regulators = module.regulators.cpu().numpy()
-        networks = [module.mean_network().cpu().numpy()]
+        # weights that were learned with a prior say what it says
+        networks = [(module.mean_network() if module.pairs is None else module.first_size).cpu().numpy()]
         networks += [network[of_regulators] for network in closed_form_networks(np.concatenate([train, left_out]))]
         module.rank_pairs(combine_networks(networks, share, module.no_loops.bool().cpu().numpy()))
 
@@ -429,8 +449,9 @@ class InfoSEM(GRNModel):
     def _fit_to(self, rows: NDArray[np.int64]) -> Module:
         """A module that was trained on some of the cells for as many steps, within limits."""
         steps = len(self.history_["elbo_train"]) * -(-len(self.train_indices) // self._asked["batch_size"])
-        epochs = max(1, round(min(steps, 2 * _N_STEPS) / -(-len(rows) // self._asked["batch_size"])))
+        epochs = max(1, round(min(steps, _MAX_STEPS_AGAIN) / -(-len(rows) // self._asked["batch_size"])))
         given = {**self.init_params_["non_kwargs"], "combine": False, "alpha": self.module.alpha, "n_ensemble": 1}
+        given["prior"] = "none"
         with torch.random.fork_rng(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             other = type(self)(self.adata, **given)
@@ -448,8 +469,7 @@ class InfoSEM(GRNModel):
         return 64
 
     def _default_max_epochs(self, n_batches: int) -> int:
-        epochs = self.options.n_epochs or default_epochs(n_batches, _N_STEPS, _N_EPOCHS)
-        return epochs if self.options.n_epochs or self.module.pairs is None else 2 * epochs
+        return super()._default_max_epochs(n_batches) * (1 if self.module.pairs is None else 2)
 
     # -- what it learned --------------------------------------------------------------------------------------------
 

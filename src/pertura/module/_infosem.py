@@ -162,6 +162,7 @@ class InfoSEM(PerturbationModule):
             self.register_buffer("log_odds", torch.zeros(shape[1:]))
         if pairs is not None:
             self.register_buffer("log_size", torch.zeros(shape[1:]))
+            self.register_buffer("first_size", torch.zeros(shape[1:]))
             self.register_buffer("pair_coefficients", torch.zeros(len(pairs.features), 3))
         if embedding is not None:
             self.register_buffer("embedding", torch.as_tensor(embedding))
@@ -198,7 +199,8 @@ class InfoSEM(PerturbationModule):
     @torch.no_grad()
     def learn_pair_prior(self) -> None:
         """Learn what features of pairs say of the size of the weights that were found without them, and start anew with it."""
-        found = self.pairs.learn(self.network().abs().mean(0).cpu().numpy())
+        self.first_size.copy_(self.network().abs().mean(0))
+        found = self.pairs.learn(self.first_size.cpu().numpy())
         self.log_size.copy_(torch.as_tensor(found.log_size))
         self.log_odds.copy_(torch.as_tensor(found.log_odds))
         self.pair_coefficients.copy_(torch.as_tensor(found.coefficients))
@@ -210,7 +212,11 @@ class InfoSEM(PerturbationModule):
     @torch.no_grad()
     def rank_pairs(self, evidence: NDArray[np.float64]) -> None:
         """Set the log-odds of edges, which rise with the evidence, ``(n_regulators, n_genes)``."""
-        self.log_odds.copy_(torch.as_tensor(edge_log_odds(ranks(evidence))))
+        if self.pairs is None:
+            found = edge_log_odds(ranks(evidence))
+        else:
+            found = self.pairs.learn(self.first_size.cpu().numpy(), evidence).log_odds
+        self.log_odds.copy_(torch.as_tensor(found))
         self.informed.fill_(True)
 
     @torch.no_grad()

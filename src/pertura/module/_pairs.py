@@ -79,15 +79,21 @@ class PairPrior:
         """Names of the features."""
         return ("similarity",) if self._labels is None else ("similarity", "known_edges")
 
-    def learn(self, size: Floats) -> Informed:
-        """Learn from the size of weights, ``(n_regulators, n_genes)``, of a fit without prior."""
-        rank = ranks(size)
+    def learn(self, size: Floats, evidence: Floats | None = None) -> Informed:
+        """Learn from the size of weights of a fit without prior.
+
+        Pairs are judged by features and that size, and as far as features are not trusted by other evidence. All are
+        ``(n_regulators, n_genes)``.
+        """
         labels, values = self._labels, [self.similarity]
         if labels is not None:
             values.append(labels.worth * labels.of_pair)
         f = np.stack(values, -1)
         log_size, coefficients = self._size_of(size, f)
-        log_odds = edge_log_odds(rank, log_size, float(coefficients[:, 2].max()))
+        trust, rank = float(coefficients[:, 2].max()), ranks(size)
+        if evidence is not None:
+            rank = ranks(trust * rank + (1 - trust) * ranks(evidence))
+        log_odds = edge_log_odds(rank, log_size, trust)
         if labels is not None:
             log_odds = labels.posterior(rank, self.similarity)
         if self.known is not None:
