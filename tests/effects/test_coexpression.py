@@ -34,7 +34,7 @@ def test_left_out_cells_choose(cells):
     chance = rng.normal(size=(8, 8)) * (1 - np.eye(8))
     own = closed_form_networks(train)
     share = stack_networks([1e3 * chance, *own], train, left_out)
-    assert share.sum() == pytest.approx(1) and share[0] < 0.25 and share[2] > 0.5
+    assert share.sum() == pytest.approx(1) and share[0] < 0.2 < share[1:].min()
     np.testing.assert_allclose(stack_networks([np.zeros((8, 8))] * 2, train, left_out), [0.5, 0.5])
     assert explained(own[1], cells) > 2 * explained(chance, cells)
 

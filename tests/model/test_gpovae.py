@@ -1,9 +1,12 @@
 """GPOVAE finds the planted network, and knocks out genes that nobody perturbed."""
 
+import warnings
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from anndata import AnnData
 from scipy import sparse
 
 from pertura import datasets
@@ -55,6 +58,22 @@ def test_the_network_is_better_than_shifts_and_correlation(trained):
     assert found > auprc(z.numpy(), adata, names) + 0.05
     assert found > auprc(correlation, adata, names) + 0.2
     assert np.isclose(found, trained.evaluate_grn(datasets.true_network(adata), regulators=list(names))["auprc"])
+
+
+def test_single_profiles_are_warned_of():
+    """Without replicates nothing says how exact shifts are."""
+    rng = np.random.default_rng(0)
+    genes = [f"g{i}" for i in range(5)]
+    for copies in (1, 2):
+        labels = ["control"] * 6 + genes * copies
+        adata = AnnData(rng.normal(size=(len(labels), 5)).astype(np.float32), var=pd.DataFrame(index=genes))
+        adata.obs["perturbation"] = labels
+        GPOVAE.setup_anndata(adata, perturbation_key="perturbation", control="control")
+        model = GPOVAE(adata, n_latent=2, n_hidden=4)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            model.train(1, **QUIET)
+        assert any("single cell or profile" in str(w.message) for w in seen) == (copies == 1)
 
 
 def test_measured_shifts_are_no_more_precise_than_the_floor(screen):
