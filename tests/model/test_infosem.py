@@ -438,7 +438,7 @@ def test_embeddings_help_whatever_the_sign_and_wrong_ones_do_no_harm(families, s
     wrong = adata.varm["gene_embedding"][np.random.default_rng(1).permutation(adata.n_vars)]
     wrong = pd.DataFrame(wrong, index=adata.var_names)
     train = {"max_epochs": 100, "batch_size": 50, "lr": 2e-3}
-    right = fitted(adata, train, prior="embedding")
+    right = fitted(adata, train, prior="embedding", combine=False)
     assert right.get_prior_summary().loc["similarity", "kept"] > 0.3
     permuted = fitted(adata, train, prior="embedding", embedding_key=wrong)
     assert permuted.get_prior_summary().loc["similarity", "kept"] < 0.3
@@ -514,12 +514,12 @@ def test_settings_train_and_predict(informed, options):
 
 def test_weights_that_hardly_moved_are_warned_of(informed):
     with pytest.warns(UserWarning, match="moved by 1"):
-        fitted(informed, {"max_epochs": 1, "lr": 1e-6})
+        fitted(informed, {"max_epochs": 1, "lr": 1e-6}, combine=False)
     with pytest.warns(UserWarning, match="shrunk to nearly 0"):
-        fitted(informed, {"max_epochs": 40, "lr": 1e-2}, alpha=1e4)
+        fitted(informed, {"max_epochs": 40, "lr": 1e-2}, alpha=1e4, combine=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "The weights of the network")
-        fitted(informed, {"max_epochs": 40, "lr": 1e-2})
+        fitted(informed, {"max_epochs": 40, "lr": 1e-2}, combine=False)
 
 
 def test_direction(chain_model, informed):
