@@ -1135,9 +1135,9 @@ MUTANTS = [
     ),
     Mutant(
         "mutual-information-against-one-gene",
-        "baseline/_network.py",
-        "self.weight_ = np.sqrt(above**2 + above.T**2)",
-        "self.weight_ = above",
+        "effects/_coexpression.py",
+        "return np.sqrt(above**2 + above.T**2)",
+        "return above",
         "baseline/test_network.py",
         "correlations",
     ),

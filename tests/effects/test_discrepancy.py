@@ -220,7 +220,7 @@ def test_intervals_hold_the_strong_genes_too():
     true += 0.02 * rng.normal(size=true.shape)
     se, none = np.full(true.shape, 0.01), np.zeros(true.shape)
     plain = fit_error(-true, se, none, np.arange(20))
-    careful = fit_error(-true, se, none, np.arange(20), np.abs(true) > 0.5)
+    careful = fit_error(-true, se, none, np.arange(20), (np.abs(true) > 0.5, -true, se))
     ends = [1.645 * np.sqrt(e.spread(0.9).gene) for e in (plain, careful)]
     shares = [(np.abs(true) <= end).mean() for end in ends]
     assert shares[0] == pytest.approx(0.9, abs=0.02) and shares[1] == pytest.approx(0.95, abs=0.02)

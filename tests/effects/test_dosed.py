@@ -10,7 +10,7 @@ from anndata import AnnData
 
 from pertura.effects import fit_curvature, fit_dosed
 from pertura.effects._dosed import hill, solve_effects
-from pertura.effects._features import correlations
+from pertura.effects._kernels import correlations
 from pertura.module import _latent
 
 CONTINUOUS = {"layer": None, "context_key": None, "batch_key": None}

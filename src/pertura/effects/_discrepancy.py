@@ -286,7 +286,7 @@ def fit_error(
     se: Matrix,
     effect: Matrix,
     group: NDArray,
-    strong: NDArray[np.bool_] | None = None,
+    strong: tuple[NDArray[np.bool_], Matrix, Matrix] | None = None,
 ) -> Error:
     """Error of predictions that were made without the conditions they are compared with.
 
@@ -301,9 +301,9 @@ def fit_error(
     group
         Conditions that were left out together, ``(n_conditions,)``: their errors are alike.
     strong
-        Which genes respond most, of the same shape. Intervals are made to hold at most 5 % less of these than the level, as far
-        as they then hold at most 5 % more of all genes: few genes respond, and an interval that misses a tenth of the genes
-        may miss just these.
+        Which genes respond most in one half of the cells, and difference and standard error in the other half. Intervals are
+        made to hold at most 5 % less of these than the level, as far as they then hold at most 5 % more of all genes: few
+        genes respond, and an interval that misses a tenth of the genes may miss just these.
     """
     energy = (effect**2).sum(1) + 1e-12
     amplitude = (difference * effect).sum(1) / energy
@@ -325,12 +325,20 @@ def fit_error(
     without = gene2(total - own, len(number) - 1)[code]
     sd = np.sqrt(without + (k**2 + response2) * effect**2) + 1e-9
     # how far intervals must reach to hold the measured effect: the noise of the measurement is normal
-    z, reach = stats.norm.ppf((1 + np.array(_LEVELS)) / 2), []
+    z = stats.norm.ppf((1 + np.array(_LEVELS)) / 2)
+
+    def needed(difference: Matrix, se: Matrix, sd: Matrix, own_z: float) -> Matrix:
+        return np.sqrt(np.maximum(difference**2 - (own_z * se) ** 2, 0.0)) / sd
+
+    reach = []
     for level, own_z in zip(_LEVELS, z, strict=True):
-        needed = np.sqrt(np.maximum(difference**2 - (own_z * se) ** 2, 0.0)) / sd
-        low, high = np.quantile(needed, [level, level + min(_TOLERANCE, (1.0 - level) / 2)])
+        most = level + min(_TOLERANCE, (1.0 - level) / 2)
+        low, high = np.quantile(needed(difference, se, sd, own_z), [level, most])
         if strong is not None:
-            low = np.clip(np.quantile(needed[strong], level - _TOLERANCE), low, high)
+            mask, other, other_se = strong
+            low = np.clip(
+                np.quantile(needed(other[mask], other_se[mask], sd[mask], own_z), level - _TOLERANCE), low, high
+            )
         reach.append(low)
     reach = np.maximum.accumulate(np.maximum(reach, 0.3 * z))
     return Error(np.sqrt(gene2(total, len(number))), k, math.sqrt(response2), tuple(reach.tolist()))
@@ -409,8 +417,9 @@ def calibrate(
         predicted[own] = predict(int(code), [done[i] for i in usable[at[own]]])
     # differences from predictions that took up a share of the noise lack it
     result["noise"] = noise_share * (se**2).mean(0)
-    left = np.sqrt(1 - noise_share) * se
-    result["seen"] = asdict(fit_error(predicted - effect, left, predicted, np.arange(len(at)), measured.strong(at)))
+    left = (1 - noise_share) * se**2
+    strong = measured.strong(at, predicted, left)
+    result["seen"] = asdict(fit_error(predicted - effect, np.sqrt(left), predicted, np.arange(len(at)), strong))
     for kind in kinds:
         found = measured.left_out(kind)
         if found is None and kind == "new combination":
@@ -436,6 +445,7 @@ class _Measured:
     def __init__(self, table: ConditionTable, usable: NDArray[np.int64], rng: np.random.Generator) -> None:
         found, at = table.effects(), table.treated[usable]
         self.effect, self.variance, self.rng = found.effect[usable], found.se[usable] ** 2, rng
+        self.halves = [table.effects(half=half).effect[usable] for half in (0, 1)]
         # the part of the treated cells; that of the controls is the same for all conditions of a context
         self.treated = self.variance * (1.0 / table.n[at].sum(1) / found.noise[usable])[:, None]
         self.conditions = Conditions(table.codes[at], table.dose[at], table.context[at], table.n_contexts)
@@ -445,10 +455,14 @@ class _Measured:
         at = np.flatnonzero(wanted)
         return at if len(at) <= _MAX_CONDITIONS else np.sort(self.rng.choice(at, _MAX_CONDITIONS, replace=False))
 
-    def strong(self, at: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Genes that respond most in each condition."""
-        size = np.abs(self.effect[at])
-        return size >= np.sort(size, axis=1)[:, -min(_N_STRONG, max(1, size.shape[1] // 4)), None]
+    def strong(
+        self, at: NDArray[np.int64], predicted: Matrix, variance: Matrix
+    ) -> tuple[NDArray[np.bool_], Matrix, Matrix]:
+        """Genes that respond most in one half of the cells, and differences with their standard errors in the other."""
+        size = np.abs(self.halves[0][at])
+        least = np.sort(size, axis=1)[:, -min(_N_STRONG, max(1, size.shape[1] // 4))]
+        # half of the cells have twice the variance
+        return size >= least[:, None], predicted - self.halves[1][at], np.sqrt(variance + self.variance[at])
 
     def left_out(self, kind: str) -> Error | None:
         """Error of predicting conditions from others, as the baselines do; `None` where there are no others."""
@@ -478,7 +492,8 @@ class _Measured:
         control = self.variance - self.treated
         variance += (1.0 - (weight * same).sum(1, keepdims=True)) ** 2 * control[at] + (weight * ~same) ** 2 @ control
         group = conditions.context if kind == "new context" else conditions.label
-        return fit_error(predicted - self.effect[at], np.sqrt(variance), predicted, group[at], self.strong(at))
+        strong = self.strong(at, predicted, variance)
+        return fit_error(predicted - self.effect[at], np.sqrt(variance), predicted, group[at], strong)
 
     def _other_contexts(self, i: int) -> Matrix | None:
         """The mean over other contexts."""

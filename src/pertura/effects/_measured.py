@@ -98,18 +98,19 @@ class MeasuredEffect(nn.Module):
         ``(..., n_cells, n_genes)``.
         """
         weight, unmeasured, unseen = self.weights(codes, dose_strength)
-        result = weight @ self.mean
+        every = torch.cat([weight, unmeasured[:, None], unseen[:, None]], 1)
+        # cells have few of many perturbations
+        used = torch.where((every != 0).any(0))[0]
+        n_rows = len(self.mean)
+        own, more = used[used < n_rows], used[used >= n_rows] - n_rows
+        result = weight[:, own] @ self.mean[own]
         if bool((codes == UNKNOWN).any()):
             strength = dose_strength * (codes == UNKNOWN)
             result = result + strength.sum(-1, keepdim=True) * self.intercept
             if features is not None and self.feature_weight.shape[0]:
                 result = result + (strength[..., None] * features).sum(-2) @ self.feature_weight
-        every = torch.cat([weight, unmeasured[:, None], unseen[:, None]], 1)
-        used = torch.where((every != 0).any(0))[0]
         if noise is None or not len(used):
             return result
-        n_rows = len(self.mean)
-        own, more = used[used < n_rows], used[used >= n_rows] - n_rows
         sd = torch.cat([self.sd[own], torch.stack([self.tau, self.unseen_sd])[more]])
         return result + every[:, used] @ (sd * noise(used))
 
@@ -199,6 +200,9 @@ def fit_departures(
     wider = (own.se[kept][rows] / table.spread) ** 2 / noise - 1.0
     gain = np.minimum(found.sd**2 / noise, 1.0)
     variance[rows] = (found.sd * table.spread) ** 2 * (1.0 + gain * wider)
+    # conditions of a context share their controls: the noise of these may be in what is expected, too, and pass for an effect
+    of_controls = own.noise[kept][rows] - 1.0 / table.n[table.treated[kept][rows]].sum(1)
+    variance[rows] += (1.0 - gain) * np.maximum(of_controls, 0.0)[:, None] * table.spread**2
     return mean, variance
 
 
