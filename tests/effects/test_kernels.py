@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+import torch
 
-from pertura.effects import feature_blocks, fit_kernels
+from pertura.effects import feature_blocks, fill_missing, fit_kernels
 from pertura.effects._kernels import _MEAN_VARIANCE, _Process, _slopes, correlations
 
 BLOCKS = [slice(0, 10), slice(10, 20), slice(20, 30)]
@@ -185,6 +186,11 @@ def test_a_missing_block_is_average():
         found.predict(row)[0] for row in (np.array([[3.0, 3.0, 4.0, 2.0]]), np.array([[0.0, 0.0, 4.0, 2.0]]))
     )
     np.testing.assert_allclose(given, missing, atol=0.5)
+    # as a linear map of the features, too
+    asked = np.array([[2.0, 4.0, 3.5, 2.5], [0.0, 0.0, 4.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
+    center, block = torch.as_tensor(found.center), torch.as_tensor(found.block)
+    linear = fill_missing(torch.as_tensor(asked), center, block).numpy() @ found.weight + found.intercept
+    np.testing.assert_allclose(linear, found.predict(asked)[0], atol=1e-6)
     assert (
         found.predict(np.array([[0.0, 0.0, 4.0, 2.0]]))[1] > found.predict(np.array([[3.0, 3.0, 4.0, 2.0]]))[1]
     ).all()

@@ -176,6 +176,18 @@ def test_unseen_perturbations_by_their_features(measure):
     sd = found.variance(new, torch.ones(1, 1)).sqrt()[0]
     np.testing.assert_allclose(sd, found.unseen_sd, rtol=1e-6)
     assert (np.abs(predicted - effect[30]) < 4 * sd.numpy()).all()
+    # a source that is missing is taken as average
+    two = fit_measured(
+        measure(AnnData(x.astype(np.float32), obs=obs), setup=PLAIN),
+        30,
+        features=features[:30] + 3.0,
+        feature_blocks=[[0], [1, 2]],
+    )
+    absent, average = (
+        torch.tensor([[[v, 3.5, 2.0]]], dtype=torch.float32) for v in (0.0, features[:30, 0].mean() + 3.0)
+    )
+    moved = (two.offset(new, torch.ones(1, 1), features=f)[0].numpy() for f in (absent, average))
+    np.testing.assert_allclose(*moved, atol=1e-4)
     # with nothing but their names, all unseen ones are the mean perturbation
     table = measure(AnnData(x.astype(np.float32), obs=obs), setup=PLAIN)
     plain = fit_measured(table, 30)

@@ -12,6 +12,7 @@ from pyro.infer import Trace_ELBO
 from scipy import sparse
 
 from pertura.module import Action, Cells, DrugAAE
+from pertura.module._drugaae import ClosedForm
 from pertura.nn import DescriptionEncoder, GeneEmbedding
 from pertura.train import AdversarialPlan
 
@@ -205,3 +206,15 @@ def test_every_parameter_is_in_exactly_one_optimizer():
 def test_adversary_counts_from_its_own_steps():
     plan = AdversarialPlan(make(), warmup_start=0.2, warmup_end=0.6)
     assert [plan.adversary_share(p) for p in (0.0, 0.2, 0.4, 0.6, 1.0)] == pytest.approx([0, 0, 0.5, 1, 1])
+
+
+def test_sources_that_are_missing_are_average():
+    closed = ClosedForm(n_genes=4, n_perturbations=2, n_contexts=1, n_features=3, n_components=4)
+    closed.weight.copy_(torch.randn(3, 4))
+    closed.feature_center.copy_(torch.tensor([2.0, -1.0, 5.0]))
+    closed.feature_block.copy_(torch.tensor([0, 0, 1]))
+    asked = torch.tensor([[[0.0, 0.0, 1.0]], [[2.0, -1.0, 1.0]], [[0.0, -1.0, 1.0]]])
+    no = torch.zeros(3, 1, dtype=torch.bool)
+    found = closed(torch.zeros(3, 1, dtype=torch.long), asked, torch.zeros(3, dtype=torch.long), no, no)
+    torch.testing.assert_close(found[0], found[1])
+    assert not torch.allclose(found[0], found[2])  # a single 0 is a value

@@ -25,7 +25,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         ],
         "_discrepancy": ["Discrepancy", "Error", "Spread", "calibrate", "fit_discrepancy", "fit_error", "widened"],
         "_dosed": ["DoseEffects", "fit_curvature", "fit_dosed"],
-        "_kernels": ["KernelFit", "feature_blocks", "fit_kernels"],
+        "_kernels": ["KernelFit", "feature_blocks", "fill_missing", "fit_kernels"],
         "_measured": ["MeasuredEffect", "fit_departures", "fit_measured"],
         "_matching": ["matched_differences"],
         "_network": ["NetworkPosterior", "fit_network", "fit_rows", "fit_shifts", "measure_covariation", "own_shifts"],

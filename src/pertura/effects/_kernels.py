@@ -21,9 +21,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.linalg import lapack
 from scipy.optimize import minimize
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +100,7 @@ class KernelFit:
 
     @property
     def weight(self) -> Matrix:
-        """Of a perturbation all of whose blocks are known the effect is ``features @ weight + intercept``."""
+        """The effect is ``features @ weight + intercept``, with :func:`fill_missing` of the features."""
         total = self._slopes.copy()
         if self._fit is not None:
             for (block, own), coefficients in zip(self._blocks, self._fit.coefficients, strict=True):
@@ -108,7 +110,20 @@ class KernelFit:
     @property
     def intercept(self) -> NDArray[np.float64]:
         """See :attr:`weight`; ``(n_genes,)``."""
-        return self.mean - self._blocks.center @ self.weight
+        return self.mean - self.center @ self.weight
+
+    @property
+    def center(self) -> NDArray[np.float64]:
+        """Mean of each feature where its block is known, ``(n_features,)``."""
+        return self._blocks.center
+
+    @property
+    def block(self) -> NDArray[np.int64]:
+        """Number of the block of each feature, ``(n_features,)``."""
+        result = np.zeros(len(self.center), dtype=np.int64)
+        for number, columns in enumerate(self._blocks.columns):
+            result[columns] = number
+        return result
 
 
 @dataclass
@@ -186,6 +201,23 @@ class _Blocks:
             if found.any():
                 result.append((np.arange(len(self.center))[block][found], np.asarray(genes)[found]))
         return result
+
+
+def fill_missing(features: Tensor, center: Tensor, block: Tensor) -> Tensor:
+    """Features with the mean in place of blocks that are all 0, which are missing.
+
+    Parameters
+    ----------
+    features
+        ``(..., n_features)``.
+    center, block
+        As in :class:`KernelFit`.
+    """
+    if not len(block):
+        return features
+    known = features.new_zeros(*features.shape[:-1], int(block.max()) + 1)
+    known = known.index_add(-1, block, (features != 0).to(features))
+    return torch.where(known[..., block] > 0, features, center.to(features))
 
 
 def feature_blocks(names: Sequence[str]) -> list[NDArray[np.int64]]:

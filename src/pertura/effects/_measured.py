@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pertura.data._constants import CONTROL_ONLY, UNKNOWN
 
-from ._kernels import fit_kernels
+from ._kernels import fill_missing, fit_kernels
 from ._shrink import Halves, shrink
 from ._table import ConditionTable
 
@@ -54,6 +54,8 @@ class MeasuredEffect(nn.Module):
         Sd of what combinations differ from the sum of their members, ``(n_genes,)``; 0 where no combination was measured.
     intercept, feature_weight, unseen_sd
         Effect of an unseen perturbation with features f: ``intercept + f @ feature_weight``, and the sd of its error.
+    feature_center, feature_block
+        What stands for features that are missing; see :func:`~pertura.effects.fill_missing`.
     """
 
     def __init__(
@@ -70,6 +72,8 @@ class MeasuredEffect(nn.Module):
         self.register_buffer("tau", torch.zeros(n_genes))
         self.register_buffer("intercept", torch.zeros(n_genes))
         self.register_buffer("feature_weight", torch.zeros(n_features, n_genes))
+        self.register_buffer("feature_center", torch.zeros(n_features))
+        self.register_buffer("feature_block", torch.zeros(n_features, dtype=torch.long))
         self.register_buffer("unseen_sd", torch.zeros(n_genes))
 
     def offset(
@@ -108,6 +112,7 @@ class MeasuredEffect(nn.Module):
             strength = dose_strength * (codes == UNKNOWN)
             result = result + strength.sum(-1, keepdim=True) * self.intercept
             if features is not None and self.feature_weight.shape[0]:
+                features = fill_missing(features, self.feature_center, self.feature_block)
                 result = result + (strength[..., None] * features).sum(-2) @ self.feature_weight
         if noise is None or not len(used):
             return result
@@ -283,6 +288,8 @@ def fit_measured(
         unseen = fit_kernels(described, effects.effect[single], feature_blocks, noise=effects.noise[single], unit=unit)
         result.intercept.copy_(torch.as_tensor(unseen.intercept))
         result.feature_weight.copy_(torch.as_tensor(unseen.weight))
+        result.feature_center.copy_(torch.as_tensor(unseen.center))
+        result.feature_block.copy_(torch.as_tensor(unseen.block))
         # one perturbation does not say how much others differ from it
         result.unseen_sd.copy_(torch.as_tensor(unseen.sd if len(single) > 1 else prior_sd))
     result.mean.copy_(torch.as_tensor(mean))

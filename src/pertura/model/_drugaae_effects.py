@@ -109,6 +109,7 @@ def fit_effects(module: Module, table: ConditionTable, max_dose: Sequence[float]
     _store(closed, left_out=left_out @ basis)
     if fit is not None:
         _store(closed, weight=fit.weight @ basis, intercept=(fit.intercept - found.overall) @ basis)
+        _store(closed, feature_center=fit.center, feature_block=fit.block)
     if first:
         module.start_dose_response(found.log_k, found.log_n)
     _hold_out(module, found.measured)

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
+from pertura.effects import fill_missing
 from pertura.nn._descriptions import DescriptionEncoder, contrast
 from pertura.nn._mlp import MLP
 from pertura.nn._propagation import GeneEmbedding
@@ -79,6 +80,8 @@ class ClosedForm(nn.Module):
         Mean effect of each context and, last, over contexts, ``(n_contexts + 1, n_components)``.
     weight, intercept
         What a perturbation differs by from the mean effect, as its features say: ``intercept + features @ weight``.
+    feature_center, feature_block
+        What stands for features that are missing; see :func:`~pertura.effects.fill_missing`.
     left_out
         The same of trained perturbations, each predicted from all others, ``(n_perturbations, n_components)``.
     """
@@ -92,6 +95,8 @@ class ClosedForm(nn.Module):
         self.register_buffer("common", torch.zeros(n_contexts + 1, n_components))
         self.register_buffer("weight", torch.zeros(n_features, n_components))
         self.register_buffer("intercept", torch.zeros(n_components))
+        self.register_buffer("feature_center", torch.zeros(n_features))
+        self.register_buffer("feature_block", torch.zeros(n_features, dtype=torch.long))
         self.register_buffer("left_out", torch.zeros(n_perturbations, n_components))
 
     def forward(self, code: Tensor, features: Tensor, context: Tensor, known: Tensor, as_measured: Tensor) -> Tensor:
@@ -114,6 +119,7 @@ class ClosedForm(nn.Module):
             measured = torch.where(inside, measured, self.effects[code].mean(-2))
         # what a trained perturbation taught must not come back as a prediction of it
         trained = (known & self.measured[code])[..., None]
+        features = fill_missing(features, self.feature_center, self.feature_block)
         predicted = torch.where(trained, self.left_out[code], features @ self.weight + self.intercept)
         return torch.where(as_measured[..., None], measured, predicted + self.common[place])
 
