@@ -100,6 +100,8 @@ def test_novelty_with_features():
     assert matrix.dtype == np.float32 and matrix.tolist() == [[2.0], [0.0], [0.0]]
     matrix[0] = 5.0  # not a view of the table, which pandas 3 would not let one write to
     assert vocabulary.feature_matrix(["D"]).tolist() == [[2.0]]
+    # a table that describes no perturbation of the data
+    assert build_vocabulary(pd.Series(["A"]), "ctrl", features=table[:0]).feature_matrix(["A"]).tolist() == [[0.0]]
     with pytest.raises(ValueError, match="no perturbation features"):
         build_vocabulary(pd.Series(["A"]), "ctrl").feature_matrix(["A"])
 

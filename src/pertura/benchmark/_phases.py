@@ -121,7 +121,10 @@ def _phases(cls: Any, adata: AnnData, n_steps: int, n_names: int) -> dict[str, A
             for _ in range(20):
                 model.module.likelihood.rate(model.module.decoder(z, None), library)
 
-    decode()
+    try:
+        decode()
+    except (AttributeError, RuntimeError):  # a model that decodes more than its latent state has no such bare decode
+        return result
     bare = _clocked(decode) / (20 * len(control))
     result["bare_decodes_per_s"] = 1.0 / bare
     result["mean_predictions_per_s"] = FEW_SAMPLES / each

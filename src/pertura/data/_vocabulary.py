@@ -124,7 +124,9 @@ class Vocabulary:
             raise ValueError("no perturbation features were registered")
         values, index = self._feature_values
         at = np.array([index.get(name, -1) for name in names], dtype=np.int64)
-        return np.where(at[:, None] >= 0, values[at], np.float32(0.0))
+        result, known = np.zeros((len(at), values.shape[1]), dtype=np.float32), at >= 0
+        result[known] = values[at[known]]
+        return result
 
     @cached_property
     def _feature_values(self) -> tuple[np.ndarray, dict[str, int]]:
