@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -450,12 +451,13 @@ class InfoSEM(GRNModel):
         """A module that was trained on some of the cells for as many steps, within limits."""
         steps = len(self.history_["elbo_train"]) * -(-len(self.train_indices) // self._asked["batch_size"])
         epochs = max(1, round(min(steps, _MAX_STEPS_AGAIN) / -(-len(rows) // self._asked["batch_size"])))
-        given = {**self.init_params_["non_kwargs"], "combine": False, "alpha": self.module.alpha, "n_ensemble": 1}
-        given["prior"] = "none"
+        other = copy(self)
+        other.options = replace(self.options, prior="none", combine=False, alpha=self.module.alpha, n_ensemble=1)
+        other.is_trained_, other.history_ = False, None
+        other._after_training = lambda *_: None  # it predicts nothing
         with torch.random.fork_rng(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            other = type(self)(self.adata, **given)
-            other._after_training = lambda *_: None  # it predicts nothing
+            other._make_module()
             split = {"external_indexing": [np.sort(rows)]}
             other.train(epochs, datasplitter_kwargs=split, enable_progress_bar=False, **self._asked)
         return other.module
