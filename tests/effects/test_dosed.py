@@ -61,8 +61,25 @@ def test_effects_of_doses_and_combinations_are_solved_together():
     rng = np.random.default_rng(4)
     truth = 3 * rng.normal(size=(4, 6))
     design = np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0.5, 0], [0, 0, 1, 0], [1, 0, 0, 1], [0, 0, 0, 0.7]])
-    found, _, _ = solve_effects(design, design @ truth, np.full((6, 6), 1e-6))
+    found, *_ = solve_effects(design, design @ truth, np.full((6, 6), 1e-6))
     assert correlations(found, truth).min() > 0.98
+
+
+def test_a_context_in_which_perturbations_do_less_has_a_smaller_amplitude(measure):
+    rng = np.random.default_rng(2)
+    own, planted = rng.normal(size=(20, 30)), np.array([1.0, 0.3, 1.0])
+    what, context = np.repeat(np.arange(20), 6), np.tile(np.repeat(np.arange(3), 2), 20)
+    x = np.concatenate([np.zeros((60, 30)), planted[context][:, None] * own[what]]) + 0.1 * rng.normal(size=(180, 30))
+    obs = {"perturbation": ["ctrl"] * 60 + [f"p{w:02d}" for w in what], "cell_type": [*np.arange(60) % 3, *context]}
+    obs = pd.DataFrame(obs).astype(str)
+    setup = CONTINUOUS | {"context_key": "cell_type", "dose_key": None}
+    adata = AnnData(x.astype(np.float32), obs=obs.set_axis(obs.index.astype(str)))
+    rows = np.flatnonzero((obs["perturbation"] != "p05") | (obs["cell_type"] != "1"))
+    found = fit_dosed(measure(adata, rows=rows, setup=setup), np.ones(20))
+    np.testing.assert_allclose(found.amplitude(own), np.stack([planted, np.zeros(3)], 1), atol=0.15)
+    # what a perturbation does elsewhere is worth less there
+    np.testing.assert_allclose(found.effect[5, 1], planted[1] * own[5], atol=0.25)
+    assert np.abs(found.effect[5, 1] - planted[0] * own[5]).mean() > 0.4
 
 
 def curved_profiles(kappa: list[float], doses: list[float], noise: float) -> AnnData:

@@ -214,7 +214,20 @@ def test_sources_that_are_missing_are_average():
     closed.feature_center.copy_(torch.tensor([2.0, -1.0, 5.0]))
     closed.feature_block.copy_(torch.tensor([0, 0, 1]))
     asked = torch.tensor([[[0.0, 0.0, 1.0]], [[2.0, -1.0, 1.0]], [[0.0, -1.0, 1.0]]])
-    no = torch.zeros(3, 1, dtype=torch.bool)
-    found = closed(torch.zeros(3, 1, dtype=torch.long), asked, torch.zeros(3, dtype=torch.long), no, no)
+    no, code = torch.zeros(3, 1, dtype=torch.bool), torch.zeros(3, 1, dtype=torch.long)
+    found = closed(code, asked, code[:, 0], no, no, torch.ones(3, 1))
     torch.testing.assert_close(found[0], found[1])
     assert not torch.allclose(found[0], found[2])  # a single 0 is a value
+
+
+def test_effects_predicted_from_features_have_an_amplitude_of_their_own_in_each_context_and_at_middle_doses():
+    closed = ClosedForm(n_genes=4, n_perturbations=2, n_contexts=2, n_features=3, n_components=4)
+    closed.weight.copy_(torch.randn(3, 4))
+    closed.common.copy_(torch.randn(3, 4))
+    closed.amplitude.copy_(torch.tensor([[1.0, 0.0], [0.25, 0.5], [0.5, 0.0]]))
+    asked, no, code = torch.randn(1, 1, 3), torch.zeros(3, 1, dtype=torch.bool), torch.zeros(3, 1, dtype=torch.long)
+    predicted = (asked @ closed.weight)[0, 0]
+    for strength, amplitude in ((1.0, (1.0, 0.25, 0.5)), (0.5, (0.5, 0.625, 0.25))):
+        found = closed(code, asked, torch.arange(3), no, no, torch.full((3, 1), strength))[:, 0]
+        expected = torch.stack([strength * c + a * predicted for c, a in zip(closed.common, amplitude, strict=True)])
+        torch.testing.assert_close(found, expected)

@@ -18,6 +18,26 @@ Matrix = NDArray[np.float64]
 _LOG_K, _LOG_N = (-1.5, -0.75, 0.0, 0.75), (-0.5, 0.0, 0.5)
 _KAPPA = np.geomspace(0.1, 1e4, 21)
 _MAX_SOLVED = 500  # perturbations up to which the shape of the dose response is chosen
+_AMPLITUDE_PRIOR = 5.0  # perturbations that an amplitude of 1 counts for
+
+
+@dataclass(frozen=True)
+class _Rest:
+    """What conditions of one perturbation each differ by from the mean effect at their dose.
+
+    Attributes
+    ----------
+    code, context, strength, noise
+        Perturbation, context, dose response and squared standard error of each condition, ``(n_conditions,)``.
+    value
+        ``(n_conditions, n_genes)``.
+    """
+
+    code: NDArray[np.int64]
+    context: NDArray[np.int64]
+    strength: NDArray[np.float64]
+    noise: NDArray[np.float64]
+    value: Matrix
 
 
 @dataclass(frozen=True)
@@ -35,7 +55,8 @@ class DoseEffects:
     overall
         That average, ``(n_genes,)``.
     deviation
-        What a perturbation differs by from the mean effect, averaged over contexts, ``(n_perturbations, n_genes)``.
+        What a perturbation differs by from the mean effect, averaged over contexts, ``(n_perturbations, n_genes)``. Where a
+        context lacks a perturbation, `effect` takes it times what such averages over the other contexts are worth there.
     measured
         Whether a perturbation was measured, ``(n_perturbations,)``.
     log_k, log_n
@@ -49,12 +70,45 @@ class DoseEffects:
     measured: NDArray[np.bool_]
     log_k: float
     log_n: float
+    _rest: _Rest
+
+    def amplitude(self, predicted: Matrix) -> NDArray[np.float64]:
+        """What predicted deviations have to be multiplied with in each context to fit the measured ones best, ``(n_contexts, 2)``.
+
+        First what goes with the dose response s, then with :func:`halfway` of s. 1 and 0 in contexts without such perturbations; the
+        first is 1 with a single context.
+
+        Parameters
+        ----------
+        predicted
+            ``(n_perturbations, n_genes)``, of each from others alone; 0: none is predicted.
+        """
+        return _amplitude(self._rest, predicted[self._rest.code], len(self.mean))
+
+
+def _amplitude(rest: _Rest, predicted: Matrix, n_contexts: int) -> NDArray[np.float64]:
+    agreed, length = ((v * predicted).mean(1) / rest.noise for v in (rest.value, predicted))
+    terms = np.stack([rest.strength, halfway(rest.strength)], 1)
+    found = np.tile([1.0, 0.0], (n_contexts, 1))
+    prior = _AMPLITUDE_PRIOR * (length @ terms**2) / np.maximum(np.count_nonzero(length[:, None] * terms, axis=0), 1)
+    prior[0] += np.inf if n_contexts == 1 else 0.0
+    prior = np.minimum(prior, 1e12) + 1e-12
+    for c in np.unique(rest.context):
+        own = rest.context == c
+        gram = (terms[own].T * length[own]) @ terms[own] + np.diag(prior)
+        found[c] = np.linalg.solve(gram, terms[own].T @ agreed[own] + prior * (1.0, 0.0))
+    return found
 
 
 def hill(dose: NDArray, log_k: float, log_n: float) -> NDArray[np.float64]:
     """Hill curve that is 0 at dose 0 and 1 at dose 1."""
     k, power = np.exp(log_k) ** np.exp(log_n), np.maximum(dose, 0.0) ** np.exp(log_n)
     return power * (1.0 + k) / (power + k)
+
+
+def halfway(strength: NDArray) -> NDArray[np.float64]:
+    """1 where a dose response is one half, 0 at none, at the highest dose and beyond."""
+    return np.maximum(4.0 * strength * (1.0 - strength), 0.0)
 
 
 def fit_curvature(table: ConditionTable, max_dose: NDArray[np.float64]) -> NDArray[np.float64] | None:
@@ -144,18 +198,25 @@ def fit_dosed(table: ConditionTable, max_dose: NDArray[np.float64]) -> DoseEffec
     by_context = solved[curve][1]
 
     number, total = np.zeros(n), np.zeros((n, table.n_genes))
-    for seen, effects, mean in by_context.values():
+    own = np.zeros((n, table.n_contexts, table.n_genes))
+    for c, (seen, effects, mean) in by_context.items():
         number[seen] += 1
-        total[seen] += effects - mean
+        own[seen, c] = effects - mean
+        total[seen] += own[seen, c]
     deviation = total / np.maximum(number, 1.0)[:, None]
     overall = np.mean([mean for _, _, mean in by_context.values()] or [np.zeros(table.n_genes)], axis=0)
     means = np.tile(overall, (table.n_contexts, 1))
     for c, (_, _, mean) in by_context.items():
         means[c] = mean
-    effect = means + deviation[:, None]
+    alone = np.flatnonzero(present.sum(1) == 1)
+    code, at = codes[alone].max(1), context[alone]
+    strength = (hill(relative[alone], *curve) * present[alone]).sum(1)
+    rest = _Rest(code, at, strength, variance[alone].mean(1) + 1e-8, effect[alone] - strength[:, None] * means[at])
+    elsewhere = (total[code] - own[code, at]) / np.maximum(number[code] - 1, 1.0)[:, None]
+    effect = means + _amplitude(rest, elsewhere, table.n_contexts)[:, :1] * deviation[:, None]
     for c, (seen, effects, _) in by_context.items():
         effect[seen, c] = effects
-    return DoseEffects(effect, means, overall, deviation, number > 0, *curve)
+    return DoseEffects(effect, means, overall, deviation, number > 0, *curve, rest)
 
 
 def solve_effects(

@@ -90,12 +90,13 @@ def fit_effects(module: Module, table: ConditionTable, max_dose: Sequence[float]
     signatures = [genes.numpy() for genes in module.signature_genes]
     described = found.measured & (features != 0).any(1)
     fit: KernelFit | None = None
-    left_out = np.zeros(found.deviation.shape)
+    left_out, amplitude = np.zeros(found.deviation.shape), np.tile([1.0, 0.0], (table.n_contexts, 1))
     if described.any():
         own = [np.full(module.n_text, -1)] * bool(module.n_text) + signatures
         target = found.deviation[described] + found.overall
         fit = fit_kernels(features[described], target, blocks_of(module), own=own)
         left_out[described] = fit.left_out - found.overall
+        amplitude = found.amplitude(left_out)
     common = np.concatenate([found.mean, found.overall[None]])
     effects = found.effect * found.measured[:, None, None]
     scale = _signature_scale(features, module.n_text, signatures, found)
@@ -106,7 +107,7 @@ def fit_effects(module: Module, table: ConditionTable, max_dose: Sequence[float]
     measured = effects[found.measured].reshape(-1, module.n_genes)
     basis = _basis(np.concatenate([measured, common, left_out[described]]), closed.n_components)
     _store(closed, basis=basis, measured=found.measured, effects=effects @ basis, common=common @ basis)
-    _store(closed, left_out=left_out @ basis)
+    _store(closed, left_out=left_out @ basis, amplitude=np.concatenate([amplitude, amplitude.mean(0)[None]]))
     if fit is not None:
         _store(closed, weight=fit.weight @ basis, intercept=(fit.intercept - found.overall) @ basis)
         _store(closed, feature_center=fit.center, feature_block=fit.block)

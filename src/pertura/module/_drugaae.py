@@ -10,7 +10,7 @@ r"""DrugAAE: an adversarial autoencoder of cells under drugs (after Park, Song a
     x_g          &\sim p\big(x \mid \langle q(z), E_g \rangle + b_g + (V a)_g\big), \quad a = \textstyle\sum_d \delta_d(u_d)\, a_{dc}
 
 :math:`a_{dc}` are coordinates, in a basis V of few components, of the effect of d in context c: as measured where d was trained,
-from its features in closed form where it was not (:func:`pertura.effects.fit_kernels`). The paper has no such term. The guide is
+from its features in closed form where it was not (:func:`pertura.effects.fit_kernels`), as far as such predictions hold in c and at that dose. The paper has no such term. The guide is
 :math:`q(z_b \mid x - V a)`, one encoder tied to E. A discriminator that only the training plan changes tries to tell the
 perturbation from :math:`z_b`; the guide is trained to make that impossible.
 
@@ -84,6 +84,9 @@ class ClosedForm(nn.Module):
         What stands for features that are missing; see :func:`~pertura.effects.fill_missing`.
     left_out
         The same of trained perturbations, each predicted from all others, ``(n_perturbations, n_components)``.
+    amplitude
+        What such predictions are multiplied with in each context and, last, elsewhere, ``(n_contexts + 1, 2)``: first with the dose
+        response s, then with 4 s (1 - s).
     """
 
     def __init__(self, n_genes: int, n_perturbations: int, n_contexts: int, n_features: int, n_components: int) -> None:
@@ -98,8 +101,11 @@ class ClosedForm(nn.Module):
         self.register_buffer("feature_center", torch.zeros(n_features))
         self.register_buffer("feature_block", torch.zeros(n_features, dtype=torch.long))
         self.register_buffer("left_out", torch.zeros(n_perturbations, n_components))
+        self.register_buffer("amplitude", torch.tensor([1.0, 0.0]).repeat(n_contexts + 1, 1))
 
-    def forward(self, code: Tensor, features: Tensor, context: Tensor, known: Tensor, as_measured: Tensor) -> Tensor:
+    def forward(
+        self, code: Tensor, features: Tensor, context: Tensor, known: Tensor, as_measured: Tensor, strength: Tensor
+    ) -> Tensor:
         """Coordinates of the effect of each member, ``(n_cells, order, n_components)``.
 
         Parameters
@@ -110,6 +116,8 @@ class ClosedForm(nn.Module):
             Code of the context of each cell, ``(n_cells,)``.
         as_measured
             Whether its measured effect is used, of the shape of `code`.
+        strength
+            Dose response of each member, ``(n_cells, order)``.
         """
         place = context.clamp(max=self.n_contexts)[:, None]
         inner = place.clamp(max=self.n_contexts - 1)
@@ -121,7 +129,10 @@ class ClosedForm(nn.Module):
         trained = (known & self.measured[code])[..., None]
         features = fill_missing(features, self.feature_center, self.feature_block)
         predicted = torch.where(trained, self.left_out[code], features @ self.weight + self.intercept)
-        return torch.where(as_measured[..., None], measured, predicted + self.common[place])
+        full, middle = self.amplitude[place].unbind(-1)
+        there = (full * strength + middle * (4.0 * strength * (1.0 - strength)).clamp(min=0.0)).clamp(min=0.0)
+        predicted = there[..., None] * predicted + strength[..., None] * self.common[place]
+        return torch.where(as_measured[..., None], strength[..., None] * measured, predicted)
 
 
 class DrugAAE(LatentModule):
@@ -350,9 +361,8 @@ class DrugAAE(LatentModule):
             inside = (context < self.n_contexts)[:, None]
             c = self.interaction_context[context.clamp(max=self.n_contexts - 1)] * inside
             moved = v + ((v @ self.interaction_in) * c[:, None]) @ self.interaction_out
-        effect = self.closed_form(code, features, context, known, own)
-        shift, effect = ((strength[..., None] * each).sum(-2) for each in (moved, effect))
-        return shift.expand(n, -1), effect.expand(n, -1)
+        effect = self.closed_form(code, features, context, known, own, strength).sum(-2)
+        return (strength[..., None] * moved).sum(-2).expand(n, -1), effect.expand(n, -1)
 
     def dose_response(self, v: Tensor, dose: Tensor) -> Tensor:
         """Hill curve of each perturbation, whose shape follows from its vector."""
