@@ -293,6 +293,22 @@ MUTANTS = [
         "batch_of_the_cell and SAMSVAE",
     ),
     Mutant(
+        "descriptions-believed-alike-in-all-contexts",
+        "module/_drugaae.py",
+        "full * strength + middle",
+        "strength + middle",
+        "module/test_drugaae.py",
+        "amplitude",
+    ),
+    Mutant(
+        "amplitudes-not-measured",
+        "effects/_dosed.py",
+        "terms[own].T @ agreed[own] + prior",
+        "terms[own].T @ length[own] + prior",
+        "effects/test_dosed.py",
+        "amplitude",
+    ),
+    Mutant(
         "batch-ignored-by-drugaae",
         "module/_drugaae.py",
         "return self.decoder_out(self.decoder(self.with_batch(state, batch)))",

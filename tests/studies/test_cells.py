@@ -148,3 +148,24 @@ def test_infosem_with_a_dense_inverse_is_the_same_model():
 
     table = study.study((60,), n_regulators=10, n_cells=128, n_steps=1)
     assert (table["max_difference"] < 1e-4).all() and (table["seconds_per_epoch_dense"] > 0).all()
+
+
+def test_coverage_of_all_genes_and_of_the_largest_by_question():
+    from interval_coverage import METRICS, QUESTIONS, screen, summary
+
+    first, second = list(QUESTIONS)[:2]
+    rows = [("Linear", first, 0, (0.9, 0.8)), ("Linear", first, 1, (0.8, 0.6)), ("CPA", second, 0, (1.0, 0.5))]
+    table = pd.DataFrame(
+        [
+            {"model": m, "question": q, "seed": seed, "metric": name, "value": value}
+            for m, q, seed, values in rows
+            for name, value in zip(METRICS, values, strict=True)
+        ]
+    )
+    found = summary(table).set_index("model")
+    assert found.loc["Linear", first] == "0.85; 0.70"
+    assert (found.loc["CPA", first], found.loc["CPA", second]) == ("", "1.00; 0.50")
+
+    data = screen(n_perturbations=6, n_drug_classes=3, n_cells_per_condition=5, n_control_cells=10, n_truth_cells=5)
+    described = data.adata.uns[data.setup["perturbation_features_key"]]
+    assert set(described.index) == set(data.labels) - {data.control} and (described != 0).any(axis=None)
