@@ -14,6 +14,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "_beeline": ["BeelineLabels", "beeline_curated", "beeline_labels", "beeline_mdc"],
+        "_beeline_archive": ["beeline"],
         "_crispr": ["norman_mcfaline_mini", "papalexi_2021"],
         "_drugs": ["lincs_l1000_ht115", "repurposing_hub", "tggates_hepatocytes"],
         "_fetch": [
@@ -25,7 +26,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "fill_cache",
             "registry",
         ],
-        "_networks": ["biobert_mesc500", "dorothea", "gene_sets", "ppi", "trrust"],
+        "_networks": ["biobert_mesc500", "dorothea", "gene_sets", "motif_network", "ppi", "trrust"],
         "_sachs": ["sachs_2005"],
         "_signatures": ["op3_2023", "sciplex_2020", "tahoe_2025"],
         "_simulate": ["simulate"],

@@ -23,6 +23,12 @@ def _clean(edges: pd.DataFrame) -> pd.DataFrame:
     return edges.drop_duplicates(["source", "target"], ignore_index=True)
 
 
+def signed_edges(network: pd.DataFrame) -> pd.DataFrame:
+    """Edges of a simulated network: 1 activates, -1 represses."""
+    weight = network["Type"].map({"+": 1.0, "-": -1.0})
+    return pd.DataFrame({"source": network["Gene1"], "target": network["Gene2"], "weight": weight})
+
+
 def _add_truth(adata: AnnData, edges: pd.DataFrame) -> None:
     adata.varp["true_grn"] = edges_to_csr(edges, adata.var_names)
     adata.uns["ground_truth"] = edges
@@ -119,14 +125,7 @@ def beeline_curated(model: Literal["GSD", "HSC"] = "GSD") -> AnnData:
     expression_path, network_path, time_path = (fetch(key) for key in keys)
 
     expression = pd.read_csv(expression_path, index_col=0).T
-    network = pd.read_csv(network_path)
-    edges = pd.DataFrame(
-        {
-            "source": network["Gene1"],
-            "target": network["Gene2"],
-            "weight": network["Type"].map({"+": 1.0, "-": -1.0}),
-        }
-    )
+    edges = signed_edges(pd.read_csv(network_path))
     time = pd.read_csv(time_path, index_col=0).loc[expression.index]
     position, column = np.nonzero(time.notna().to_numpy())  # one trajectory per cell
     if not np.array_equal(position, np.arange(len(time))):

@@ -56,6 +56,7 @@ CITATIONS: Final[dict[str, str]] = {
         f"{_BEELINE}; expression: Shalek et al. 2014, Single-cell RNA-seq reveals dynamic paracrine control "
         "of cellular variation, Nature 510:363-369, doi:10.1038/nature13437"
     ),
+    "beeline": _BEELINE,
     "beeline_curated": _BEELINE,
     "sachs_2005": (
         "Sachs et al. 2005, Causal protein-signaling networks derived from multiparameter single-cell data, Science "
@@ -75,6 +76,10 @@ CITATIONS: Final[dict[str, str]] = {
     "dorothea_human": (
         "Garcia-Alonso et al. 2019, Benchmark and integration of resources for the estimation of human "
         "transcription factor activities, Genome Res 29:1363-1375, doi:10.1101/gr.240663.118"
+    ),
+    "motif_grn_mm10": (
+        "Kamimoto et al. 2023, Dissecting cell identity via network inference and in silico gene perturbation, Nature "
+        "614:742-751, doi:10.1038/s41586-022-05688-9"
     ),
     "hallmark": (
         "Liberzon et al. 2015, The Molecular Signatures Database hallmark gene set collection, Cell Syst "

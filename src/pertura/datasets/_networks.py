@@ -11,7 +11,7 @@ from ._common import choose, describe
 from ._fetch import fetch
 from ._r import read_rda_columns
 
-__all__ = ["biobert_mesc500", "dorothea", "gene_sets", "ppi", "trrust"]
+__all__ = ["biobert_mesc500", "dorothea", "gene_sets", "motif_network", "ppi", "trrust"]
 
 
 def ppi(resource: Literal["huri", "lit_bm"] = "huri") -> pd.DataFrame:
@@ -157,6 +157,40 @@ def dorothea(levels: str = "ABC") -> pd.DataFrame:
     table = table.rename(columns={"tf": "source", "mor": "weight"})[["source", "target", "weight", "confidence"]]
     table.attrs["dataset"] = describe("dorothea_human")
     return table
+
+
+def motif_network() -> pd.DataFrame:
+    """Regulators of mouse whose binding motif is in the promoter of a gene: edges that come from sequence, not from the literature.
+
+    Returns
+    -------
+    One row per pair: ``source``, ``target``, ``weight`` (1), 1,079 regulators, 24,541 genes and 2,678,188 pairs by mouse symbol. A motif does not say that the
+    regulator binds in a given type of cell. ``attrs["dataset"]``: provenance.
+
+    Raises
+    ------
+    DataNotAvailable
+        Neither cache nor network has the file.
+    ImportError
+        pyarrow, which reads the file, is not installed.
+
+    References
+    ----------
+    Kamimoto et al. 2023, Nature 614:742-751.
+    """
+    path = fetch("motif_grn_mm10")
+    try:
+        table = pd.read_parquet(path, engine="pyarrow")
+    except ImportError as error:
+        raise ImportError("`motif_network` needs pyarrow to read its file: pip install 'pertura[motif]'.") from error
+    # one row per peak; a gene has several
+    regulators = table.columns.drop(["peak_id", "gene_short_name"])
+    of_row, genes = pd.factorize(table["gene_short_name"], sort=True)
+    row, column = np.nonzero(table[regulators].to_numpy())
+    target, source = np.divmod(np.unique(of_row[row] * len(regulators) + column), len(regulators))
+    edges = pd.DataFrame({"source": regulators[source], "target": genes[target], "weight": 1.0})
+    edges.attrs["dataset"] = describe("motif_grn_mm10")
+    return edges
 
 
 @overload
