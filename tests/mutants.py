@@ -893,6 +893,22 @@ MUTANTS = [
         "sign",
     ),
     Mutant(
+        "noise-replaces-the-state",
+        "module/_infosem.py",
+        "(_MAX_SCALE - _MIN_SCALE) * log_scale.sigmoid()",
+        "F.softplus(log_scale)",
+        "model/test_infosem.py",
+        "noise_of_its_own",
+    ),
+    Mutant(
+        "archive-of-other-bytes-is-read",
+        "datasets/_beeline_archive.py",
+        "puller.load_registry_from_doi()",
+        "puller.registry[archive] = None",
+        "datasets/test_beeline_archive.py",
+        "other_bytes",
+    ),
+    Mutant(
         "prior-of-pairs-ignored",
         "module/_infosem.py",
         "sd = sd * self.log_size.exp()",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -211,6 +212,12 @@ def test_expression_of_which_the_truth_is_known(load_dataset):
     assert "gene_embedding" not in adata.varm and set(truths["planted"]["source"]) <= set(
         adata.var_names[adata.var["is_regulator"]]
     )
+    controls, truths = _grn.network_data("simulated_controls")
+    assert (
+        controls.shape == (1000, 100)
+        and set(controls.obs["perturbation"]) == {"control"}
+        and len(truths["planted"]) > 100
+    )
     scorers = _grn.grn_models()
     assert not _grn.needs_embedding(scorers["InfoSEM none"]) and not _grn.needs_embedding(scorers["CLR"])
     assert _grn.needs_embedding(scorers["InfoSEM B"]) and _grn.needs_embedding(scorers["embedding cosine"])
@@ -225,11 +232,16 @@ def test_expression_of_which_the_truth_is_known(load_dataset):
 
 def test_the_data_of_the_command_line(load_dataset):
     load_dataset("beeline_mdc"), load_dataset("gene_sets", collection="go_bp"), load_dataset("biobert_mesc500")
+    expected = {"STRING": 4815, "Specific": 756, "Non-specific": 3067}
+    if find_spec("pyarrow"):
+        load_dataset("motif_network")
+        expected["motif"] = 14060
     adata, truths = _grn.network_data()
-    assert {name: len(t) for name, t in truths.items()} == {"STRING": 4815, "Specific": 756, "Non-specific": 3067}
+    assert {name: len(t) for name, t in truths.items()} == expected
     assert adata.varm["gene_embedding"].shape == (821, 64)
     regulators = set(adata.var_names[adata.var["is_regulator"]])
     assert all(set(t["source"]) <= regulators for t in truths.values())
     small, fewer = _grn.beeline_data("biobert")
     assert small.n_vars == 216 and small.uns["gene_embedding"]["unmatched"].size == 0
-    assert {name: len(t) for name, t in fewer.items()} == {"STRING": 1335, "Specific": 126, "Non-specific": 756}
+    counts = {name: len(t) for name, t in fewer.items() if name != "motif"}
+    assert counts == {"STRING": 1335, "Specific": 126, "Non-specific": 756}

@@ -75,6 +75,14 @@ def test_trrust_signed(load_dataset) -> None:
 
 
 @pytest.mark.parametrize(("levels", "edges"), [("A", 5434), ("ABC", 13223), ("ABCDE", 454504)])
+def test_motif_network(load_dataset) -> None:
+    pytest.importorskip("pyarrow")
+    table = load_dataset("motif_network")
+    assert (len(table), table["source"].nunique(), table["target"].nunique()) == (2678188, 1079, 24541)
+    assert not table.duplicated(["source", "target"]).any()
+    _provenance(table, "motif_grn_mm10")
+
+
 def test_dorothea(load_dataset, levels: str, edges: int) -> None:
     table = load_dataset("dorothea", levels=levels)
     assert len(table) == edges

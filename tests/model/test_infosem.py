@@ -512,6 +512,17 @@ def test_settings_train_and_predict(informed, options):
     assert ("proba" in model.get_grn(key_added=None)) == ("preset" not in options)
 
 
+def test_noise_of_its_own_size_does_not_replace_the_state():
+    """Signs that cancel over the targets: noise of all of the variance is as likely as a state, until the weights are learned."""
+    rng = np.random.default_rng(0)
+    weight = np.triu(rng.choice([-0.5, 0, 0.5], p=[0.15, 0.7, 0.15], size=(12, 12)), 1)
+    x = gaussian(weight, 256, rng).astype(np.float32)
+    adata = ad.AnnData(x - x.min(0), var=pd.DataFrame(index=[f"g{i}" for i in range(12)]))
+    InfoSEM.setup_anndata(adata)
+    model = fitted(adata, {"max_epochs": 25, "lr": 3e-3}, preset="paper")
+    assert model.module.residual_sd.mean() < 0.7 and model.module.moved()[1] > 1
+
+
 def test_weights_that_hardly_moved_are_warned_of(informed):
     with pytest.warns(UserWarning, match="moved by 1"):
         fitted(informed, {"max_epochs": 1, "lr": 1e-6}, combine=False)

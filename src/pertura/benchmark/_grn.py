@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -148,7 +149,7 @@ def grn_models() -> dict[str, Scorer]:
     """Scorers of the command line by name, for the data of :func:`network_data`.
 
     InfoSEM learns the rows of all genes, of which those of regulators are scored. With known edges (BC) it is fitted for each split,
-    with a third of the epochs and for ``"unseen_both"`` alone. ``"paper"`` are the papers' priors and schedule.
+    with a third of the epochs and for ``"unseen_both"`` alone. ``"paper"`` and ``"deepsem"`` are the presets.
     """
     from pertura import baseline
 
@@ -171,7 +172,8 @@ def grn_models() -> dict[str, Scorer]:
         "InfoSEM B": infosem(prior="embedding"),
         "InfoSEM BC": infosem(edges=True, prior="embedding+edges", train={"max_epochs": 60}),
         "InfoSEM none, regulator rows": infosem(prior="none", regulators="is_regulator"),
-        "InfoSEM none, paper": infosem(prior="none", preset="deepsem"),
+        "InfoSEM none, deepsem": infosem(prior="none", preset="deepsem"),
+        "InfoSEM none, paper": infosem(prior="none", preset="paper"),
         "InfoSEM B, paper": infosem(prior="embedding", preset="paper"),
     }
 
@@ -181,7 +183,7 @@ def needs_embedding(model: Scorer) -> bool:
     return hasattr(model, "embedding_key") or getattr(model, "options", {}).get("prior", "none") != "none"
 
 
-NETWORK_DATA = ("beeline_mdc", "kang", "gsd", "hsc", "simulated")
+NETWORK_DATA = ("beeline_mdc", "kang", "gsd", "hsc", "simulated", "simulated_controls")
 
 
 def network_data(name: str = "beeline_mdc", embedding: str = "go_bp") -> tuple[AnnData, dict[str, pd.DataFrame]]:
@@ -192,7 +194,8 @@ def network_data(name: str = "beeline_mdc", embedding: str = "go_bp") -> tuple[A
     name
         ``"beeline_mdc"``, see :func:`beeline_data`; ``"kang"``: unstimulated blood cells of Kang et al. 2018 (the regulators of the
         networks and the 500 most variable genes), against TRRUST and DoRothEA A to C; ``"gsd"``, ``"hsc"``: BEELINE's curated models;
-        ``"simulated"``: knock-outs and controls of :func:`pertura.datasets.simulate`, their labels unused.
+        ``"simulated"``: counts of knock-outs and controls of :func:`pertura.datasets.simulate`, their labels unused;
+        ``"simulated_controls"``: log expression of 1,000 unperturbed cells of one type.
     embedding
         Source of :func:`pertura.priors.gene_embeddings` for data whose genes are real.
 
@@ -208,8 +211,14 @@ def network_data(name: str = "beeline_mdc", embedding: str = "go_bp") -> tuple[A
         adata = datasets.beeline_curated(name.upper())
         adata.var["is_regulator"] = True
         return adata, {name.upper(): adata.uns["ground_truth"]}
-    if name == "simulated":
-        adata = datasets.simulate(n_genes=200, n_regulators=20, n_perturbations=10, seed=0)
+    if name in ("simulated", "simulated_controls"):
+        kind = {"n_genes": 200, "n_perturbations": 10}
+        if name == "simulated_controls":
+            kind = {"n_genes": 100, "n_perturbations": 1, "n_cells_per_condition": 1, "n_control_cells": 1000}
+            kind |= {"n_contexts": 1, "n_unresponsive_contexts": 0, "n_batches": 1, "modality": "log"}
+        adata = datasets.simulate(n_regulators=20, seed=0, **kind)
+        if name == "simulated_controls":
+            adata = adata[adata.obs["perturbation"] == "control"].copy()
         truth = datasets.true_network(adata)
         adata.var["is_regulator"] = adata.var_names.isin(truth["source"])
         return adata, {"planted": truth}
@@ -229,7 +238,7 @@ def network_data(name: str = "beeline_mdc", embedding: str = "go_bp") -> tuple[A
 
 
 def beeline_data(embedding: str = "go_bp") -> tuple[AnnData, dict[str, pd.DataFrame]]:
-    """Mouse dendritic cells with gene embeddings, and three known networks.
+    """Mouse dendritic cells with gene embeddings, three known networks, and the motifs in promoters where pyarrow is installed.
 
     Parameters
     ----------
@@ -239,7 +248,8 @@ def beeline_data(embedding: str = "go_bp") -> tuple[AnnData, dict[str, pd.DataFr
 
     Returns
     -------
-    AnnData with ``varm["gene_embedding"]`` and ``var["is_regulator"]``; known networks by name.
+    AnnData with ``varm["gene_embedding"]`` and ``var["is_regulator"]``; known networks by name, and ``"motif"``, see
+    :func:`pertura.datasets.motif_network`.
     """
     from pertura import datasets, priors
 
@@ -252,8 +262,12 @@ def beeline_data(embedding: str = "go_bp") -> tuple[AnnData, dict[str, pd.DataFr
         adata = adata[:, priors.match_genes(adata.var_names, vectors.index) >= 0].copy()
     priors.gene_embeddings(adata, embedding)
     truths = {name: a.uns["ground_truth"] for name, a in found.items()}
-    genes = set(adata.var_names)
-    return adata, {n: t[t["source"].isin(genes) & t["target"].isin(genes)] for n, t in truths.items()}
+    if find_spec("pyarrow"):
+        motif = datasets.motif_network()
+        truths["motif"] = motif.assign(source=motif["source"].str.upper(), target=motif["target"].str.upper())
+    genes, regulators = adata.var_names, adata.var_names[adata.var["is_regulator"]]
+    kept = {n: t[t["source"].isin(regulators) & t["target"].isin(genes)] for n, t in truths.items()}
+    return adata, {n: t[t["source"] != t["target"]] for n, t in kept.items()}
 
 
 def run_grn(

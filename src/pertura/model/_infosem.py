@@ -152,7 +152,8 @@ class InfoSEM(GRNModel):
     posterior
         ``"map"`` or ``"variational"``: the latter also gives the probability that an edge has the sign it has.
     likelihood
-        ``"mse"``: the same noise for all genes while training; ``"normal"``: a variance that depends on the state.
+        ``"mse"``: half of each gene's variance is noise while training; ``"normal"``: a variance of the noise that depends on the state, and is
+        at most that. Where noise may be all of the variance, the state is soon not used and the weights shrink to 0.
     hidden
         Widths of encoder and decoder, which all genes share.
     alpha

@@ -48,7 +48,8 @@ from ._pairs import PairPrior, edge_log_odds, ranks
 # logits of known edges, pairs known to be none, and all others
 LOGITS = {1: math.log(0.95 / 0.05), -1: math.log(0.05 / 0.95), 0: 0.0}
 _FLAT_SD = 10.0  # of the noise of a gene that an experimenter sets
-_MIN_SCALE = 0.1  # of heteroscedastic noise, in standard deviations of the gene
+# of noise, in standard deviations of the gene: that of the squared error is the largest, as the state explains nothing where noise may be all
+_MIN_SCALE, _MAX_SCALE = 0.1, math.sqrt(0.5)
 _MAX_NETWORKS = 8  # drawn from a normal posterior for one prediction
 _CLIP = 10.0  # of standardized expression
 _INFORMED_AT = 0.5  # share of the training after which the weights so far teach the prior of the pairs
@@ -78,7 +79,7 @@ class InfoSEM(PerturbationModule):
     posterior
         ``"map"`` or ``"variational"`` (normal) posterior of A.
     likelihood
-        ``"mse"``: sd of half a gene's variance, as the squared error has it; ``"normal"``: sd a function of the state.
+        ``"mse"``: sd of half a gene's variance, as the squared error has it; ``"normal"``: sd a function of the state, at most that.
     hidden
         Widths of encoder and decoder.
     alpha, beta
@@ -334,9 +335,9 @@ class InfoSEM(PerturbationModule):
         """Mean and sd of standardized expression."""
         if self.heteroscedastic:
             loc, log_scale = self.decoder(state, members)
-            return loc, _MIN_SCALE + F.softplus(log_scale)
+            return loc, _MIN_SCALE + (_MAX_SCALE - _MIN_SCALE) * log_scale.sigmoid()
         (loc,) = self.decoder(state, members)
-        return loc, torch.full((), math.sqrt(0.5), device=loc.device)
+        return loc, torch.full((), _MAX_SCALE, device=loc.device)
 
     # -- scales of expression ---------------------------------------------------------------------------------------
 
