@@ -74,7 +74,6 @@ def test_trrust_signed(load_dataset) -> None:
     assert ("AATF", "CDKN1A") not in weight.index
 
 
-@pytest.mark.parametrize(("levels", "edges"), [("A", 5434), ("ABC", 13223), ("ABCDE", 454504)])
 def test_motif_network(load_dataset) -> None:
     pytest.importorskip("pyarrow")
     table = load_dataset("motif_network")
@@ -83,6 +82,7 @@ def test_motif_network(load_dataset) -> None:
     _provenance(table, "motif_grn_mm10")
 
 
+@pytest.mark.parametrize(("levels", "edges"), [("A", 5434), ("ABC", 13223), ("ABCDE", 454504)])
 def test_dorothea(load_dataset, levels: str, edges: int) -> None:
     table = load_dataset("dorothea", levels=levels)
     assert len(table) == edges

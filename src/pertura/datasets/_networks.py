@@ -186,8 +186,10 @@ def motif_network() -> pd.DataFrame:
     # one row per peak; a gene has several
     regulators = table.columns.drop(["peak_id", "gene_short_name"])
     of_row, genes = pd.factorize(table["gene_short_name"], sort=True)
+    found = np.zeros((len(genes), len(regulators)), dtype=bool)
     row, column = np.nonzero(table[regulators].to_numpy())
-    target, source = np.divmod(np.unique(of_row[row] * len(regulators) + column), len(regulators))
+    found[of_row[row], column] = True
+    target, source = np.nonzero(found)
     edges = pd.DataFrame({"source": regulators[source], "target": genes[target], "weight": 1.0})
     edges.attrs["dataset"] = describe("motif_grn_mm10")
     return edges
