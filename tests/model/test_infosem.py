@@ -533,6 +533,14 @@ def test_weights_that_hardly_moved_are_warned_of(informed):
         fitted(informed, {"max_epochs": 40, "lr": 1e-2}, combine=False)
 
 
+@pytest.mark.parametrize(("combine", "advice"), [(True, "network_shares_"), (False, "Train longer")])
+def test_weights_that_explain_little_are_warned_of(informed, monkeypatch, combine, advice):
+    shares = iter([0.1, 0.9])
+    monkeypatch.setattr("pertura.model._infosem.explained", lambda *_: next(shares))
+    with pytest.warns(UserWarning, match=f"explain 10% .* correlations 90%.*{advice}"):
+        fitted(informed, {"max_epochs": 40, "lr": 1e-2}, combine=combine)
+
+
 def test_direction(chain_model, informed):
     assert chain_model.get_grn(key_added=None).attrs["direction"] == "perturbations"
     model = fitted(informed, QUICK)

@@ -413,10 +413,10 @@ class InfoSEM(GRNModel):
             np.fill_diagonal(correlation, 0.0)
             own, other = explained(_all_rows(self.module), x), explained(correlation, x)
             if own < _LEAST_EXPLAINED * other:
-                problem = (
-                    f"explain {own:.0%} of how genes vary, and plain correlations {other:.0%}. Train longer (`max_epochs`), or "
-                    "with the default settings in place of a preset's"
-                )
+                advice = "Train longer (`max_epochs`), or with the default settings in place of a preset's"
+                if self._combines:
+                    advice = "Edges are ordered by other networks too (`network_shares_`); signs and knock-outs are not"
+                problem = f"explain {own:.0%} of how genes vary, and plain correlations {other:.0%}. {advice}"
         if problem:
             warnings.warn(
                 f"The weights of the network mean little: they {problem}.", stacklevel=settings.warnings_stacklevel + 2
