@@ -137,6 +137,7 @@ class InfoSEM(GRNModel):
         Known edges: key of ``varp`` (``[source, target]``: 1 for known edges, -1 for pairs that are known to be none), or a
         DataFrame ``source, target`` (and ``weight``). Pairs that are not listed are unknown; if none is known to be no edge, those
         of regulators and genes with a known edge teach what no edge looks like. Leave out the edges that you test with.
+        Known edges are believed: motifs in promoters (:func:`pertura.datasets.motif_network`), most of which are not bound, are none.
     regulators
         Genes whose rows are learned: boolean column of ``var``, or names. `None`: every gene; ``get_grn(regulators=)`` then keeps
         those of regulators. Their rows alone are much faster where genes are many, and less accurate: shared variation
