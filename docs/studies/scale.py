@@ -2,23 +2,31 @@
 
 Each size is a process of its own. Expression is random, 10 % of it not zero. Seconds are those of the processor, on one thread, so that
 other jobs on the machine matter little; memory is the largest that the process had, of which imports are about 0.6 GiB.
+
+``--cold 200000`` trains on so many cells in memory, from a backed file and from a collection in turn, in seconds of the clock, each time after
+the system forgot the files (Linux only). ``--peak 200000 1000000`` trains an epoch, measures effects, saves and predicts, for each number of cells.
 """
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import h5py
 import numpy as np
 import pandas as pd
 from anndata import AnnData, read_h5ad
+from h5py._hl.filters import guess_chunk
 from lightning.pytorch.callbacks import Callback
 
 BASE = {"n_cells": 10_000, "n_genes": 2000, "n_perturbations": 100}
@@ -41,7 +49,9 @@ def write_screen(path: str | Path, n_cells: int, n_genes: int, n_perturbations: 
         file.pop("X", None)
         x = file.create_group("X")
         x.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": [n_cells, n_genes]})
-        stored = {"maxshape": (None,), "chunks": (2**18,), "compression": "lzf"}
+        # as anndata's `write_h5ad` would, compressed
+        chunks = guess_chunk((int(n_cells * n_genes * 0.1),), None, 4)
+        stored = {"maxshape": (None,), "chunks": chunks, "compression": "lzf"}
         data, indices = (x.create_dataset(n, (0,), dtype=t, **stored) for n, t in (("data", "f4"), ("indices", "i4")))
         ends = [np.zeros(1, np.int64)]
         for start in range(0, n_cells, _BLOCK):
@@ -76,8 +86,8 @@ class _Clock(Callback):
         self.seconds["step_ms"] *= 1e3 / self.n_steps
 
 
-def measure(path: str | Path, batch_size: int = 256, n_steps: int = 30) -> dict[str, float]:
-    """Register, train some steps and measure effects, from a backed file or a collection."""
+def measure(path: str | Path, batch_size: int = 256, n_steps: int | None = 30) -> dict[str, float]:
+    """Register, train some steps, or an epoch, and measure effects; save and predict. From a backed file or a collection."""
     import pertura
     from pertura.model import SAMSVAE
 
@@ -85,26 +95,92 @@ def measure(path: str | Path, batch_size: int = 256, n_steps: int = 30) -> dict[
     adata = pertura.pp.read_collection(path) if str(path).endswith(".zarr") else read_h5ad(path, backed="r")
     SAMSVAE.setup_anndata(adata, perturbation_key="perturbation", control="control")
     clock.note("register_s")
-    options = {"batch_size": batch_size, "accelerator": "cpu", "enable_progress_bar": False, "max_steps": n_steps}
-    SAMSVAE(adata).train(max_epochs=n_steps, seed=0, callbacks=[clock], **options)
+    options = {"batch_size": batch_size, "accelerator": "cpu", "enable_progress_bar": False}
+    options |= {"max_epochs": 1} if n_steps is None else {"max_epochs": n_steps, "max_steps": n_steps}
+    model = SAMSVAE(adata)
+    model.train(seed=0, callbacks=[clock], **options)
     clock.note("after_last_step_s")
-    return {**clock.seconds, "memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    with tempfile.TemporaryDirectory() as folder:
+        model.save(Path(folder) / "model")
+        model.predict_perturbation(["P1"], adata=adata[:2000], out=Path(folder) / "predicted.zarr")
+    clock.note("predict_s")
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {**clock.seconds, "n_steps": clock.n_steps, "memory_gib": memory}
+
+
+class _Cold(Callback):
+    """Seconds of the clock of training, and bytes that came from the disk, after the system forgot all files under a path."""
+
+    def __init__(self, path: Path, n_steps: int) -> None:
+        self.path, self.n_steps = path, n_steps
+
+    def on_train_start(self, *_: Any) -> None:
+        for file in [self.path, *self.path.rglob("*")]:
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+                    os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        self._read, self._began = _bytes_read(), time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.n_steps:
+            self.seconds, self.n_bytes = time.perf_counter() - self._began, _bytes_read() - self._read
+
+
+def _bytes_read() -> int:
+    return int(Path("/proc/self/io").read_text().split("\nread_bytes: ")[1].split()[0])
+
+
+def throughput(n_cells: int, rounds: int = 3, batch_size: int = 512, n_steps: int = 128) -> pd.DataFrame:
+    """Cells per second of training by source, in turn; those of arbitrary rows from a few steps."""
+    import torch
+
+    import pertura
+    from pertura.data._cells import Expression
+    from pertura.model import SAMSVAE
+
+    torch.set_num_threads(1)
+    result = []
+    with tempfile.TemporaryDirectory() as folder:
+        file, collection = Path(folder) / "screen.h5ad", Path(folder) / "screen.zarr"
+        write_screen(file, n_cells, 2000, 1000)
+        sources = {"memory": (read_h5ad(file), Path(os.devnull)), "blocks": (read_h5ad(file, backed="r"), file)}
+        if sys.version_info >= (3, 12):
+            sources["collection"] = pertura.pp.to_collection(file, collection), collection
+        sources["arbitrary rows"] = sources["blocks"]
+        for turn, (name, (adata, path)) in product(range(rounds), sources.items()):
+            scattered = name == "arbitrary rows"
+            cold = _Cold(path, max(2, n_steps // 32) if scattered else n_steps)
+            SAMSVAE.setup_anndata(adata, perturbation_key="perturbation", control="control")
+            options = {"max_steps": cold.n_steps, "batch_size": batch_size, "accelerator": "cpu", "callbacks": [cold]}
+            with mock.patch.object(Expression, "window", None) if scattered else nullcontext():
+                SAMSVAE(adata).train(max_epochs=1, seed=turn, enable_progress_bar=False, **options)
+            rate = batch_size * cold.n_steps / cold.seconds
+            row = {"round": turn, "source": name, "step_ms": 1e3 * cold.seconds / cold.n_steps, "cells_per_s": rate}
+            result.append({**row, "from_disk_mb": cold.n_bytes / 1e6})
+            print(result[-1], flush=True)
+    table = pd.DataFrame(result)
+    memory = table[table["source"] == "memory"].set_index("round")["cells_per_s"]
+    table["of_memory"] = table["cells_per_s"] / memory.loc[table["round"]].to_numpy()
+    return table.groupby("source", sort=False).median().drop(columns="round").reset_index()
+
+
+def measured(row: dict[str, int], *words: str) -> dict[str, float]:
+    """What a process of its own measures of a new file of some size."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "screen.h5ad"
+        write_screen(path, **row)
+        command = [sys.executable, __file__, "--file", str(path), *words]
+        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = dict(line.split("=") for line in printed.split() if "=" in line)
+    result = {**row, **{name: float(value) for name, value in found.items()}}
+    print(result, flush=True)
+    return result
 
 
 def study(sizes: dict[str, Sequence[int]]) -> pd.DataFrame:
     """One row per size; one number is changed at a time."""
-    rows = [{**BASE, name: size} for name, values in sizes.items() for size in values]
-    result = []
-    for row in [BASE, *rows]:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "screen.h5ad"
-            write_screen(path, **row)
-            words = [sys.executable, __file__, "--file", str(path)]
-            printed = subprocess.run(words, check=True, capture_output=True, text=True).stdout
-        found = dict(line.split("=") for line in printed.split() if "=" in line)
-        result.append({**row, **{name: float(value) for name, value in found.items()}})
-        print(result[-1], flush=True)
-    return pd.DataFrame(result)
+    return pd.DataFrame([measured({**BASE, name: size}) for name, values in sizes.items() for size in values])
 
 
 def slopes(table: pd.DataFrame) -> pd.DataFrame:
@@ -123,14 +199,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     from _common import parser, show, start
 
     words = parser(__doc__, seeds=1)
-    words.add_argument("--file", help="measure this file alone")
+    words.add_argument("--file", help="measure this file or collection alone")
+    words.add_argument("--epoch", action="store_true", help="with --file: train an epoch in steps of 512 cells")
+    words.add_argument("--cold", type=int, metavar="CELLS", help="training from the disk beside training from memory")
+    words.add_argument("--peak", type=int, nargs="+", metavar="CELLS", help="an epoch of 1,000 perturbations")
     options = start(words, argv)
     if options.file:
-        print(*(f"{name}={value:.4g}" for name, value in measure(options.file).items()))
-        return
-    table = study(SIZES)
-    show(table)
-    show(slopes(table))
+        asked = {"batch_size": 512, "n_steps": None} if options.epoch else {}
+        print(*(f"{name}={value:.4g}" for name, value in measure(options.file, **asked).items()))
+    elif options.cold:
+        show(throughput(options.cold))
+    elif options.peak:
+        show(pd.DataFrame([measured({**BASE, "n_cells": n, "n_perturbations": 1000}, "--epoch") for n in options.peak]))
+    else:
+        table = study({"n_cells": [BASE["n_cells"]], **SIZES})
+        show(table)
+        show(slopes(table))
 
 
 if __name__ == "__main__":

@@ -211,6 +211,42 @@ def test_a_window_is_smaller_where_rows_are_large():
     assert Expression(np.ones((10, 100)), None, "counts").window is None
 
 
+@pytest.mark.parametrize(("stored", "together"), [(None, 128), (1000, 128), (30_000, 300), (10**6, 512)])
+def test_rows_that_are_compressed_together_are_read_together(stored, together):
+    class Elements:
+        shape, chunks = (2_000_000,), None if stored is None else (stored,)
+
+    class Sparse:
+        shape, group = (20_000, 2000), {"indices": Elements}
+
+    assert Expression(Sparse(), None, "counts").chunk == together
+    assert Expression(np.ones((10, 100)), None, "counts").chunk == CHUNK
+    assert len(np.unique(next(iter(sampler(ROWS, chunk=together))).rows // together)) <= WINDOW / together + 1
+
+
+def test_the_next_window_is_read_meanwhile():
+    dataset, batches = cells(N), list(sampler(ROWS))
+    file, first = dataset.expression.values, batches[0]
+    dataset[first]
+    dataset._ahead[1].result()
+    n_reads = len(file.reads)
+    # nothing is left to read for the first minibatch of the next window
+    second = next(b for b in batches if not np.array_equal(b.held[0], first.held[0]))
+    dataset[second._replace(ahead=None)]
+    np.testing.assert_array_equal(dataset._held[0][0], second.held[0])
+    assert len(file.reads) == n_reads and batches[-1].ahead is None
+
+
+def test_an_error_in_reading_ahead_is_raised():
+    dataset, batches = cells(N), list(sampler(ROWS))
+    dataset[batches[0]._replace(ahead=None)]
+    dataset.expression = Expression(None, None, "counts")  # the file is gone
+    dataset[batches[0]]
+    with pytest.raises(TypeError):
+        for batch in batches:
+            dataset[batch]
+
+
 def test_loss_of_a_file_is_that_of_memory(monkeypatch, tmp_path):
     """A file that is sorted by perturbation, in windows of a quarter of its cells."""
     from pertura import datasets
@@ -223,9 +259,8 @@ def test_loss_of_a_file_is_that_of_memory(monkeypatch, tmp_path):
     adata.X = sparse.csr_matrix(adata.layers["counts"])
     del adata.layers["counts"]
     adata.write_h5ad(tmp_path / "x.h5ad")
-    for name, value in {"_WINDOW": 512, "_MIN_WINDOW": 512}.items():
+    for name, value in {"_WINDOW": 512, "_MIN_WINDOW": 512, "CHUNK": 32}.items():
         monkeypatch.setattr(_cells, name, value)
-    monkeypatch.setattr("pertura.data._datamodule.CHUNK", 32)
     loss, held = [], []
     read = CellDataset.__getitem__
 

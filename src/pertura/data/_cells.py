@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,8 +22,9 @@ from ._library import Library
 Rows = NDArray[np.int64]
 
 # Neighboring rows of a file that are read together and shuffled with those of other places: long enough for few seeks, short enough
-# for many conditions in one window where the file is sorted by them.
-CHUNK = 128
+# for many conditions in one window where the file is sorted by them. Files that are compressed in larger parts are read in those, if
+# a window has so many places.
+CHUNK, _PLACES = 128, 16
 _WINDOW, _MIN_WINDOW, _WINDOW_BYTES = 8192, 1024, 2**27
 _GAP = 32  # rows that nobody asked for are cheaper to read than to skip, up to so many
 _SCATTERED = 4  # rows per range; below that a file finds the rows by itself
@@ -40,11 +42,14 @@ class Batch(NamedTuple):
     held
         Ascending rows of the file that stay in memory as long as minibatches name them; every cell of this one is among them. Without any
         the cells are read one by one.
+    ahead
+        What later minibatches will name, read while the model trains on this one.
     """
 
     rows: Rows
     n_pairs: int
     held: tuple[Rows, ...] = ()
+    ahead: Rows | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,19 @@ class Expression:
         per_row = 2 * (shards if group is None else group["indices"].shape[0]) / max(n, 1)
         return int(np.clip(_WINDOW_BYTES // max(4 * per_row, 1), _MIN_WINDOW, _WINDOW))
 
+    @property
+    def chunk(self) -> int:
+        """Number of neighboring rows of a file that are read together."""
+        if self.window is None:
+            return CHUNK
+        group = getattr(self.values, "group", None)
+        stored = self.values if group is None else group["indices"]
+        together = (getattr(stored, "chunks", None) or (1,))[0]
+        if isinstance(together, tuple):  # of dask
+            together = together[0]
+        rows = together if group is None else together * self.values.shape[0] // max(stored.shape[0], 1)
+        return int(np.clip(rows, CHUNK, max(CHUNK, self.window // _PLACES)))
+
 
 def _read(values: Any, rows: Rows) -> Any:
     """Rows of a file, in the order asked for: read in ascending order, each once, neighbors together."""
@@ -167,6 +185,7 @@ class CellDataset(Dataset):
         self.n_cells: int = adata.n_obs
         self.n_genes: int = expression.values.shape[1] if expression.columns is None else len(expression.columns)
         self._held: list[tuple[Rows, Expression]] = []
+        self._ahead: tuple[Rows, Future] | None = None
         self.fields: dict[str, Any] = {}
         for key in manager.data_registry:
             if key == KEYS.X:
@@ -178,6 +197,10 @@ class CellDataset(Dataset):
                 self.fields[key] = values.tocsr()
             else:
                 self.fields[key] = np.asarray(values, dtype=np.float32).reshape(self.n_cells, -1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process reads for itself."""
+        return {**self.__dict__, "_held": [], "_ahead": None}
 
     def __getitem__(self, batch: Batch) -> dict[str, torch.Tensor | int]:
         rows = np.asarray(batch.rows)
@@ -203,13 +226,25 @@ class CellDataset(Dataset):
         self._held = [h for h in self._held if any(np.array_equal(h[0], rows) for rows in batch.held)]
         for rows in batch.held:
             if not any(np.array_equal(h[0], rows) for h in self._held):
-                self._held.append((rows, Expression(self.expression.stored(rows), None, self.expression.kind)))
+                self._held.append((rows, self._read(rows)))
+        if batch.ahead is not None and self._ahead is None:
+            reader = ThreadPoolExecutor(1)
+            self._ahead = batch.ahead, reader.submit(self._hold, batch.ahead)
+            reader.shutdown(wait=False)
         out = np.empty((len(batch.rows), self.n_genes), dtype=np.float32)
         for rows, expression in self._held:
             at = np.minimum(np.searchsorted(rows, batch.rows), len(rows) - 1)
             found = rows[at] == batch.rows
             out[found] = expression.rows(at[found])
         return out
+
+    def _hold(self, rows: Rows) -> Expression:
+        return Expression(self.expression.stored(rows), None, self.expression.kind)
+
+    def _read(self, rows: Rows) -> Expression:
+        """Rows of a file, which may have been read already."""
+        ahead, self._ahead = self._ahead, None
+        return ahead[1].result() if ahead is not None and np.array_equal(ahead[0], rows) else self._hold(rows)
 
     def __len__(self) -> int:
         return self.n_cells

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
 from os import PathLike, fspath
 from pathlib import Path
+from threading import Lock
 from types import ModuleType
 from typing import Any
 
@@ -52,24 +53,30 @@ class Shards:
     format = "shards"
 
     def __init__(self, shards: Sequence[Any]) -> None:
-        self._shards, self._loader = list(shards), None
+        self._shards, self._loader, self._lock = list(shards), None, Lock()
         self.shape = (sum(s.shape[0] for s in shards), shards[0].shape[1])
         self.nnz = sum(s.group["indices"].shape[0] if hasattr(s, "group") else s.size for s in shards)
+        # neighbors in a collection have nothing in common
+        self.chunks = (_BLOCK,)
 
     def __getstate__(self) -> dict[str, Any]:
         """Another process opens the shards anew."""
-        return {**self.__dict__, "_loader": None}
+        return {**self.__dict__, "_loader": None, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=Lock())
 
     def __getitem__(self, rows: slice | NDArray[np.int64]) -> Any:
         """Cells, dense or sparse, in the order asked for."""
-        if self._loader is None:
-            loader = _annbatch().Loader(batch_sampler=_request_class()(), preload_to_gpu=False)
-            self._loader = loader.add_datasets(self._shards)
         rows = np.arange(*rows.indices(self.shape[0])) if isinstance(rows, slice) else np.asarray(rows)
         if not len(rows):
             return sparse.csr_matrix((0, self.shape[1]), dtype=np.float32)
-        self._loader.batch_sampler.rows = rows
-        (batch,) = self._loader
+        with self._lock:
+            if self._loader is None:
+                loader = _annbatch().Loader(batch_sampler=_request_class()(), preload_to_gpu=False)
+                self._loader = loader.add_datasets(self._shards)
+            self._loader.batch_sampler.rows = rows
+            (batch,) = self._loader
         return batch["X"]
 
 

@@ -41,6 +41,8 @@ class PairSampler(Sampler[Batch]):
     window
         Number of cells of a file in memory, and in the reservoir; `None` for cells that are in memory. Cells that all fit come in the same
         order as from memory.
+    chunk
+        Number of neighboring rows of a file that are read together.
     n_workers
         Processes that read: each has its own window.
     """
@@ -55,6 +57,7 @@ class PairSampler(Sampler[Batch]):
         singletons: bool = True,
         seed: int = 0,
         window: int | None = None,
+        chunk: int = CHUNK,
         n_workers: int = 0,
     ) -> None:
         self.rows = rows
@@ -62,7 +65,7 @@ class PairSampler(Sampler[Batch]):
         self.shuffle = shuffle
         self.singletons = singletons
         self.seed = seed
-        self.window = window
+        self.window, self.chunk = window, chunk
         self.n_workers = n_workers
         self.epoch = 0
         n_pairs = 0 if coupling is None else len(coupling.treated)
@@ -120,7 +123,7 @@ class PairSampler(Sampler[Batch]):
         """The minibatches of this process, window by window."""
         cells = np.concatenate([post, singles])
         partner = np.concatenate([pre, np.full(len(singles), -1)])
-        chunks, chunk = np.unique(cells // CHUNK, return_inverse=True)
+        chunks, chunk = np.unique(cells // self.chunk, return_inverse=True)
         place = rng.permutation(len(chunks)) if self.shuffle else np.arange(len(chunks))
         order = np.lexsort((cells, place[chunk]))
         cells, partner = cells[order], partner[order]
@@ -131,14 +134,22 @@ class PairSampler(Sampler[Batch]):
         edges = np.searchsorted(size, np.linspace(0, size[-1], n * world + 1))
         per_window = max(1, int(self.window * n * world / size[-1]))
 
+        def window(batches: NDArray[np.int64]) -> tuple[Rows, ...]:
+            at = slice(edges[batches[0]], edges[batches[-1] + 1])
+            cell, other = cells[at], partner[at]
+            own = np.union1d(cell, np.setdiff1d(other[other >= 0], reservoir))
+            return cell, other, own
+
         def lane(batches: NDArray[np.int64]) -> Iterator[Batch]:
-            for part in np.array_split(batches, -(-len(batches) // per_window)):
-                at = slice(edges[part[0]], edges[part[-1] + 1])
-                cell, other = cells[at], partner[at]
-                paired = other >= 0
-                own = np.union1d(cell, np.setdiff1d(other[paired], reservoir))
+            parts = np.array_split(batches, -(-len(batches) // per_window))
+            coming = map(window, parts)
+            after = next(coming)
+            for part in parts:
+                (cell, other, own), after = after, next(coming, None)
                 held = (own, reservoir) if len(reservoir) else (own,)
-                yield from self._mixed(other[paired], cell[paired], cell[~paired], len(part), held, rng)
+                paired = other >= 0
+                mixed = self._mixed(other[paired], cell[paired], cell[~paired], len(part), held, rng)
+                yield from mixed if after is None else (batch._replace(ahead=after[-1]) for batch in mixed)
 
         # minibatches go to the workers in turn
         lanes = [b for b in np.array_split(rank * n + np.arange(n), max(1, self.n_workers)) if len(b)]
@@ -193,6 +204,7 @@ class PerturbationDataModule(LightningDataModule):
             "singletons": singletons,
             "seed": seed,
             "window": self.dataset.expression.window,
+            "chunk": self.dataset.expression.chunk,
             "n_workers": settings.dl_num_workers,
         }
         self._train = PairSampler(train_idx, train_coupling, shuffle=True, **common)
