@@ -221,7 +221,7 @@ class Elbo:
 
     def loss(self, module: PerturbationModule, args: Any, kwargs: Any) -> Tensor:
         """Of one minibatch, summed over its cells."""
-        self.scale, self.total, self.guide = 1.0, 0.0, {}
+        self.scale, self.total, self.guide, self.rows = 1.0, 0.0, {}, {}
         own = {"sample": self._sample, "factor": self._factor, "plate": self._plate, "deterministic": _value}
         with mock.patch.multiple(pyro, **own), mock.patch.object(pyro.poutine, "scale", self._scaled):
             self.guiding = True
@@ -265,13 +265,26 @@ class Elbo:
         finally:
             self.scale = before
 
-    @contextmanager
-    def _plate(self, name: str, size: int, subsample_size: int | None = None, **_: Any) -> Iterator[Tensor | None]:
-        if subsample_size is None:
-            yield None
-            return
-        with self._scaled(size / subsample_size):
-            yield torch.randperm(size)[:subsample_size]
+    def _plate(self, name: str, size: int, subsample_size: int | None = None, **_: Any) -> _Plate:
+        n = subsample_size or size
+        if name not in self.rows:
+            self.rows[name] = torch.arange(size) if n == size else torch.randperm(size)[:n]
+        return _Plate(self._scaled, size / n, self.rows[name])
+
+
+class _Plate:
+    """Rows of a plate, which may be entered more than once."""
+
+    def __init__(self, *scaled: Any) -> None:
+        self.scaled, self.factor, self.rows = scaled
+
+    def __enter__(self) -> Tensor:
+        self._inside = self.scaled(self.factor)
+        self._inside.__enter__()
+        return self.rows
+
+    def __exit__(self, *error: Any) -> None:
+        self._inside.__exit__(*error)
 
 
 def _value(name: str, value: Tensor, event_dim: int | None = None) -> Tensor:

@@ -101,23 +101,24 @@ class MeasuredEffect(nn.Module):
         -------
         ``(..., n_cells, n_genes)``.
         """
-        weight, unmeasured, unseen = self.weights(codes, dose_strength)
-        every = torch.cat([weight, unmeasured[:, None], unseen[:, None]], 1)
+        cell, row, weight = self._entries(codes, dose_strength)
         # cells have few of many perturbations
-        used = torch.where((every != 0).any(0))[0]
+        used, which = torch.unique(row, return_inverse=True)
         n_rows = len(self.mean)
         own, more = used[used < n_rows], used[used >= n_rows] - n_rows
-        result = weight[:, own] @ self.mean[own]
+        table = torch.cat([self.mean[own], self.mean.new_zeros(len(more), self.mean.shape[1])])
+        if noise is not None and len(used):
+            sd = torch.cat([self.sd[own], torch.stack([self.tau, self.unseen_sd])[more]])
+            table = torch.addcmul(table, sd, noise(used))
+        result = table.new_zeros(*table.shape[:-2], len(codes), table.shape[-1])
+        result.index_add_(-2, cell, weight[:, None] * table[..., which, :])
         if bool((codes == UNKNOWN).any()):
             strength = dose_strength * (codes == UNKNOWN)
             result = result + strength.sum(-1, keepdim=True) * self.intercept
             if features is not None and self.feature_weight.shape[0]:
                 features = fill_missing(features, self.feature_center, self.feature_block)
                 result = result + (strength[..., None] * features).sum(-2) @ self.feature_weight
-        if noise is None or not len(used):
-            return result
-        sd = torch.cat([self.sd[own], torch.stack([self.tau, self.unseen_sd])[more]])
-        return result + every[:, used] @ (sd * noise(used))
+        return result
 
     def variance(self, codes: Tensor, dose_strength: Tensor) -> Tensor:
         """Variance of the effect on each cell, ``(n_cells, n_genes)``."""
@@ -132,24 +133,35 @@ class MeasuredEffect(nn.Module):
         -------
         ``(n_cells, n_rows)`` and twice ``(n_cells,)``.
         """
+        cell, row, weight = self._entries(codes, dose_strength)
+        every = self.mean.new_zeros(len(codes), len(self.mean) + 2).index_put((cell, row), weight)
+        return every[:, :-2], every[:, -2], every[:, -1]
+
+    def _entries(self, codes: Tensor, dose_strength: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The weights that are not 0: cell, row and weight; `tau` and `unseen_sd` are the rows after those of :attr:`mean`."""
         strength = (dose_strength * (codes != CONTROL_ONLY)).to(self.mean)
         present = (codes != CONTROL_ONLY) & (strength > 0)
-        known = strength * (codes >= 0)
-        weight = self.mean.new_zeros(len(codes), len(self.mean))
-        weight.scatter_add_(1, codes.clamp(min=0), known)
-        unseen = torch.linalg.vector_norm(strength * (codes == UNKNOWN), dim=-1)
         own = strength.masked_fill(~present, torch.inf).amin(-1).clamp(max=1.0)
         own = torch.where(present.sum(-1) > 1, own, 0.0)
         # cells have few distinct combinations
         kinds, which = torch.unique(torch.where(present, codes, CONTROL_ONLY), dim=0, return_inverse=True)
-        row = torch.tensor([self._row(kind) for kind in kinds.tolist()], device=codes.device)[which]
-        at = torch.where(row >= 0)[0]
-        if len(at):
-            weight[at[:, None], self.combinations[row[at] - self.n_perturbations].clamp(min=0)] -= own[at, None] * (
-                self.combinations[row[at] - self.n_perturbations] >= 0
-            )
-            weight[at, row[at]] += own[at]
-        return weight, torch.where(row < 0, own, 0.0), unseen
+        combined = torch.tensor([self._row(kind) for kind in kinds.tolist()], device=codes.device)[which]
+        at, n_rows = torch.where(combined >= 0)[0], len(self.mean)
+        members = self.combinations[combined[at] - self.n_perturbations]
+        unseen = torch.linalg.vector_norm(strength * (codes == UNKNOWN), dim=-1)
+        special = own.new_tensor([n_rows, n_rows + 1], dtype=torch.long).expand(len(codes), -1)
+        every = torch.arange(len(codes), device=codes.device)[:, None]
+        parts = [
+            (every.expand_as(codes), codes, strength * (codes >= 0)),
+            (at[:, None].expand_as(members), members, -own[at, None] * (members >= 0)),
+            (at, combined[at], own[at]),
+            (every.expand_as(special), special, torch.stack([torch.where(combined < 0, own, 0.0), unseen], 1)),
+        ]
+        cell, row, weight = (torch.cat([values.reshape(-1) for values in part]) for part in zip(*parts, strict=True))
+        key, place = torch.unique(cell * (n_rows + 2) + row.clamp(min=0), return_inverse=True)
+        weight = weight.new_zeros(len(key)).index_add(0, place, weight)
+        there = weight != 0
+        return key[there] // (n_rows + 2), key[there] % (n_rows + 2), weight[there]
 
     def _row(self, codes: Sequence[int]) -> int:
         """Row of a measured combination, -1 where it is none."""

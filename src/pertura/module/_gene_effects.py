@@ -23,7 +23,7 @@ from ._base import Action
 
 _N_LEVELS, _TOP = 97, 9.6
 _LOW, _HIGH, _N_GRID = -8.0, 8.0, 65
-_MAX_ROWS = 256
+MAX_ROWS = 128
 
 
 class RowNoise:
@@ -166,13 +166,15 @@ class GeneEffects(nn.Module):
         """Change of activations by which mean expression of controls changes by `delta`, ``(..., n_genes)``."""
         if not self.is_counts:
             return delta
-        level = (self.base + delta).clamp(min=0.0, max=_TOP) * ((_N_LEVELS - 1) / _TOP)
-        low = level.floor().clamp(max=_N_LEVELS - 2)
-        index = low.long() + torch.arange(self.n_genes, device=level.device) * _N_LEVELS
-        flat = self.curve.flatten()
-        moved = torch.lerp(flat[index], flat[index + 1], level - low)
+        # in place: new memory takes longer than arithmetic
+        level = (self.base + delta).clamp_(min=0.0, max=_TOP).mul_((_N_LEVELS - 1) / _TOP)
+        low = level.detach().int().clamp_(max=_N_LEVELS - 2)
+        level, flat = level.sub_(low), self.curve.flatten()
+        index = low.add_(torch.arange(0, len(flat), _N_LEVELS, dtype=low.dtype, device=low.device)).flatten()
+        below = flat.index_select(0, index).view_as(level)
+        above = flat.index_select(0, index.add_(1)).view_as(level)
         # no effect is no change, whatever the curve says about the level of controls
-        return torch.where(delta == 0.0, torch.zeros_like(moved), moved)
+        return torch.lerp(below, above, level).masked_fill(delta == 0.0, 0.0)
 
     def of_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Effects of single perturbations on activations, and their sd, ``(n_rows, n_genes)`` each."""
@@ -219,7 +221,7 @@ def _distinct(action: Action, strength: Tensor) -> tuple[Action, Tensor, Tensor]
     return action[one], strength[one], which
 
 
-def explain_effects(module: Any, table: Tensor) -> None:
+def explain_effects(module: Any, table: Tensor, plate: pyro.plate | None = None) -> None:
     """Measured effects of perturbations given their latent shifts, some hundred rows at a time.
 
     Parameters
@@ -227,13 +229,15 @@ def explain_effects(module: Any, table: Tensor) -> None:
     module
         Has ``gene_effects``, and ``on_genes(shift)``, what a latent shift adds to activations.
     table
-        Latent shifts of all perturbations, ``(..., n_perturbations, n_latent)``.
+        Latent shifts of all perturbations, or of those in a plate, ``(..., n_perturbations, n_latent)``.
+    plate
+        Those; `None`: some of all.
     """
     site, n_rows = module.gene_effects, table.shape[-2]
-    with pyro.plate("measured", n_rows, subsample_size=min(n_rows, _MAX_ROWS)) as rows:
+    with plate or pyro.plate("measured", n_rows, subsample_size=min(n_rows, MAX_ROWS)) as rows:
         effect, sd = site.of_rows(rows)
         scale = (sd.square() + site.log_tau.exp().square()).sqrt()
-        given = dist.Normal(module.on_genes(table[..., rows, :]), scale).to_event(1)
+        given = dist.Normal(module.on_genes(table if plate else table[..., rows, :]), scale).to_event(1)
         pyro.sample("measured_effect", given.mask(site.measured.measured[rows]), obs=effect)
 
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from pertura.data._constants import UNKNOWN
 
 from ._base import Action, Basal, Cells
-from ._gene_effects import GeneEffects, explain_effects
+from ._gene_effects import MAX_ROWS, GeneEffects, explain_effects
 from ._latent import Decoder, LatentModule, NormalEncoder
 from ._shifts import RotateOnce, SparseShifts, share_of_data
 
@@ -117,15 +117,17 @@ class SAMSVAE(LatentModule):
 
     def model(self, cells: Cells, kl_weight: float = 1.0) -> None:
         """Joint density of a minibatch, its share of the global terms included."""
+        explains = self.gene_effects is not None and self.training
+        plate = self.shifts.plate(MAX_ROWS if explains else None)
         with share_of_data(self, len(cells), kl_weight):
-            table = self.shifts.prior()
-        shift, offset = self.shifts(table, cells.action), 0.0
+            table = self.shifts.prior(plate)
+        shift, offset = 0.0 if explains else self.shifts(table, cells.action), 0.0
         if self.gene_effects is not None:
             noise = self.gene_effects.sample_noise()
             offset = self.gene_effects(cells.action.one, self.strength(cells.action.one), noise)
-            if self.training:
+            if explains:
                 with share_of_data(self, len(cells), 1.0):
-                    explain_effects(self, table)
+                    explain_effects(self, table, plate)
         with pyro.plate("cells", len(cells)):
             with pyro.poutine.scale(scale=kl_weight):
                 z = pyro.sample("basal", dist.Normal(cells.x.new_zeros(self.n_latent), 1.0).to_event(1))
@@ -135,8 +137,9 @@ class SAMSVAE(LatentModule):
 
     def guide(self, cells: Cells, kl_weight: float = 1.0) -> None:
         """q(M) q(E | M) q(z | x, shift); of measured effects the encoder sees what they leave of x."""
+        plate = self.shifts.plate(MAX_ROWS if self.gene_effects is not None and self.training else None)
         with share_of_data(self, len(cells), kl_weight):
-            table = self.shifts.guide()
+            table = self.shifts.guide(plate)
         u, shift = self.standardized(cells.x, cells.library), None
         if self.gene_effects is not None:
             self.gene_effects.sample_noise()

@@ -23,6 +23,7 @@ from pertura.nn._mlp import ResidualMLP
 from ._base import Action
 from ._latent import log_dose_response
 
+Rows = Tensor | slice
 _ROTATE_AT, _THRESHOLD, _LOGIT = 1 / 3, 0.4, 2.0
 
 
@@ -85,42 +86,49 @@ class SparseShifts(nn.Module):
 
     # -- generative model and guide ---------------------------------------------------------------------------------
 
-    def prior(self) -> Tensor:
-        """Sample M and E from their prior; E o M of every perturbation, ``(..., n_rows, n_latent)``."""
+    def plate(self, at_most: int | None = None) -> pyro.plate:
+        """All perturbations, or a random few of more that count for all: no sum over them grows with their number."""
+        return pyro.plate("perturbations", self.n_rows, subsample_size=min(self.n_rows, at_most or self.n_rows))
+
+    def prior(self, plate: pyro.plate | None = None) -> Tensor:
+        """Sample M and E of all perturbations, or those of a plate, from their prior; E o M, ``(..., n_rows, n_latent)``."""
         if self.interaction is not None:
             pyro.factor("interaction_prior", -0.5 * self.interaction.square().sum() / 0.3**2)
-        with pyro.plate("perturbations", self.n_rows):
-            mask: Tensor | float = 1.0
+        with plate or self.plate() as rows:
+            rows, mask = self._some(rows), 1.0
             if self.masked:
-                mask = pyro.sample("mask", dist.Bernoulli(logits=self.prior_logits).to_event(1))
-            return mask * pyro.sample("effect", dist.Normal(self.prior_mean(), self.log_prior_sd.exp()).to_event(1))
+                mask = pyro.sample("mask", dist.Bernoulli(logits=self.prior_logits[rows]).to_event(1))
+            return mask * pyro.sample("effect", dist.Normal(self.prior_mean(rows), self.log_prior_sd.exp()).to_event(1))
 
-    def guide(self) -> Tensor:
+    def guide(self, plate: pyro.plate | None = None) -> Tensor:
         """Sample M from q(M) and E from q(E | M)."""
-        with pyro.plate("perturbations", self.n_rows):
-            mask: Tensor | float = 1.0
+        with plate or self.plate() as rows:
+            rows, mask = self._some(rows), 1.0
             if self.masked:
-                mask = pyro.sample("mask", self.mask_posterior().to_event(1))
-            return mask * pyro.sample("effect", self.effect_posterior(mask).to_event(1))
+                mask = pyro.sample("mask", self.mask_posterior(rows).to_event(1))
+            return mask * pyro.sample("effect", self.effect_posterior(mask, rows).to_event(1))
 
-    def mask_posterior(self) -> StraightThroughBernoulli:
+    def _some(self, rows: Tensor) -> Rows:
+        return slice(None) if len(rows) == self.n_rows else rows
+
+    def mask_posterior(self, rows: Rows = slice(None)) -> StraightThroughBernoulli:
         """q(M)."""
-        return StraightThroughBernoulli(self.mask_logits.new_tensor(1.0), logits=self.mask_logits)
+        return StraightThroughBernoulli(self.mask_logits.new_tensor(1.0), logits=self.mask_logits[rows])
 
-    def prior_mean(self) -> Tensor:
+    def prior_mean(self, rows: Rows = slice(None)) -> Tensor:
         """Prior mean of E: 0, or what features say."""
         if self.from_features is None:
-            return self.log_kappa.new_zeros(self.n_rows, self.n_latent)
-        return self.from_features(self.features)
+            return torch.zeros_like(self.prior_logits[rows])
+        return self.from_features(self.features[rows])
 
-    def effect_posterior(self, mask: Tensor | float) -> dist.Normal:
+    def effect_posterior(self, mask: Tensor | float, rows: Rows = slice(None)) -> dist.Normal:
         """q(E | M)."""
         if not self.correlated:
-            return dist.Normal(self.loc + self.prior_mean(), self.log_sd.exp() + 1e-4)
-        mask = mask if torch.is_tensor(mask) else self.log_kappa.new_ones(self.n_rows, self.n_latent)
-        one_hot = torch.eye(self.n_rows, device=mask.device)
+            return dist.Normal(self.loc[rows] + self.prior_mean(rows), self.log_sd[rows].exp() + 1e-4)
+        mask = mask if torch.is_tensor(mask) else torch.ones_like(self.prior_logits[rows])
+        one_hot = torch.eye(self.n_rows, device=mask.device)[rows]
         loc, log_variance = self.head(self.network(mask, one_hot)).chunk(2, dim=-1)
-        return dist.Normal(loc + self.prior_mean(), (log_variance.exp() + 1e-4).sqrt())
+        return dist.Normal(loc + self.prior_mean(rows), (log_variance.exp() + 1e-4).sqrt())
 
     def proba(self) -> Tensor:
         """Posterior probability that the mask is on, ``(n_rows, n_latent)``."""
