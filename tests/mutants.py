@@ -539,6 +539,14 @@ MUTANTS = [
         "continued",
     ),
     Mutant(
+        "windows-are-not-read-ahead",
+        "data/_cells.py",
+        "if batch.ahead is not None and self._ahead is None:",
+        "if False:",
+        "data/test_stream.py",
+        "meanwhile",
+    ),
+    Mutant(
         "backed-rows-in-file-order",
         "data/_cells.py",
         "return block if len(rows) == len(unique) and (inverse[1:] > inverse[:-1]).all() else block[inverse]",
@@ -633,8 +641,8 @@ MUTANTS = [
     Mutant(
         "uncertainty-of-measured-effects-not-drawn",
         "effects/_measured.py",
-        "return result + every[:, used] @ (sd * noise(used))",
-        "return result + every[:, used] @ (0.0 * sd * noise(used))",
+        "torch.addcmul(table, sd, noise(used))",
+        "torch.addcmul(table, sd, 0.0 * noise(used))",
         "effects/test_measured.py",
         "noise",
     ),
@@ -732,6 +740,14 @@ MUTANTS = [
         "effects/test_discrepancy.py",
     ),
     # -- objectives -------------------------------------------------------------------------------------------------
+    Mutant(
+        "few-perturbations-do-not-stand-for-all",
+        "module/_samsvae.py",
+        "table = self.shifts.prior(plate)",
+        "table = self.shifts.prior(pyro.plate('some', plate.subsample_size))",
+        "module/test_samsvae.py",
+        "stand_for_all",
+    ),
     Mutant(
         "own-effect-not-taken-off-by-samsvae",
         "module/_samsvae.py",

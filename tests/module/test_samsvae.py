@@ -83,6 +83,45 @@ def test_minibatches_add_up_to_the_whole():
     assert abs(whole.mean() - parts.mean()) < 4 * np.hypot(whole.std(), parts.std()) / 150**0.5
 
 
+def test_a_few_of_many_perturbations_stand_for_all(monkeypatch):
+    """What perturbations cost in a step is the same on average if a few of them are scored."""
+    n = 12
+    module = SAMSVAE(GENES, n, n_latent=3, n_hidden=8, effects="measured")
+    module.n_train = N
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in (module.shifts.loc, module.shifts.mask_logits):
+            p.copy_(torch.randn(p.shape, generator=generator))
+        measured = module.gene_effects.measured
+        measured.mean.copy_(torch.randn(n, GENES, generator=generator))
+        measured.sd.fill_(0.3)
+        measured.measured.fill_(True)
+    module.gene_effects.is_counts = False
+
+    def costs(at_most, n_draws):
+        monkeypatch.setattr("pertura.module._samsvae.MAX_ROWS", at_most)
+        found = []
+        for _ in range(n_draws):
+            guide = pyro.poutine.trace(module.guide).get_trace(_cells())
+            model = pyro.poutine.trace(pyro.poutine.replay(module.model, trace=guide)).get_trace(_cells())
+            model.compute_log_prob()
+            assert all(len(model.nodes[s]["value"]) == at_most for s in ("mask", "effect", "measured_effect"))
+            divergence = 0.0
+            for name, kind in (("mask", lambda d: Bernoulli(logits=d.logits)), ("effect", lambda d: d)):
+                q, p = guide.nodes[name], model.nodes[name]
+                assert q["scale"] == p["scale"]
+                each = kl_divergence(kind(q["fn"].base_dist), kind(p["fn"].base_dist))
+                divergence += float((q["scale"] * each).sum())
+            found.append((divergence, float(model.nodes["measured_effect"]["log_prob_sum"])))
+        return np.mean(found, 0), np.std(found, 0) / n_draws**0.5
+
+    torch.manual_seed(0)
+    with torch.no_grad():
+        (all_rows, error), (few, few_error) = costs(n, 20), costs(3, 80)
+    assert (abs(few - all_rows) < 4 * np.hypot(error, few_error) + 1e-3).all()
+    assert (few_error < 0.15 * abs(all_rows)).all()
+
+
 def test_mask_draws_are_hard_and_pass_gradients():
     logits = torch.tensor([-1.0, 0.0, 2.0], requires_grad=True)
     mask = StraightThroughBernoulli(torch.tensor(1.0), logits=logits.expand(2000, 3))
