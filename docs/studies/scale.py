@@ -3,8 +3,8 @@
 Each size is a process of its own. Expression is random, 10 % of it not zero. Seconds are those of the processor, on one thread, so that
 other jobs on the machine matter little; memory is the largest that the process had, of which imports are about 0.6 GiB.
 
-``--cold 200000`` trains on so many cells in memory, from a backed file and from a collection in turn, in seconds of the clock, each time after
-the system forgot the files (Linux only). ``--peak 200000 1000000`` trains an epoch, measures effects, saves and predicts, for each number of cells.
+``--cold 200000`` trains on so many cells in memory, from a backed file and from a collection in turn, each time after the system forgot
+the files (Linux only), in seconds of the clock and of the processor. ``--peak 200000 1000000`` trains an epoch, measures effects, saves and predicts, for each number of cells.
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import h5py
 import numpy as np
 import pandas as pd
+import pyro
 from anndata import AnnData, read_h5ad
 from h5py._hl.filters import guess_chunk
 from lightning.pytorch.callbacks import Callback
@@ -108,60 +107,74 @@ def measure(path: str | Path, batch_size: int = 256, n_steps: int | None = 30) -
     return {**clock.seconds, "n_steps": clock.n_steps, "memory_gib": memory}
 
 
-class _Cold(Callback):
-    """Seconds of the clock of training, and bytes that came from the disk, after the system forgot all files under a path."""
-
-    def __init__(self, path: Path, n_steps: int) -> None:
-        self.path, self.n_steps = path, n_steps
-
-    def on_train_start(self, *_: Any) -> None:
-        for file in [self.path, *self.path.rglob("*")]:
-            if file.is_file():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
-                    os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        self._read, self._began = _bytes_read(), time.perf_counter()
-
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        if trainer.global_step == self.n_steps:
-            self.seconds, self.n_bytes = time.perf_counter() - self._began, _bytes_read() - self._read
+def _state() -> tuple[int, float, float]:
+    """Bytes that came from the disk, seconds of the processor and of the clock."""
+    n_bytes = int(Path("/proc/self/io").read_text().split("\nread_bytes: ")[1].split()[0])
+    return n_bytes, time.process_time(), time.perf_counter()
 
 
-def _bytes_read() -> int:
-    return int(Path("/proc/self/io").read_text().split("\nread_bytes: ")[1].split()[0])
+def _forget(path: Path) -> None:
+    """Let the system forget all files under a path."""
+    for file in [path, *path.rglob("*")]:
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def throughput(n_cells: int, rounds: int = 3, batch_size: int = 512, n_steps: int = 128) -> pd.DataFrame:
-    """Cells per second of training by source, in turn; those of arbitrary rows from a few steps."""
+def throughput(file: Path, rounds: int = 5, batch_size: int = 512, n_steps: int = 16) -> pd.DataFrame:
+    """Cells per second of steps of one model by source, in turn; each time the system has forgotten the files.
+
+    What is read ahead at the end of a turn is waited for. Arbitrary rows have a few steps each time.
+    """
     import torch
 
     import pertura
-    from pertura.data._cells import Expression
+    from pertura.data import PerturbationDataModule
     from pertura.model import SAMSVAE
 
     torch.set_num_threads(1)
-    result = []
+    setup: dict[str, Any] = {"perturbation_key": "perturbation", "control": "control"}
     with tempfile.TemporaryDirectory() as folder:
-        file, collection = Path(folder) / "screen.h5ad", Path(folder) / "screen.zarr"
-        write_screen(file, n_cells, 2000, 1000)
-        sources = {"memory": (read_h5ad(file), Path(os.devnull)), "blocks": (read_h5ad(file, backed="r"), file)}
+        memory, backed, collection = read_h5ad(file), read_h5ad(file, backed="r"), Path(folder) / "screen.zarr"
+        sources = {"memory": (memory, Path(os.devnull)), "blocks": (backed, file)}
         if sys.version_info >= (3, 12):
             sources["collection"] = pertura.pp.to_collection(file, collection), collection
-        sources["arbitrary rows"] = sources["blocks"]
-        for turn, (name, (adata, path)) in product(range(rounds), sources.items()):
-            scattered = name == "arbitrary rows"
-            cold = _Cold(path, max(2, n_steps // 32) if scattered else n_steps)
-            SAMSVAE.setup_anndata(adata, perturbation_key="perturbation", control="control")
-            options = {"max_steps": cold.n_steps, "batch_size": batch_size, "accelerator": "cpu", "callbacks": [cold]}
-            with mock.patch.object(Expression, "window", None) if scattered else nullcontext():
-                SAMSVAE(adata).train(max_epochs=1, seed=turn, enable_progress_bar=False, **options)
-            rate = batch_size * cold.n_steps / cold.seconds
-            row = {"round": turn, "source": name, "step_ms": 1e3 * cold.seconds / cold.n_steps, "cells_per_s": rate}
-            result.append({**row, "from_disk_mb": cold.n_bytes / 1e6})
+        sources["arbitrary rows"] = backed, file
+        some = memory[:20_000].copy()
+        SAMSVAE.setup_anndata(some, **setup)
+        model = SAMSVAE(some)
+        model.train(max_epochs=1, max_steps=1, accelerator="cpu", enable_progress_bar=False)
+        module, elbo = model.module.train(), pyro.infer.TraceMeanField_ELBO()
+        optimizer = torch.optim.Adam(module.parameters(), 1e-4)
+        data, batches = {}, {}
+        for name, (adata, _) in sources.items():
+            SAMSVAE.setup_anndata(adata, **setup)
+            rows, manager = np.arange(adata.n_obs), SAMSVAE(adata).adata_manager
+            data[name] = PerturbationDataModule(manager, rows, rows[:0], batch_size=batch_size)
+            if name == "arbitrary rows":
+                data[name]._train.window = None
+            batches[name] = iter(data[name].train_dataloader())
+        result = []
+        for turn, (name, (_, path)) in product(range(rounds), sources.items()):
+            n = 2 if name == "arbitrary rows" else n_steps
+            _forget(path)
+            before = _state()
+            for batch in islice(batches[name], n):
+                args, kwargs = module._get_fn_args_from_batch(batch)
+                optimizer.zero_grad()
+                (elbo.differentiable_loss(module.model, module.guide, *args, **kwargs) / batch_size).backward()
+                optimizer.step()
+            if data[name].dataset._ahead is not None:
+                data[name].dataset._ahead[1].result()
+            disk, processor, clock = (b - a for a, b in zip(before, _state(), strict=True))
+            row = {"round": turn, "source": name, "step_ms": 1e3 * clock / n, "processor_ms": 1e3 * processor / n}
+            result.append({**row, "cells_per_s": batch_size * n / clock, "from_disk_kb_per_step": disk / n / 1e3})
             print(result[-1], flush=True)
     table = pd.DataFrame(result)
-    memory = table[table["source"] == "memory"].set_index("round")["cells_per_s"]
-    table["of_memory"] = table["cells_per_s"] / memory.loc[table["round"]].to_numpy()
+    for what, cost in (("of_memory", "step_ms"), ("of_memory_processor", "processor_ms")):
+        base = table[table["source"] == "memory"].set_index("round")[cost]
+        table[what] = base.loc[table["round"]].to_numpy() / table[cost].to_numpy()
     return table.groupby("source", sort=False).median().drop(columns="round").reset_index()
 
 
@@ -208,7 +221,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         asked = {"batch_size": 512, "n_steps": None} if options.epoch else {}
         print(*(f"{name}={value:.4g}" for name, value in measure(options.file, **asked).items()))
     elif options.cold:
-        show(throughput(options.cold))
+        with tempfile.TemporaryDirectory() as folder:
+            write_screen(Path(folder) / "screen.h5ad", options.cold, 2000, 1000)
+            show(throughput(Path(folder) / "screen.h5ad"))
     elif options.peak:
         show(pd.DataFrame([measured({**BASE, "n_cells": n, "n_perturbations": 1000}, "--epoch") for n in options.peak]))
     else:
