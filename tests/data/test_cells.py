@@ -242,3 +242,12 @@ def test_data_module(adata, monkeypatch):
     worked = list(PerturbationDataModule(manager, np.arange(6), np.arange(0), batch_size=4, seed=0).train_dataloader())
     for a, b in zip(loaded, worked, strict=True):
         assert all(torch.equal(a[k], b[k]) for k in a if k != "n_pairs")
+
+
+def test_numbers_of_columns_are_converted_once_and_not_for_each_minibatch():
+    adata = AnnData(sparse.random(50, 6, 0.5, "csr", np.float32, random_state=0))
+    adata.X.indptr = adata.X.indptr.astype(np.int64)  # as some files have it
+    found = Expression.of(adata, None, adata.var_names, "counts")
+    assert found.values.indices.dtype == found.values.indptr.dtype == np.int32
+    assert np.shares_memory(found.values.data, adata.X.data)
+    np.testing.assert_array_equal(found.rows(np.array([7, 3])), adata.X.toarray()[[7, 3]])

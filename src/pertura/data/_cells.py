@@ -99,6 +99,9 @@ class Expression:
         values = shards_of(adata.X if layer is None else adata.layers[layer])
         if sparse.issparse(values) and values.format != "csr":
             values = values.tocsr()  # rows are what is read, again and again
+        if sparse.issparse(values) and values.indices.dtype != values.indptr.dtype:
+            # of two types of numbers, one would be converted whole for each minibatch
+            values = type(values)((values.data, values.indices, values.indptr), shape=values.shape)
         return cls(values, None if same else position, kind)
 
     def rows(self, rows: Rows) -> NDArray[np.float32]:
