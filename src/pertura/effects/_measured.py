@@ -145,7 +145,8 @@ class MeasuredEffect(nn.Module):
         own = torch.where(present.sum(-1) > 1, own, 0.0)
         # cells have few distinct combinations
         kinds, which = torch.unique(torch.where(present, codes, CONTROL_ONLY), dim=0, return_inverse=True)
-        combined = torch.tensor([self._row(kind) for kind in kinds.tolist()], device=codes.device)[which]
+        rows_of_kinds = [self._row(kind) for kind in kinds.tolist()]
+        combined = torch.tensor(rows_of_kinds, dtype=torch.long, device=codes.device)[which]
         at, n_rows = torch.where(combined >= 0)[0], len(self.mean)
         members = self.combinations[combined[at] - self.n_perturbations]
         unseen = torch.linalg.vector_norm(strength * (codes == UNKNOWN), dim=-1)
