@@ -148,6 +148,10 @@ class Conditions:
         replaced = np.isin(self.curve, self.curve[exact])
         return np.where(replaced, exact, weights)
 
+    def in_context(self, asked: Asked, context: int) -> NDArray[np.float64]:
+        """Weights of what was measured of a perturbation in one context, at the asked dose, ``(n_conditions,)``; 0 where nothing was."""
+        return asked.at_dose * ((self.label == asked.label) & (self.context == context)) * (asked.label >= 0)
+
     def curves_per_context(self, mask: NDArray[np.bool_]) -> NDArray[np.int64]:
         """Number of labels that some conditions have in each context, ``(n_contexts,)``."""
         return np.bincount(self.curve_context[np.unique(self.curve[mask])], minlength=self.n_contexts)

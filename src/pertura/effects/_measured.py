@@ -232,6 +232,7 @@ def fit_measured(
     strength: Callable[[NDArray[np.int64], NDArray[np.float64]], NDArray] | None = None,
     features: NDArray | None = None,
     feature_blocks: Sequence[slice] | None = None,
+    left_out: Sequence[int] = (),
 ) -> MeasuredEffect:
     """Effects of all perturbations and measured combinations, shrunk by :func:`~pertura.effects.shrink`.
 
@@ -255,6 +256,8 @@ def fit_measured(
         ones have the mean effect.
     feature_blocks
         Columns of the features that belong together; see :func:`~pertura.effects.fit_kernels`.
+    left_out
+        Contexts that count as not measured.
     """
     members = table.members
     if combinations is None:
@@ -271,6 +274,7 @@ def fit_measured(
     lookup = {(code,): code for code in range(n_perturbations)}
     lookup |= {c: n_perturbations + i for i, c in enumerate(combinations)}
     which = np.array([lookup.get(m, -1) for m in members], dtype=np.int64)
+    which[np.isin(table.context[table.treated], left_out)] = -1
     effects = table.pooled(which, len(result.mean), strength=response)
     rows = np.flatnonzero(np.isfinite(effects.noise))
     unit, loadings = table.spread, table.programs()

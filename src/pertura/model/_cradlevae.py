@@ -14,7 +14,7 @@ from pertura.effects import ConditionTable
 from pertura.module._cradlevae import CRADLEVAE as Module
 
 from .base._artifact import PAPER, ArtifactModel, ArtifactOptions
-from .base._gene_effects import fit_gene_effects, refine_gene_effects
+from .base._gene_effects import fit_gene_departures, fit_gene_effects, refine_gene_effects
 from .base._options import option
 from .base._predict import device_of, seeded
 
@@ -146,6 +146,7 @@ class CRADLEVAE(ArtifactModel):
     def _complete(self, table: ConditionTable) -> None:
         if self.module.gene_effects is not None:
             refine_gene_effects(self, table)
+            fit_gene_departures(self, table)
 
     @torch.no_grad()
     def get_shifts(self) -> pd.DataFrame:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -16,18 +18,25 @@ from pertura.data._constants import KEYS
 from pertura.data._datamodule import PerturbationDataModule
 from pertura.data._pairs import Coupling, Strata, embed, explicit_coupling, random_coupling, strata, transport_coupling
 from pertura.data._validation import check_obs_key
-from pertura.effects import ConditionTable
+from pertura.effects import ConditionTable, stack_shares
+from pertura.effects._discrepancy import perturbations_of
 from pertura.effects._sums import codes_of, control_means, project
 from pertura.effects._table import halves
+from pertura.module._draws import run
 from pertura.module._pertvae import PertVAE as Module
 from pertura.train._elbo import FreeBitsELBO
 
 from .base import PerturbationModel, TrainingOptions, option
+from .base._departures import ContextEffects, Without
+from .base._gene_effects import dose_response
 from .base._model import SetupKey
-from .base._predict import device_of
+from .base._predict import device_of, seeded
 from .base._query import Query
 
 logger = logging.getLogger(__name__)
+
+_MAX_CELLS, _MAX_CONDITIONS = 200, 3000  # of a condition, and in all, from which left-out contexts are predicted
+_COMMON = 100.0  # prior variance of what perturbations have in common
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,7 @@ class PertVAEOptions(TrainingOptions):
     prior_sd_b: float | None = option(None, above=0)
     free_nats: float = option(0.0, least=0)
     prediction_weight: float = option(0.0, least=0)
+    effects: Literal["measured", "latent"] = option("measured", one_of=("measured", "latent"))
     use_weight_norm: bool = option(False, flag=True)
     dropout_rate: float = option(0.0, least=0, below=1)
     input_noise: float = option(0.0, least=0)
@@ -74,6 +84,7 @@ PAPER = {
     "link_sharpness": 1.0,
     "heteroscedastic": True,
     "prior_sd_W": 1.0,
+    "effects": "latent",
     "free_nats": 2.0,
     "use_weight_norm": True,
     "effect_lr_factor": 1.0,
@@ -166,6 +177,11 @@ class PertVAE(PerturbationModel):
         Divergence per latent variable (z1, z2) and cell that costs nothing.
     prediction_weight
         Weight in the loss of the log likelihood of a perturbed cell as predicted from its partner.
+    effects
+        ``"measured"``: left-out training contexts decide what share of W is kept (:attr:`share`), and in a context where a
+        perturbation was measured its effect is the measured one, drawn toward what the model says of the context without these cells
+        as far as they are few. ``"latent"``: effects are those of W and b as trained, as in the paper. Perturbations of a single
+        context have the latter.
     use_weight_norm
         Whether all layers are weight-normalized.
     dropout_rate
@@ -290,6 +306,8 @@ class PertVAE(PerturbationModel):
         return strata(where, cells.is_control, ["context", "batch"])
 
     def _initialize(self, data: PerturbationDataModule, table: ConditionTable) -> None:
+        self.module.departures.clear()
+        self.module.share.fill_(1.0)
         n_components = self.module.profile_basis.shape[1]
         _, axes = embed(table.sample.x, False, n_components, seed=data.seed, return_basis=True)
         if not self.is_trained_:
@@ -332,6 +350,39 @@ class PertVAE(PerturbationModel):
             by_half[half, table.context[there]] = table.mean[there, half]
         module.half_profile.copy_(torch.cat([self._projected(part, found) for part in by_half]))
 
+    @torch.no_grad()
+    def _complete(self, table: ConditionTable) -> None:
+        """Keep the share of W that left-out contexts support, and add what effects in single contexts differ from the model's."""
+        if self.options.effects == "latent":
+            return
+        contexts = ContextEffects(self, table)
+        if not len(contexts):
+            return
+        left_out = _LeftOut(self, table)
+        expected = contexts.predict(left_out.without(0.0))
+        rows = contexts.rows[contexts.number[contexts.rows] > 2]
+        if len(rows) and self.module.effect_input == "context":
+            profiles = self.module.half_profile.chunk(2)
+            further = [contexts.predict(left_out.without(1.0, profile)) - expected for profile in profiles]
+            # the noise of the controls of a profile would be in the effect, too
+            target = [effect - expected for effect in contexts.against_other_half()]
+            parts = [np.concatenate([part[rows] for part in both]) for both in (target, further)]
+            share = float(stack_shares(parts[0], [parts[1]], np.tile(contexts.context[rows], 2))[0])
+            expected += share * np.mean(further, axis=0)
+            self.module.effect_U.mul_(share)
+            self.module.share.fill_(share)
+        contexts.set_departures(self.module.departures, expected)
+
+    @property
+    def share(self) -> float:
+        """Share of W that is kept, 1 where nothing says how much.
+
+        Training contexts are predicted from the others, with W and without. 0: effects differ between contexts by no more than their
+        starting points and the measured departures say.
+        """
+        self._check_if_trained(warn=False, message="The model is not trained. Call `train()` first.")
+        return float(self.module.share)
+
     def _projected(self, profiles: NDArray, found: NDArray) -> torch.Tensor:
         device = device_of(self.module)
         tensors = (torch.as_tensor(profiles, dtype=torch.float32), torch.as_tensor(found))
@@ -355,3 +406,100 @@ class PertVAE(PerturbationModel):
             return {}
         found, profiles = control_means(asked.manager, new)
         return {"context_profile": torch.cat([known, self._projected(profiles, found)])}
+
+
+class _LeftOut:
+    """What W and b would be without some contexts: their posterior mean in closed form, given latent states.
+
+    A condition's mean latent state less that of its controls is linear in W and b. Their priors are those of the module; features
+    of perturbations explain what they do in the trained module, and so does W of the cells' own states.
+    """
+
+    def __init__(self, model: PertVAE, table: ConditionTable) -> None:
+        self.module, self.context = model.module, table.context[table.treated]
+        state, n = self._states(model, table)
+        treated = table.treated
+        control = np.zeros((table.n_contexts, state.shape[1]))
+        control[table.context[table.is_control]] = state[table.is_control]
+        codes = np.where(table.codes[treated] >= 0, table.codes[treated], -1)
+        strength = dose_response(model)(codes, table.dose[treated]) * (codes >= 0)
+        self.amount = np.zeros((len(treated), model.vocabulary.n_perturbations))
+        np.add.at(self.amount, (np.arange(len(treated))[:, None], codes.clip(0)), strength)
+        effect = state[treated] - control[self.context]
+        if self.module.effect_features is not None:
+            effect -= self.amount @ self.module.effect_features(self.module.features).cpu().numpy()
+        if self.module.effect_input == "cell":
+            W = self.module.effect_W().cpu().numpy()
+            effect -= np.einsum("cp,pij,cj->ci", self.amount, W, control[self.context], optimize=True)
+        self.effect = effect
+        usable = np.isin(self.context, table.context[table.is_control]) & (n[treated] > 0)
+        # many more than these do not sharpen what is learned
+        self.usable = np.flatnonzero(usable)[np.argsort(-n[treated][usable], kind="stable")[:_MAX_CONDITIONS]]
+        self.noise = float(self.module.mean_noise_variance().mean()) / np.maximum(table.n[treated].sum(1), 1)
+
+    def _states(self, model: PertVAE, table: ConditionTable) -> tuple[NDArray, NDArray]:
+        """Mean latent state of some cells of each condition, ``(n_conditions, n_latent)``, and their number."""
+        cells, module = model._registered_cells(model.train_indices), self.module
+        done, which = cells.done(model.vocabulary)
+        treated = list(zip(perturbations_of(table, model.vocabulary), self.context, table.treated, strict=True))
+        row = {(p.label, p.dose, c): i for p, c, i in treated}
+        row |= {(None, None, table.context[i]): i for i in np.flatnonzero(table.is_control)}
+        control = cells.is_control
+        keys, key = np.unique(np.stack([np.where(control, -1, which), cells.context]), axis=1, return_inverse=True)
+        names = [(None, None) if w < 0 else (done[w].label, done[w].dose) for w in keys[0]]
+        at = np.array([row.get((*name, c), -1) for name, c in zip(names, keys[1], strict=True)])[key.ravel()]
+        shuffled = np.random.default_rng(0).permutation(np.flatnonzero(at >= 0))
+        rank = pd.Series(at[shuffled]).groupby(at[shuffled]).cumcount().to_numpy()
+        kept = np.sort(shuffled[rank < _MAX_CELLS])
+        state = np.zeros((len(table.codes), module.n_latent))
+        start = 0
+        with seeded(0, device_of(module)):
+            for part in cells.at(cells.rows[kept]).cells(512, device_of(module)):
+                z = run(module.guide, part, 2).nodes["z1"]["value"].mean(0).double().cpu().numpy()
+                np.add.at(state, at[kept[start : start + len(part)]], z)
+                start += len(part)
+        n = np.bincount(at[kept], minlength=len(state))
+        return state / np.maximum(n, 1)[:, None], n
+
+    def without(self, share: float, profiles: torch.Tensor | None = None) -> Without:
+        """The module with a share of W, and both learned from the other contexts than those of a fold.
+
+        Parameters
+        ----------
+        share
+            Of W.
+        profiles
+            What the contexts that are predicted are described by, if not by all their controls.
+        """
+        module, names = self.module, ("effect_U", "effect_V", "effect_b", "context_profile")
+        learns_W = module.effect_input == "context"
+
+        @contextmanager
+        def inner(fold: NDArray) -> Iterator[None]:
+            at = self.usable[~np.isin(self.context[self.usable], fold)]
+            amount, total = self.amount[at], self.amount[at].sum(1)
+            u = module.context_profile.double().cpu().numpy()[self.context[at]]
+            alike = amount @ amount.T
+            common = _COMMON * (module.effect_common is not None)
+            covariance = module.prior_sd_b**2 * alike + common * np.outer(total, total) + np.diag(self.noise[at])
+            if learns_W:
+                covariance += module.prior_sd_W**2 * alike * (u @ u.T)
+            weight = np.linalg.solve(covariance, self.effect[at])
+            b = module.prior_sd_b**2 * amount.T @ weight + common * (total @ weight)
+            kept = {name: getattr(module, name) for name in names}
+            try:
+                own = kept["effect_b"]
+                b = torch.as_tensor(b, dtype=own.dtype, device=own.device)
+                module.effect_b = torch.nn.Parameter(b if module.effect_common is None else b - module.effect_common)
+                if learns_W:
+                    W = np.einsum("cp,ci,cj->pij", amount, weight, u, optimize=True) * module.prior_sd_W**2 * share
+                    module.effect_U = torch.nn.Parameter(torch.as_tensor(W, dtype=own.dtype, device=own.device))
+                    module.effect_V = None
+                if profiles is not None:
+                    module.context_profile = profiles
+                yield
+            finally:
+                for name, value in kept.items():
+                    setattr(module, name, value)
+
+        return inner

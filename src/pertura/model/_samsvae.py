@@ -16,7 +16,7 @@ from pertura.module._comparators import ConditionalVAE, SVAEPlus
 from pertura.module._samsvae import SAMSVAE as Module
 
 from .base import PerturbationModel, TrainingOptions, option
-from .base._gene_effects import fit_gene_effects, refine_gene_effects
+from .base._gene_effects import fit_gene_departures, fit_gene_effects, refine_gene_effects
 from .base._predict import seeded
 
 
@@ -190,6 +190,7 @@ class SAMSVAE(PerturbationModel):
     def _complete(self, table: ConditionTable) -> None:
         if getattr(self.module, "gene_effects", None) is not None:
             refine_gene_effects(self, table)
+            fit_gene_departures(self, table)
 
     def _plan_defaults(self) -> dict[str, Any]:
         n = self.options.n_particles

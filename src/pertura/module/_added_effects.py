@@ -72,43 +72,40 @@ class Distinct:
     which: Tensor
 
 
-class MeasuredMeans(nn.Module):
-    """Means of the training conditions and of their controls, and weighted sums of the differences.
+class KnownConditions(nn.Module):
+    """The conditions that something is known of.
 
     Parameters
     ----------
-    n_genes, n_contexts
-        Sizes of the data.
-    max_dose
-        Highest registered dose of each perturbation, ``(n_perturbations,)``.
+    **more
+        Buffers beside them, whose size is that of what is set.
     """
 
-    def __init__(self, n_genes: int, n_contexts: int, max_dose: NDArray[np.float64]) -> None:
+    def __init__(self, **more: Tensor) -> None:
         super().__init__()
-        self.n_genes, self.n_contexts = n_genes, n_contexts
-        self.register_buffer("max_dose", torch.as_tensor(np.asarray(max_dose, dtype=np.float32)))
         add_buffers(
             self,
-            mean=torch.zeros(0, n_genes),
-            variance=torch.zeros(0, n_genes),
             codes=torch.zeros(0, 1, dtype=torch.long),
             dose=torch.zeros(0, 1),
             context=torch.zeros(0, dtype=torch.long),
-            has_control=torch.zeros(n_contexts, dtype=torch.bool),
+            max_dose=torch.zeros(0),
+            **more,
         )
-        self._cache: tuple[Tensor, dict[str, Any]] = (self.mean, {})
+        self._cache: tuple[Tensor, dict[str, Any]] = (self.codes, {})
 
-    @torch.no_grad()
-    def set(self, means: ConditionMeans) -> None:
-        """Take over the means of the training data."""
-        for name in self._resized:
-            set_buffer(self, name, getattr(means, name))
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    @property
+    def n_contexts(self) -> int:
+        """Number of contexts."""
+        return int(self.context.max()) + 1 if len(self) else 0
 
     @property
     def cache(self) -> dict[str, Any]:
-        """What was derived from the means since they were set or loaded."""
-        if self._cache[0] is not self.mean:
-            self._cache = (self.mean, {})
+        """What was derived from the conditions since they were set or loaded."""
+        if self._cache[0] is not self.codes:
+            self._cache = (self.codes, {})
         return self._cache[1]
 
     @property
@@ -118,23 +115,11 @@ class MeasuredMeans(nn.Module):
 
     @property
     def conditions(self) -> Conditions:
-        """The measured conditions."""
+        """The conditions."""
         if "conditions" not in self.cache:
             codes, dose, context = (b.cpu().numpy() for b in (self.codes, self.dose, self.context))
             self.cache["conditions"] = Conditions(codes, dose.astype(np.float64), context, self.n_contexts)
         return self.cache["conditions"]
-
-    @property
-    def control(self) -> Tensor:
-        """Control profiles of the training contexts, ``(n_contexts, n_genes)``; where there were none, their mean."""
-        own = self.mean[len(self.context) :]
-        return torch.where(self.has_control[:, None], own, own[self.has_control].mean(0))
-
-    @property
-    def effect(self) -> Tensor:
-        """Measured effects, ``(n_conditions, n_genes)``."""
-        n = len(self.context)
-        return self.mean[:n] - self.mean[n:][self.context]
 
     def distinct(self, action: Action, context: Tensor) -> Distinct:
         """The distinct pairs of perturbation and context among cells."""
@@ -149,13 +134,56 @@ class MeasuredMeans(nn.Module):
         dose = rows[:, order : 2 * order] * self.unit[codes]
         features = rows[:, 2 * order + 1 :].reshape(len(rows), order, -1) if described else [None] * len(rows)
         asked = [self.conditions.ask(*one) for one in zip(codes, dose, features, strict=True)]
-        device = self.mean.device
         return Distinct(
             asked,
             action[torch.as_tensor(first, device=action.codes.device)],
             rows[:, 2 * order].astype(np.int64),
-            torch.as_tensor(which.ravel(), device=device),
+            torch.as_tensor(which.ravel(), device=self.codes.device),
         )
+
+
+class MeasuredMeans(KnownConditions):
+    """Means of the training conditions and of their controls, and weighted sums of the differences.
+
+    Parameters
+    ----------
+    n_genes, n_contexts
+        Sizes of the data.
+    max_dose
+        Highest registered dose of each perturbation, ``(n_perturbations,)``.
+    """
+
+    def __init__(self, n_genes: int, n_contexts: int, max_dose: NDArray[np.float64]) -> None:
+        super().__init__(
+            mean=torch.zeros(0, n_genes),
+            variance=torch.zeros(0, n_genes),
+            has_control=torch.zeros(n_contexts, dtype=torch.bool),
+        )
+        self.n_genes = n_genes
+        set_buffer(self, "max_dose", np.asarray(max_dose, dtype=np.float32))
+
+    @torch.no_grad()
+    def set(self, means: ConditionMeans) -> None:
+        """Take over the means of the training data."""
+        for name in ("codes", "dose", "context", "mean", "variance", "has_control"):
+            set_buffer(self, name, getattr(means, name))
+
+    @property
+    def n_contexts(self) -> int:
+        """Number of contexts."""
+        return len(self.has_control)
+
+    @property
+    def control(self) -> Tensor:
+        """Control profiles of the training contexts, ``(n_contexts, n_genes)``; where there were none, their mean."""
+        own = self.mean[len(self.context) :]
+        return torch.where(self.has_control[:, None], own, own[self.has_control].mean(0))
+
+    @property
+    def effect(self) -> Tensor:
+        """Measured effects, ``(n_conditions, n_genes)``."""
+        n = len(self.context)
+        return self.mean[:n] - self.mean[n:][self.context]
 
     def sums(self, weights: NDArray[np.float64]) -> tuple[Tensor, Tensor]:
         """Weighted sums of measured effects and their sampling variances, ``(n, n_genes)``; weights ``(n, n_conditions)``."""

@@ -111,7 +111,7 @@ class CRADLEVAE(LatentModule):
         shift, offset = self.shifts(table, cells.action), 0.0
         if self.gene_effects is not None:
             noise = self.gene_effects.sample_noise()
-            offset = self.gene_effects(cells.action.one, self.strength(cells.action.one), noise)
+            offset = self.gene_effects(cells.action.one, self.strength(cells.action.one), noise, cells.context)
             if self.training:
                 with share_of_data(self, len(cells), 1.0):
                     explain_effects(self, table)
@@ -133,7 +133,9 @@ class CRADLEVAE(LatentModule):
         shift, effect = self.shifts(table, cells.action) if self.gene_effects is None else None, 0.0
         if self.gene_effects is not None:
             self.gene_effects.sample_noise()
-            effect = self.gene_effects.delta(cells.action, self.strength(cells.action)) / self.input_scale
+            effect = (
+                self.gene_effects.delta(cells.action, self.strength(cells.action), cells.context) / self.input_scale
+            )
         infer_basal(self, cells, artifact, shift, effect, kl_weight)
 
     def strength(self, action: Action) -> Tensor:

@@ -8,88 +8,22 @@ by the effect.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pertura.effects import MeasuredEffect
 
 from ._base import Action
+from ._departures import Departures, RowNoise, RowNormal
 
 _N_LEVELS, _TOP = 97, 9.6
 _LOW, _HIGH, _N_GRID = -8.0, 8.0, 65
 MAX_ROWS = 128
-
-
-class RowNoise:
-    """Standard normal noise of rows of a table, made when it is needed.
-
-    Parameters
-    ----------
-    n_genes
-        Width of a row.
-    seed
-        Rows then have the same noise each time; `None`: new noise each time (training).
-    n_draws
-        Draws of each row, in antithetic pairs.
-    device
-        Where.
-    """
-
-    def __init__(self, n_genes: int, seed: int | None, n_draws: int, device: torch.device) -> None:
-        self.n_genes, self.seed, self.n_draws, self.device = n_genes, seed, n_draws, device
-
-    def rows(self, index: Tensor) -> Tensor:
-        """Noise of some rows, ``(n_draws, n_rows, n_genes)``; without a seed ``(n_rows, n_genes)``."""
-        if self.seed is None:
-            return torch.randn(len(index), self.n_genes, device=self.device)
-        half = (self.n_draws + 1) // 2
-        drawn = torch.empty(half, len(index), self.n_genes)
-        for at, row in enumerate(index.tolist()):
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + row) % (2**63))
-            drawn[:, at] = torch.randn(half, self.n_genes, generator=generator)
-        both = torch.cat([drawn, -drawn])[: self.n_draws] if self.n_draws > 1 else drawn
-        return both.to(self.device)
-
-
-class RowNormal(TorchDistribution):
-    """Distribution of :class:`RowNoise`: prior and posterior are the same, so that its divergence is 0.
-
-    Parameters
-    ----------
-    n_genes
-        Width of a row.
-    fixed
-        Whether rows have the same noise each time they are used.
-    device
-        Where.
-    """
-
-    arg_constraints: dict[str, Any] = {}
-    has_rsample = True
-
-    def __init__(self, n_genes: int, fixed: bool, device: torch.device, batch_shape: Sequence[int] = ()) -> None:
-        self.n_genes, self.fixed, self.device = n_genes, fixed, device
-        super().__init__(torch.Size(batch_shape), torch.Size(), validate_args=False)
-
-    def expand(self, batch_shape: Sequence[int], _instance: None = None) -> RowNormal:
-        """The same over a larger batch."""
-        return RowNormal(self.n_genes, self.fixed, self.device, batch_shape)
-
-    def rsample(self, sample_shape: Sequence[int] = ()) -> RowNoise:
-        """Noise with a new seed."""
-        n_draws = self.batch_shape[0] if self.batch_shape else 1
-        seed = int(torch.randint(2**40, ()).item()) if self.fixed else None
-        return RowNoise(self.n_genes, seed, n_draws, self.device)
-
-    def log_prob(self, value: RowNoise) -> Tensor:
-        """0: it cancels."""
-        return torch.zeros(self.batch_shape, device=self.device)
 
 
 class GeneEffects(nn.Module):
@@ -108,6 +42,8 @@ class GeneEffects(nn.Module):
     ----------
     measured
         Posterior of the effects.
+    departures
+        What effects in single contexts differ from them.
     base
         Mean expression of controls, ``(n_genes,)``.
     curve
@@ -127,6 +63,7 @@ class GeneEffects(nn.Module):
         super().__init__()
         self.n_genes = n_genes
         self.measured = MeasuredEffect(n_perturbations, n_genes, combinations, n_features)
+        self.departures = Departures(n_genes)
         self.register_buffer("base", torch.zeros(n_genes))
         self.register_buffer("curve", torch.zeros(n_genes, _N_LEVELS))
         # how far measured effects are from what latent shifts explain
@@ -137,8 +74,8 @@ class GeneEffects(nn.Module):
         """Site of the noise of effects."""
         return pyro.sample("effect_noise", RowNormal(self.n_genes, not self.training, self.base.device))
 
-    def delta(self, action: Action, strength: Tensor, noise: RowNoise | None = None) -> Tensor:
-        """Effects on mean expression, ``(..., n_cells, n_genes)``.
+    def delta(self, action: Action, strength: Tensor, context: Tensor | None = None) -> Tensor:
+        """Mean effects on mean expression, ``(n_cells, n_genes)``.
 
         Parameters
         ----------
@@ -146,16 +83,32 @@ class GeneEffects(nn.Module):
             What is done to each cell.
         strength
             Dose response of each member, ``(n_cells, order)``; that of members outside the vocabulary is their dose.
-        noise
-            `None`: the posterior mean.
+        context
+            Codes of the contexts, ``(n_cells,)``; `None`: those of an average one.
         """
-        action, strength, which = _distinct(action, strength)
-        return self._delta(action, strength, noise)[..., which, :]
+        effect = self._once(self._delta, action, strength, None)
+        return effect if context is None else effect + self.departures.change(action, context)
 
-    def forward(self, action: Action, strength: Tensor, noise: RowNoise | None = None) -> Tensor:
-        """What is added to the activation of each gene, ``(..., n_cells, n_genes)``."""
+    def forward(
+        self, action: Action, strength: Tensor, noise: RowNoise | None = None, context: Tensor | None = None
+    ) -> Tensor:
+        """What is added to the activation of each gene, ``(..., n_cells, n_genes)``; `noise` as :meth:`sample_noise` gives it."""
+        added = self._once(self._activation, action, strength, noise)
+        own = None if context is None else self.departures(action, context, noise, len(self.measured.mean) + 2)
+        if own is None:
+            return added
+        # the posterior of a departure is that of the whole effect
+        certain = self._once(self._activation, action, strength, None)
+        return torch.where(own[1], certain, added) + own[0]
+
+    @staticmethod
+    def _once(function: Callable[..., Tensor], action: Action, strength: Tensor, noise: RowNoise | None) -> Tensor:
+        """A function of actions, evaluated once for each distinct one."""
         action, strength, which = _distinct(action, strength)
-        return self.to_activation(self._delta(action, strength, noise))[..., which, :]
+        return function(action, strength, noise)[..., which, :]
+
+    def _activation(self, action: Action, strength: Tensor, noise: RowNoise | None) -> Tensor:
+        return self.to_activation(self._delta(action, strength, noise))
 
     def _delta(self, action: Action, strength: Tensor, noise: RowNoise | None) -> Tensor:
         measured = self.measured

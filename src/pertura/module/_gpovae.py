@@ -41,8 +41,9 @@ from pertura.data._constants import UNKNOWN
 
 from ._artifact import Artifact, failed, infer_basal
 from ._base import Action, Basal, Cells, Globals
+from ._departures import RowNoise
 from ._draws import run
-from ._gene_effects import GeneEffects, RowNoise
+from ._gene_effects import GeneEffects
 from ._latent import Decoder, LatentModule, NormalEncoder, beside
 from ._shifts import SparseShifts, share_of_data
 

@@ -14,6 +14,9 @@ Gaussian followed by inverse autoregressive steps.
 
 A cell alone, which is no member of a pair, has one latent state, that in which it was measured. For a treated cell this is
 :math:`z_2`, whose prior is :math:`\int p(z_2 \mid z_1)\, p(z_1)\, dz_1`.
+
+In contexts where a perturbation was measured, what its effect differs from that of :math:`z_2` is added to what the decoder says
+(:mod:`pertura.module._departures`), once the rest is trained.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from pertura.nn._flows import InverseAutoregressiveFlow
 from pertura.nn._mlp import MLP
 
 from ._base import Action, Basal, Cells, Counterfactual, Globals
+from ._departures import Departures, RowNoise
 from ._draws import run, unwrapped
 from ._latent import LatentModule, log_dose_response
 
@@ -141,6 +145,9 @@ class PertVAE(LatentModule):
         self.effect_log_scale = nn.Parameter(torch.full((n_latent,), -1.0))
         state_noise = transition_noise == "state"
         self.effect_log_scale_slope = nn.Parameter(torch.zeros(n_latent, n_latent)) if state_noise else None
+        self.departures = Departures(n_genes)
+        # of W that left-out contexts support; W has it
+        self.register_buffer("share", torch.tensor(1.0))
         self.dose_log_kappa = nn.Parameter(torch.zeros(n_perturbations))
         self.effect_features = nn.Linear(n_features, n_latent, bias=False) if n_features else None
         if self.effect_features is not None:
@@ -167,11 +174,12 @@ class PertVAE(LatentModule):
         first, post = _split(cells, n_pairs)
         if self.training:
             self._prior_of_effects(len(cells))
+        noise = self.departures.sample_noise()
         with pyro.plate("cells", len(first)):
             with pyro.poutine.scale(scale=kl_weight):
                 z1 = pyro.sample("z1", self.prior(first))
             pyro.deterministic("state", z1, event_dim=1)
-            pyro.sample("x", self.expression(z1, first), obs=first.x)
+            pyro.sample("x", self.expression(z1, first, noise), obs=first.x)
         if n_pairs == 0:
             return
         before = z1[..., :n_pairs, :]
@@ -183,13 +191,14 @@ class PertVAE(LatentModule):
         with pyro.plate("pairs", n_pairs):
             with pyro.poutine.scale(scale=kl_weight):
                 z2 = pyro.sample("z2", after.to_event(1))
-            pyro.sample("x2", self.expression(z2, post), obs=post.x)
+            pyro.sample("x2", self.expression(z2, post, noise), obs=post.x)
         if self.training and self.prediction_weight > 0:
             log_prob = self.expression(after.rsample(), post).log_prob(post.x)
             pyro.factor("x2_predicted", self.prediction_weight * log_prob.sum())
 
     def guide(self, cells: Cells, n_pairs: int = 0, kl_weight: float = 1.0, half: Tensor | None = None) -> None:
         """q(z | x), one encoder for cells before and after a perturbation."""
+        self.departures.sample_noise()
         h = self.encode(cells)
         n_first = len(cells) - n_pairs
         with pyro.plate("cells", n_first), pyro.poutine.scale(scale=kl_weight):
@@ -220,13 +229,17 @@ class PertVAE(LatentModule):
         """p(z2 | z1), batch shape ``(..., n_cells, n_latent)``; arguments as of :meth:`effect`."""
         return dist.Normal(z1 + self.effect(z1, cells, profiles), self.noise_sd(z1))
 
-    def expression(self, z: Tensor, cells: Cells) -> dist.TorchDistribution:
-        """p(x | z)."""
-        return self.likelihood(self.decoder(self.with_batch(z, cells.batch)), cells.library)
+    def expression(self, z: Tensor, cells: Cells, noise: RowNoise | None = None) -> dist.TorchDistribution:
+        """p(x | z); without `noise` at the mean of the departures."""
+        own = self.departures(cells.action, cells.context, noise)
+        return self.likelihood(
+            self.decoder(self.with_batch(z, cells.batch)), cells.library, 0.0 if own is None else own[0]
+        )
 
     def encode(self, cells: Cells) -> Tensor:
         """Hidden layer that the guide reads, ``(n_cells, encoder_hidden[-1])``."""
         x = self.standardized(cells.x, cells.library)
+        x = x - self.departures.change(cells.action, cells.context) / self.input_scale
         if self.training and self.input_noise > 0:
             x = x + self.input_noise * torch.randn_like(x)
         return self.encoder(self.with_batch(x, cells.batch))
@@ -319,7 +332,7 @@ class PertVAE(LatentModule):
         z = run(self.guide, cells, n_draws).nodes["z1"]["value"]
         half = torch.randn((n_draws + 1) // 2, *z.shape[1:], device=z.device)
         noise = torch.cat([half, -half])[:n_draws]
-        own = unwrapped(self.expression(z, cells)).abduct(cells.x)
+        own = unwrapped(self.expression(z, cells, globals_.get("departure_noise"))).abduct(cells.x)
         basal = self._take_back(z, cells, globals_.get("context_profile"))
         return Basal(cells, basal, {"measured": z, "noise": noise}, own, globals_, n_draws)
 
@@ -337,6 +350,7 @@ class PertVAE(LatentModule):
         control is asked under a perturbation or a treated cell without one, and a cell's own perturbation gives back its own state.
         """
         profiles, own = basal.globals_.get("context_profile"), basal.cells
+        departing = basal.globals_.get("departure_noise")
         cells = replace(own, action=action)
         same = _same(own.action, action)[:, None]
         state = basal.state + self.effect(basal.state, cells, profiles)
@@ -349,9 +363,9 @@ class PertVAE(LatentModule):
             if own_jacobian is not None:
                 before = _times(jacobian, torch.linalg.solve(own_jacobian, before[..., None]).squeeze(-1))
             moved = torch.where(same, 0.0, noise * action.present.any(1)[:, None] - before)
-            return unwrapped(self.expression(state + moved, cells))
+            return unwrapped(self.expression(state + moved, cells, departing))
 
-        return Counterfactual(state, unwrapped(self.expression(state, cells)), drawn)
+        return Counterfactual(state, unwrapped(self.expression(state, cells, departing)), drawn)
 
     def log_weights(self, cells: Cells, n_draws: int, globals_: Globals) -> Tensor:
         """Log p(x, z) - log q(z | x) of the state in which a cell was measured, ``(n_draws, n_cells)``.
@@ -362,7 +376,7 @@ class PertVAE(LatentModule):
         profiles = globals_.get("context_profile")
         site = run(self.guide, cells, n_draws).nodes["z1"]
         z = site["value"]
-        total = self.expression(z, cells).log_prob(cells.x) - site["fn"].log_prob(z)
+        total = self.expression(z, cells, globals_.get("departure_noise")).log_prob(cells.x) - site["fn"].log_prob(z)
         treated, prior = cells.action.present.any(1), self.prior(cells, profiles)
         if self.effect_log_scale_slope is None or not bool(treated.any()):
             return total + prior.log_prob(z)

@@ -124,7 +124,7 @@ class SAMSVAE(LatentModule):
         shift, offset = 0.0 if explains else self.shifts(table, cells.action), 0.0
         if self.gene_effects is not None:
             noise = self.gene_effects.sample_noise()
-            offset = self.gene_effects(cells.action.one, self.strength(cells.action.one), noise)
+            offset = self.gene_effects(cells.action.one, self.strength(cells.action.one), noise, cells.context)
             if explains:
                 with share_of_data(self, len(cells), 1.0):
                     explain_effects(self, table, plate)
@@ -143,7 +143,7 @@ class SAMSVAE(LatentModule):
         u, shift = self.standardized(cells.x, cells.library), None
         if self.gene_effects is not None:
             self.gene_effects.sample_noise()
-            u = u - self.gene_effects.delta(cells.action, self.strength(cells.action)) / self.input_scale
+            u = u - self.gene_effects.delta(cells.action, self.strength(cells.action), cells.context) / self.input_scale
         elif self.basal_guide == "correlated":
             shift = self.shifts(table, cells.action)
         with pyro.plate("cells", len(cells)), pyro.poutine.scale(scale=kl_weight):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from pertura.data._vocabulary import dose_units
-from pertura.effects import ConditionTable, feature_blocks, fit_measured
+from pertura.effects import ConditionTable, MeasuredEffect, feature_blocks, fit_measured
 from pertura.module._base import Action
 
+from ._departures import ContextEffects
 from ._predict import Predictor, Settings, device_of
 from ._protocol import Model
 from ._query import Query
@@ -38,22 +40,44 @@ def fit_gene_effects(model: Model, table: ConditionTable) -> None:
     The module offers ``strength(action)``, the dose response of each member. Features of perturbations are used where the
     site was made with them.
     """
-    module, vocabulary = model.module, model.vocabulary
+    module = model.module
     device = device_of(module)
     site = module.gene_effects
-    described = site.measured.feature_weight.shape[0] > 0
-    site.measured = fit_measured(
+    site.departures.clear()
+    site.measured = _measured(model, table)
+    if not model.is_trained_:
+        base = torch.as_tensor(table.control_moments.mean, dtype=torch.float32, device=device)
+        start, library = _start(module, table, device)
+        site.set_curve(base, module.likelihood, start, library)
+
+
+def _measured(model: Model, table: ConditionTable, left_out: Sequence[int] = ()) -> MeasuredEffect:
+    vocabulary, described = model.vocabulary, model.module.gene_effects.measured.feature_weight.shape[0] > 0
+    return fit_measured(
         table,
         vocabulary.n_perturbations,
         combinations=[vocabulary.code(members).tolist() for members in vocabulary.combinations],
         strength=dose_response(model),
         features=vocabulary.feature_matrix(vocabulary.names) if described else None,
         feature_blocks=feature_blocks(list(vocabulary.features.columns)) if described else None,
-    ).to(device)
-    if not model.is_trained_:
-        base = torch.as_tensor(table.control_moments.mean, dtype=torch.float32, device=device)
-        start, library = _start(module, table, device)
-        site.set_curve(base, module.likelihood, start, library)
+        left_out=left_out,
+    ).to(device_of(model.module))
+
+
+@torch.no_grad()
+def fit_gene_departures(model: Model, table: ConditionTable) -> None:
+    """Set what effects in single contexts differ from those that a model's measured effects of the other contexts predict."""
+    site, contexts = model.module.gene_effects, ContextEffects(model, table)
+
+    @contextmanager
+    def without(fold: NDArray[np.int64]) -> Iterator[None]:
+        kept, site.measured = site.measured, _measured(model, table, fold)
+        try:
+            yield
+        finally:
+            site.measured = kept
+
+    contexts.set_departures(site.departures, contexts.predict(without))
 
 
 def _start(module: torch.nn.Module, table: ConditionTable, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,170 @@
+"""Effects in single contexts, beyond what a model predicts there from other contexts; fitted once it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pertura.effects import ConditionTable, fit_departures
+from pertura.effects._discrepancy import perturbations_of
+from pertura.module._departures import Departures
+
+from ._protocol import Model
+from ._validation import some_controls
+
+Matrix = NDArray[np.float64]
+Without = Callable[[NDArray[np.int64]], AbstractContextManager[None]]
+
+_MAX_FOLDS, _N_DRAWS = 5, 2
+_MAX_CONTROLS, _MAX_PREDICTED = 200, 20_000  # of a context, and these times its perturbations
+# what is added to activations, to see how mean expression follows
+_STEPS = (-4.0, -2.0, -1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
+
+
+class ContextEffects:
+    """Conditions of which other contexts say something, and what a model predicts of them.
+
+    Parameters
+    ----------
+    model
+        Trained.
+    table
+        Its training conditions.
+
+    Attributes
+    ----------
+    rows
+        Treated conditions of the table whose perturbation was measured in contexts of another fold, too.
+    folds
+        Contexts that are left out together.
+    """
+
+    def __init__(self, model: Model, table: ConditionTable) -> None:
+        self.model, self.table = model, table
+        self.context = table.context[table.treated]
+        known, own = table.has_control[self.context], np.unique(self.context)
+        own = own[table.has_control[own]]
+        self.folds = [own[i::_MAX_FOLDS] for i in range(min(len(own), _MAX_FOLDS))]
+        fold = np.zeros(table.n_contexts, dtype=np.int64)
+        for number, contexts in enumerate(self.folds):
+            fold[contexts] = number
+        where: dict[tuple[int, ...], set[int]] = {}
+        for members, context, ok in zip(table.members, self.context, known, strict=True):
+            if ok:
+                where.setdefault(members, set()).add(int(fold[context]))
+        self.number = np.array([len(where.get(m, ())) * bool(ok) for m, ok in zip(table.members, known, strict=True)])
+        self.rows = np.flatnonzero(self.number > 1)
+        self._done = perturbations_of(table, model.vocabulary)
+        cells, rng = model._registered_cells(model.train_indices), np.random.default_rng(0)
+        self._controls = {}
+        for c in np.unique(self.context[self.rows]):
+            most = max(20, min(_MAX_CONTROLS, _MAX_PREDICTED // int((self.context[self.rows] == c).sum())))
+            self._controls[c] = some_controls(cells, int(c), most, rng)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def predict(self, without: Without | None = None) -> Matrix:
+        """Effects of the conditions, each as the model is `without` its fold of contexts; ``(n_treated, n_genes)``, 0 elsewhere."""
+        result = np.zeros((len(self.context), self.table.n_genes))
+        for fold in self.folds:
+            if not np.isin(self.context[self.rows], fold).any():
+                continue
+            with nullcontext() if without is None else without(fold):
+                for c in fold:
+                    result[self._of(c)] = self._predict(c)
+        return result
+
+    def against_other_half(self) -> list[Matrix]:
+        """Measured effects, ``(n_treated, n_genes)``, of which the controls of half 0 have no part; and of half 1."""
+        table, control = self.table, self.table.controls
+        profiles = np.repeat(control[None], 2, axis=0)
+        for i in np.flatnonzero(table.is_control):
+            for half in np.flatnonzero(table.n[i] > 0):
+                profiles[half, table.context[i]] = table.mean[i, half]
+        return [table.effects().effect + (control - profiles[1 - half])[self.context] for half in (0, 1)]
+
+    def _of(self, context: int) -> NDArray[np.int64]:
+        return self.rows[self.context[self.rows] == context]
+
+    def _predict(self, context: int) -> Matrix:
+        own = [self._done[i] for i in self._of(context)]
+        return (
+            self.model._effects_on(self._controls[context], own, _N_DRAWS) if own else np.zeros((0, self.table.n_genes))
+        )
+
+    @torch.no_grad()
+    def set_departures(self, site: Departures, expected: Matrix) -> None:
+        """Let a site bring the model from what it predicts to what is expected and measured together.
+
+        Parameters
+        ----------
+        site
+            Of the model.
+        expected
+            As :meth:`predict` gives them, of the model without their contexts.
+        """
+        site.clear()
+        if not len(self):
+            return
+        table, rows = self.table, self.rows
+        kept = table.has_control[self.context]
+        place = (np.cumsum(kept) - 1)[rows]
+        mean, variance = fit_departures(table, expected[kept], place)
+        wanted, sd = expected[rows] + mean[place], np.sqrt(variance[place])
+        at = table.treated[rows]
+        max_dose = np.asarray(self.model.vocabulary.max_dose, dtype=np.float32)
+        site.set(codes=table.codes[at], dose=table.dose[at], context=table.context[at], max_dose=max_dose)
+        site.set(**{name: torch.zeros(wanted.shape) for name in ("delta", "mean", "low", "high")})
+        for c in self._controls:
+            self._solve(site, int(c), np.flatnonzero(self.context[rows] == c), wanted, sd)
+
+    def _solve(self, site: Departures, context: int, own: NDArray[np.int64], wanted: Matrix, sd: Matrix) -> None:
+        """What is added to activations so that mean expression of the controls moves by the wanted effects."""
+        wanted, sd = wanted[own], sd[own]
+
+        def reached(added: Matrix | float) -> Matrix:
+            for buffer in (site.mean, site.low, site.high):
+                buffer[own] = torch.as_tensor(added, dtype=buffer.dtype, device=buffer.device)
+            return self._predict(context)
+
+        def keep(**values: Matrix) -> None:
+            for name, value in values.items():
+                buffer = getattr(site, name)
+                buffer[own] = torch.as_tensor(value, dtype=buffer.dtype, device=buffer.device)
+
+        start = reached(0.0)
+        if not self.model.registered.is_counts:  # added to the mean itself
+            left = wanted - start
+            keep(delta=left, mean=left, low=left - sd, high=left + sd)
+            return
+        # a gene's own activation changes its own expression alone, which rises with it
+        moved = np.stack([start if step == 0.0 else reached(step) for step in _STEPS], -1)
+        moved = np.maximum.accumulate(moved, axis=-1) + 1e-6 * np.arange(len(_STEPS))
+        low, mean, high = (inverse(level, moved, np.array(_STEPS)) for level in (wanted - sd, wanted, wanted + sd))
+        # between the steps the curve is not straight
+        off = (wanted - reached(mean)) * (high - low) / (2 * sd + 1e-9)
+        off = off.clip(-0.5, 0.5)
+        keep(delta=wanted - start, mean=mean + off, low=low + off, high=high + off)
+
+
+def inverse(level: Matrix, curve: Matrix, steps: NDArray[np.float64]) -> Matrix:
+    """Where increasing curves reach levels, by linear interpolation; the ends where they do not.
+
+    Parameters
+    ----------
+    level
+        ``(n, n_genes)``.
+    curve
+        Values at the steps, ``(n, n_genes, n_steps)``.
+    steps
+        ``(n_steps,)``.
+    """
+    right = (curve < level[..., None]).sum(-1).clip(1, len(steps) - 1)
+    low, high = (np.take_along_axis(curve, at[..., None], -1)[..., 0] for at in (right - 1, right))
+    share = ((level - low) / (high - low)).clip(0.0, 1.0)
+    return steps[right - 1] + share * (steps[right] - steps[right - 1])
