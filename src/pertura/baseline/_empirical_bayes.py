@@ -48,13 +48,14 @@ class EmpiricalBayesModule(LinearModule):
         weights = self._weights(asked, self._gram)
         residual, further = _differences(weights, effect, control, conditions.context)
         residual -= float(self.share[0]) * further
-        rows = np.flatnonzero(contexts[conditions.label] > 1)  # elsewhere nothing was transferred
-        residual[np.setdiff1d(np.arange(len(residual)), rows)] = 0.0
+        transferred = contexts[conditions.label] > 1
+        residual[~transferred] = 0.0
         set_buffer(self, "residual", residual)
         others = self._of_others(asked, conditions.context)
         left = residual - float(self.share[1]) * (others @ residual)
-        mean, variance = fit_departures(table, effect - left, rows)
+        mean, variance = fit_departures(table, effect - left, np.flatnonzero(transferred))
         set_buffer(self, "posterior", mean)
+        variance[~transferred] = self.means.sums(np.eye(len(conditions))[~transferred])[1].double().cpu().numpy()
         set_buffer(self, "posterior_variance", variance)
 
     def _shares(self, asked: list[Asked], table: ConditionTable, repeated: NDArray[np.bool_]) -> Matrix:
@@ -100,13 +101,7 @@ class EmpiricalBayesModule(LinearModule):
         weights = self.combined(asked, globals_)
         mean, variance = self.weighted(weights)
         measured = np.array([a.label >= 0 for a in asked.asked])[:, None]
-        own = np.zeros((len(weights), len(conditions)))
-        for row, (one, c) in enumerate(zip(asked.asked, asked.context, strict=True)):
-            mask = conditions.label == one.label
-            if one.label >= 0 and c < self.n_contexts and (available := conditions.curves_per_context(mask))[c]:
-                if (available > 0).sum() > 1:
-                    here = (np.arange(self.n_contexts) == c).astype(float)
-                    own[row] = conditions.average(one.at_dose, mask, here)
+        own = np.stack([conditions.in_context(*one) for one in zip(asked.asked, asked.context, strict=True)])
         convergence, alike = self.share.tolist()
         others = alike * measured * self._of_others(asked.asked, asked.context)
         transferred = weights[:, : len(conditions)] * measured

@@ -30,7 +30,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "_matching": ["matched_differences"],
         "_network": ["NetworkPosterior", "fit_network", "fit_rows", "fit_shifts", "measure_covariation", "own_shifts"],
         "_shrink": ["Halves", "Shrunk", "principal_programs", "shrink"],
-        "_stacking": ["stack_shares"],
+        "_stacking": ["share_of_differences", "stack_shares"],
         "_transfer": ["Transfer"],
         "_table": ["ConditionMeans", "ConditionTable", "Effects"],
     },

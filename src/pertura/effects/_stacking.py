@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 from scipy.stats import ttest_1samp
 
+_LOW_HETEROGENEITY = (
+    0.25  # share of the variation between contexts that is more than chance; Higgins et al. 2003, BMJ 327:557-560
+)
 _CHANCE = 0.1  # p value of a gain in left-out contexts, above which it is none
 
 
@@ -38,3 +41,27 @@ def stack_shares(
     if len(gain) < 2 or not ttest_1samp(gain, 0.0, alternative="greater").pvalue < _CHANCE:
         share[:] = 0.0  # no more than chance would give: the mean effect
     return share
+
+
+def share_of_differences(
+    target: NDArray[np.float64], predicted: NDArray[np.float64], noise: NDArray[np.float64]
+) -> float:
+    """Share of a prediction of how contexts differ, between 0 and 1, with the least error in left-out contexts.
+
+    0 where contexts differ by hardly more than chance (:math:`I^2` below 25 %): what then predicts differences predicts noise.
+
+    Parameters
+    ----------
+    target
+        Measured effects of left-out conditions less what is predicted for all contexts, ``(n, n_coordinates)``.
+    predicted
+        What is predicted to differ in their context, with noise of its own.
+    noise
+        Sampling variance of a target, summed over coordinates, ``(n,)``; conditions count by its inverse.
+    """
+    weight = 1.0 / np.maximum(noise, 1e-12)
+    energy, chance = float(weight @ (target**2).sum(1)), float(weight @ noise)
+    if energy - chance <= _LOW_HETEROGENEITY * energy:
+        return 0.0
+    size = float(weight @ (predicted**2).sum(1))
+    return float(np.clip(weight @ (target * predicted).sum(1) / max(size, 1e-12), 0.0, 1.0))

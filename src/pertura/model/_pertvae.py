@@ -18,7 +18,7 @@ from pertura.data._constants import KEYS
 from pertura.data._datamodule import PerturbationDataModule
 from pertura.data._pairs import Coupling, Strata, embed, explicit_coupling, random_coupling, strata, transport_coupling
 from pertura.data._validation import check_obs_key
-from pertura.effects import ConditionTable, stack_shares
+from pertura.effects import ConditionTable, share_of_differences
 from pertura.effects._discrepancy import perturbations_of
 from pertura.effects._sums import codes_of, control_means, project
 from pertura.effects._table import halves
@@ -362,23 +362,30 @@ class PertVAE(PerturbationModel):
         expected = contexts.predict(left_out.without(0.0))
         rows = contexts.rows[contexts.number[contexts.rows] > 2]
         if len(rows) and self.module.effect_input == "context":
-            profiles = self.module.half_profile.chunk(2)
-            further = [contexts.predict(left_out.without(1.0, profile)) - expected for profile in profiles]
             # the noise of the controls of a profile would be in the effect, too
-            target = [effect - expected for effect in contexts.against_other_half()]
-            parts = [np.concatenate([part[rows] for part in both]) for both in (target, further)]
-            share = float(stack_shares(parts[0], [parts[1]], np.tile(contexts.context[rows], 2))[0])
+            effects, noise = contexts.against_other_half()
+            further = [
+                contexts.predict(left_out.without(1.0, half)) - expected for half in self.module.half_profile.chunk(2)
+            ]
+            target = np.concatenate([(effect - expected)[rows] for effect in effects])
+            share = share_of_differences(
+                target, np.concatenate([part[rows] for part in further]), np.tile(noise[rows], 2)
+            )
             expected += share * np.mean(further, axis=0)
             self.module.effect_U.mul_(share)
             self.module.share.fill_(share)
         contexts.set_departures(self.module.departures, expected)
 
     @property
+    def _draws_effects(self) -> bool:
+        return len(self.module.departures) > 0
+
+    @property
     def share(self) -> float:
         """Share of W that is kept, 1 where nothing says how much.
 
-        Training contexts are predicted from the others, with W and without. 0: effects differ between contexts by no more than their
-        starting points and the measured departures say.
+        The one with which training contexts are predicted best from the others. 0 where their effects differ by hardly more than
+        chance: those of a new context are then the mean effect, on its own starting point.
         """
         self._check_if_trained(warn=False, message="The model is not trained. Call `train()` first.")
         return float(self.module.share)

@@ -364,9 +364,8 @@ class PerturbX(AddedEffectModule):
         new: list[tuple[int, Asked, int]] = []
         for row, (whole, c) in enumerate(zip(asked.asked, asked.context, strict=True)):
             for one in self._parts(whole):
-                if self.residual and self._is_measured(one, int(c)):
-                    own = (np.arange(self.n_contexts) == c).astype(float)
-                    measured[row] += self.conditions.average(one.at_dose, self.conditions.label == one.label, own)
+                if self.residual and (own := self.conditions.in_context(one, int(c))).any():
+                    measured[row] += own
                     continue
                 if self.residual and self._transfer.knows(int(c)) and one.label >= 0:
                     transferred[row] += self._transfer(one, int(c))
@@ -411,10 +410,6 @@ class PerturbX(AddedEffectModule):
             codes[row, : len(one.codes)] = one.codes
             dose[row, : len(one.codes)] = one.dose / self.means.unit[one.codes]
         return Action(torch.as_tensor(codes), torch.as_tensor(dose)).to(self.means.mean.device)
-
-    def _is_measured(self, asked: Asked, context: int) -> bool:
-        mask = self.conditions.label == asked.label
-        return context < self.n_contexts and bool(self.conditions.curves_per_context(mask)[context])
 
     @property
     def _gram(self) -> NDArray[np.float64]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 
@@ -79,14 +80,27 @@ class ContextEffects:
                     result[self._of(c)] = self._predict(c)
         return result
 
-    def against_other_half(self) -> list[Matrix]:
-        """Measured effects, ``(n_treated, n_genes)``, of which the controls of half 0 have no part; and of half 1."""
-        table, control = self.table, self.table.controls
+    def against_other_half(self) -> tuple[list[Matrix], NDArray[np.float64]]:
+        """Measured effects of which the controls of half 0 have no part, and of half 1, and how noisy they are beside left-out ones.
+
+        Returns
+        -------
+        Twice ``(n_treated, n_genes)``; and ``(n_treated,)``, the sampling variance of such an effect less the mean effect in the
+        other folds, summed over genes.
+        """
+        table, found, control = self.table, self.table.effects(), self.table.controls
         profiles = np.repeat(control[None], 2, axis=0)
         for i in np.flatnonzero(table.is_control):
             for half in np.flatnonzero(table.n[i] > 0):
                 profiles[half, table.context[i]] = table.mean[i, half]
-        return [table.effects().effect + (control - profiles[1 - half])[self.context] for half in (0, 1)]
+        effects = [found.effect + (control - profiles[1 - half])[self.context] for half in (0, 1)]
+        variance = np.where(found.measured, (found.se**2).sum(1), 0.0)
+        of_controls = 1.0 - 1.0 / (table.n[table.treated].sum(1) * found.noise)
+        noise = variance * (1.0 + of_controls)  # half of the controls have twice the variance
+        keys = [(m, tuple(d)) for m, d in zip(table.members, table.dose[table.treated].tolist(), strict=True)]
+        group = pd.factorize(pd.Series(keys))[0]
+        number, total = np.bincount(group), np.bincount(group, variance)
+        return effects, noise + (total[group] - variance) / np.maximum(number[group] - 1, 1) ** 2
 
     def _of(self, context: int) -> NDArray[np.int64]:
         return self.rows[self.context[self.rows] == context]
