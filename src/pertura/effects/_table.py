@@ -384,6 +384,15 @@ class ConditionTable:
         return result
 
     @property
+    def control_halves(self) -> Matrix:
+        """The same of either half of the controls, ``(2, n_contexts, n_genes)``; of all where a half has none."""
+        result = np.repeat(self.controls[None], 2, axis=0)
+        for i in np.flatnonzero(self.is_control):
+            there = self.n[i] > 0
+            result[there, self.context[i]] = self.mean[i, there]
+        return result
+
+    @property
     def control_moments(self) -> Moments:
         """Mean and variance over all controls."""
         own = self.is_control

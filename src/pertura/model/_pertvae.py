@@ -344,11 +344,7 @@ class PertVAE(PerturbationModel):
         if spread > 1e-6:
             module.profile_basis[:, : len(axes)] = torch.as_tensor(axes.T / spread)
         module.context_profile.copy_(self._projected(profiles, found))
-        own, by_half = np.flatnonzero(table.is_control), np.stack([profiles, profiles])
-        for half in (0, 1):  # a half without cells: all controls
-            there = own[table.n[own, half] > 0]
-            by_half[half, table.context[there]] = table.mean[there, half]
-        module.half_profile.copy_(torch.cat([self._projected(part, found) for part in by_half]))
+        module.half_profile.copy_(torch.cat([self._projected(part, found) for part in table.control_halves]))
 
     @torch.no_grad()
     def _complete(self, table: ConditionTable) -> None:
@@ -442,7 +438,7 @@ class _LeftOut:
         usable = np.isin(self.context, table.context[table.is_control]) & (n[treated] > 0)
         # many more than these do not sharpen what is learned
         self.usable = np.flatnonzero(usable)[np.argsort(-n[treated][usable], kind="stable")[:_MAX_CONDITIONS]]
-        self.noise = float(self.module.mean_noise_variance().mean()) / np.maximum(table.n[treated].sum(1), 1)
+        self.noise = float(self.module.mean_noise_variance().mean().detach()) / np.maximum(table.n[treated].sum(1), 1)
 
     def _states(self, model: PertVAE, table: ConditionTable) -> tuple[NDArray, NDArray]:
         """Mean latent state of some cells of each condition, ``(n_conditions, n_latent)``, and their number."""
@@ -453,7 +449,7 @@ class _LeftOut:
         row |= {(None, None, table.context[i]): i for i in np.flatnonzero(table.is_control)}
         control = cells.is_control
         keys, key = np.unique(np.stack([np.where(control, -1, which), cells.context]), axis=1, return_inverse=True)
-        names = [(None, None) if w < 0 else (done[w].label, done[w].dose) for w in keys[0]]
+        names = [(None, None) if w < 0 else (done[w].label, done[w].dose) for w in keys[0]]  # None: controls
         at = np.array([row.get((*name, c), -1) for name, c in zip(names, keys[1], strict=True)])[key.ravel()]
         shuffled = np.random.default_rng(0).permutation(np.flatnonzero(at >= 0))
         rank = pd.Series(at[shuffled]).groupby(at[shuffled]).cumcount().to_numpy()

@@ -256,10 +256,7 @@ def split_controls(
     has no controls, those of the other stand in.
     """
     control, effect = (v.double().cpu().numpy() for v in (means.control, means.effect))
-    profiles = np.repeat(control[None], 2, axis=0)
-    for i in np.flatnonzero(table.is_control):
-        for half in np.flatnonzero(table.n[i] > 0):
-            profiles[half, table.context[i]] = table.mean[i, half]
+    profiles = np.where(table.has_control[:, None], table.control_halves, control)
     own = means.conditions.context
     return [(profiles[half], effect + (control - profiles[1 - half])[own]) for half in (0, 1)]
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from scipy import stats
 
 from pertura.effects import ConditionTable, fit_departures
 from pertura.effects._discrepancy import perturbations_of
@@ -88,12 +89,8 @@ class ContextEffects:
         Twice ``(n_treated, n_genes)``; and ``(n_treated,)``, the sampling variance of such an effect less the mean effect in the
         other folds, summed over genes.
         """
-        table, found, control = self.table, self.table.effects(), self.table.controls
-        profiles = np.repeat(control[None], 2, axis=0)
-        for i in np.flatnonzero(table.is_control):
-            for half in np.flatnonzero(table.n[i] > 0):
-                profiles[half, table.context[i]] = table.mean[i, half]
-        effects = [found.effect + (control - profiles[1 - half])[self.context] for half in (0, 1)]
+        table, found = self.table, self.table.effects()
+        effects = [found.effect + (table.controls - other)[self.context] for other in table.control_halves[::-1]]
         variance = np.where(found.measured, (found.se**2).sum(1), 0.0)
         of_controls = 1.0 - 1.0 / (table.n[table.treated].sum(1) * found.noise)
         noise = variance * (1.0 + of_controls)  # half of the controls have twice the variance
@@ -159,11 +156,21 @@ class ContextEffects:
         # a gene's own activation changes its own expression alone, which rises with it
         moved = np.stack([start if step == 0.0 else reached(step) for step in _STEPS], -1)
         moved = np.maximum.accumulate(moved, axis=-1) + 1e-6 * np.arange(len(_STEPS))
-        low, mean, high = (inverse(level, moved, np.array(_STEPS)) for level in (wanted - sd, wanted, wanted + sd))
+        upward = sd * mean_of_clipped((wanted - moved[..., 0]) / (sd + 1e-9))
+        low, mean, high = (inverse(level, moved, np.array(_STEPS)) for level in (wanted - sd, wanted, wanted + upward))
         # between the steps the curve is not straight
-        off = (wanted - reached(mean)) * (high - low) / (2 * sd + 1e-9)
+        off = (wanted - reached(mean)) * (high - low) / (sd + upward + 1e-9)
         off = off.clip(-0.5, 0.5)
         keep(delta=wanted - start, mean=mean + off, low=low + off, high=high + off)
+
+
+def mean_of_clipped(end: Matrix) -> Matrix:
+    """Mean of the size of a normal deviate that ends at `end`, in units of that of one without end.
+
+    Expression ends at 0. Where that is near, draws above the mean must not reach farther than those below can, lest their mean be off.
+    """
+    end = np.maximum(end, 0.0)
+    return 1.0 - np.exp(-(end**2) / 2) + np.sqrt(2 * np.pi) * end * stats.norm.sf(end)
 
 
 def inverse(level: Matrix, curve: Matrix, steps: NDArray[np.float64]) -> Matrix:
