@@ -739,6 +739,28 @@ MUTANTS = [
         "y = np.array([square[b].mean() for b in bins])",
         "effects/test_discrepancy.py",
     ),
+    Mutant(
+        "few-cells-of-a-context-taken-as-measured",
+        "effects/_measured.py",
+        "mean[rows] = found.mean * table.spread",
+        "mean[rows] = own.effect[kept][rows] - expected[rows]",
+        "model/test_departures.py",
+        "few_cells_help or few_do_not",
+    ),
+    Mutant(
+        "departures-in-every-context",
+        "effects/_contexts.py",
+        "return asked.at_dose * ((self.label == asked.label) & (self.context == context)) * (asked.label >= 0)",
+        "return asked.at_dose * (self.label == asked.label) * (asked.label >= 0)",
+        "module/test_departures.py",
+    ),
+    Mutant(
+        "alike-contexts-told-apart-by-pertvae",
+        "effects/_stacking.py",
+        "if energy - chance <= _LOW_HETEROGENEITY * energy:",
+        "if energy <= 0.0:",
+        "effects/test_stacking.py",
+    ),
     # -- objectives -------------------------------------------------------------------------------------------------
     Mutant(
         "few-perturbations-do-not-stand-for-all",
@@ -751,7 +773,7 @@ MUTANTS = [
     Mutant(
         "own-effect-not-taken-off-by-samsvae",
         "module/_samsvae.py",
-        "u = u - self.gene_effects.delta(cells.action, self.strength(cells.action)) / self.input_scale",
+        "u = u - self.gene_effects.delta(cells.action, self.strength(cells.action), cells.context) / self.input_scale",
         "pass",
         "module/test_samsvae.py",
         "without_their and SAMSVAE",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -276,6 +277,8 @@ def fit_measured(
     which = np.array([lookup.get(m, -1) for m in members], dtype=np.int64)
     which[np.isin(table.context[table.treated], left_out)] = -1
     effects = table.pooled(which, len(result.mean), strength=response)
+    if len(left_out):  # the priors are not chosen anew for what is used once
+        effects = replace(effects, parts=())
     rows = np.flatnonzero(np.isfinite(effects.noise))
     unit, loadings = table.spread, table.programs()
     mean, variance = np.zeros(effects.effect.shape), np.zeros(effects.effect.shape)

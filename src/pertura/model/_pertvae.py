@@ -179,8 +179,7 @@ class PertVAE(PerturbationModel):
         Weight in the loss of the log likelihood of a perturbed cell as predicted from its partner.
     effects
         ``"measured"``: left-out training contexts decide what share of W is kept (:attr:`share`), and in a context where a
-        perturbation was measured its effect is the measured one, drawn toward what the model says of the context without these cells
-        as far as they are few. ``"latent"``: effects are those of W and b as trained, as in the paper. Perturbations of a single
+        perturbation was measured its effect is the measured one, drawn toward that of W and b as far as its cells are few. ``"latent"``: effects are those of W and b as trained, as in the paper. Perturbations of a single
         context have the latter.
     use_weight_norm
         Whether all layers are weight-normalized.
@@ -354,23 +353,22 @@ class PertVAE(PerturbationModel):
         contexts = ContextEffects(self, table)
         if not len(contexts):
             return
-        left_out = _LeftOut(self, table)
-        expected = contexts.predict(left_out.without(0.0))
         rows = contexts.rows[contexts.number[contexts.rows] > 2]
         if len(rows) and self.module.effect_input == "context":
-            # the noise of the controls of a profile would be in the effect, too
-            effects, noise = contexts.against_other_half()
-            further = [
-                contexts.predict(left_out.without(1.0, half)) - expected for half in self.module.half_profile.chunk(2)
-            ]
-            target = np.concatenate([(effect - expected)[rows] for effect in effects])
-            share = share_of_differences(
-                target, np.concatenate([part[rows] for part in further]), np.tile(noise[rows], 2)
-            )
-            expected += share * np.mean(further, axis=0)
+            share = self._share_of_W(contexts, rows, _LeftOut(self, table))
             self.module.effect_U.mul_(share)
             self.module.share.fill_(share)
-        contexts.set_departures(self.module.departures, expected)
+        # the few latent dimensions took up little of the noise of the genes: what they leave is taken for as noisy as before
+        contexts.set_departures(self.module.departures, contexts.predict())
+
+    def _share_of_W(self, contexts: ContextEffects, rows: NDArray, left_out: _LeftOut) -> float:
+        """Share of W with which some conditions are predicted best from other contexts than their own."""
+        # the noise of the controls of a profile would be in the effect, too
+        effects, noise = contexts.against_other_half()
+        common = contexts.predict(left_out.without(0.0))[rows]
+        further = [contexts.predict(left_out.without(1.0, p))[rows] - common for p in self.module.half_profile.chunk(2)]
+        target = [effect[rows] - common for effect in effects]
+        return share_of_differences(np.concatenate(target), np.concatenate(further), np.tile(noise[rows], 2))
 
     @property
     def _draws_effects(self) -> bool:
@@ -415,7 +413,7 @@ class _LeftOut:
     """What W and b would be without some contexts: their posterior mean in closed form, given latent states.
 
     A condition's mean latent state less that of its controls is linear in W and b. Their priors are those of the module; features
-    of perturbations explain what they do in the trained module, and so does W of the cells' own states.
+    of perturbations explain what they do in the trained module. W is that of profiles of contexts.
     """
 
     def __init__(self, model: PertVAE, table: ConditionTable) -> None:
@@ -431,9 +429,6 @@ class _LeftOut:
         effect = state[treated] - control[self.context]
         if self.module.effect_features is not None:
             effect -= self.amount @ self.module.effect_features(self.module.features).cpu().numpy()
-        if self.module.effect_input == "cell":
-            W = self.module.effect_W().cpu().numpy()
-            effect -= np.einsum("cp,pij,cj->ci", self.amount, W, control[self.context], optimize=True)
         self.effect = effect
         usable = np.isin(self.context, table.context[table.is_control]) & (n[treated] > 0)
         # many more than these do not sharpen what is learned
@@ -475,7 +470,6 @@ class _LeftOut:
             What the contexts that are predicted are described by, if not by all their controls.
         """
         module, names = self.module, ("effect_U", "effect_V", "effect_b", "context_profile")
-        learns_W = module.effect_input == "context"
 
         @contextmanager
         def inner(fold: NDArray) -> Iterator[None]:
@@ -485,8 +479,7 @@ class _LeftOut:
             alike = amount @ amount.T
             common = _COMMON * (module.effect_common is not None)
             covariance = module.prior_sd_b**2 * alike + common * np.outer(total, total) + np.diag(self.noise[at])
-            if learns_W:
-                covariance += module.prior_sd_W**2 * alike * (u @ u.T)
+            covariance += module.prior_sd_W**2 * alike * (u @ u.T)
             weight = np.linalg.solve(covariance, self.effect[at])
             b = module.prior_sd_b**2 * amount.T @ weight + common * (total @ weight)
             kept = {name: getattr(module, name) for name in names}
@@ -494,10 +487,9 @@ class _LeftOut:
                 own = kept["effect_b"]
                 b = torch.as_tensor(b, dtype=own.dtype, device=own.device)
                 module.effect_b = torch.nn.Parameter(b if module.effect_common is None else b - module.effect_common)
-                if learns_W:
-                    W = np.einsum("cp,ci,cj->pij", amount, weight, u, optimize=True) * module.prior_sd_W**2 * share
-                    module.effect_U = torch.nn.Parameter(torch.as_tensor(W, dtype=own.dtype, device=own.device))
-                    module.effect_V = None
+                W = np.einsum("cp,ci,cj->pij", amount, weight, u, optimize=True) * module.prior_sd_W**2 * share
+                module.effect_U = torch.nn.Parameter(torch.as_tensor(W, dtype=own.dtype, device=own.device))
+                module.effect_V = None
                 if profiles is not None:
                     module.context_profile = profiles
                 yield

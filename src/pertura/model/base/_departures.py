@@ -21,10 +21,10 @@ from ._validation import some_controls
 Matrix = NDArray[np.float64]
 Without = Callable[[NDArray[np.int64]], AbstractContextManager[None]]
 
-_MAX_FOLDS, _N_DRAWS = 5, 2
-_MAX_CONTROLS, _MAX_PREDICTED = 200, 20_000  # of a context, and these times its perturbations
+_MAX_FOLDS, _N_DRAWS = 5, 1
+_MAX_CONTROLS, _MAX_PREDICTED = 128, 20_000  # of a context, and these times its perturbations
 # what is added to activations, to see how mean expression follows
-_STEPS = (-4.0, -2.0, -1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
+_STEPS = (-4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0)
 
 
 class ContextEffects:
