@@ -179,7 +179,7 @@ class PertVAE(PerturbationModel):
         Weight in the loss of the log likelihood of a perturbed cell as predicted from its partner.
     effects
         ``"measured"``: left-out training contexts decide what share of W is kept (:attr:`share`), and in a context where a
-        perturbation was measured its effect is the measured one, drawn toward that of W and b as far as its cells are few. ``"latent"``: effects are those of W and b as trained, as in the paper. Perturbations of a single
+        perturbation was measured its effect is the measured one, drawn toward what other contexts say of it as far as its cells are few. ``"latent"``: effects are those of W and b as trained, as in the paper. Perturbations of a single
         context have the latter.
     use_weight_norm
         Whether all layers are weight-normalized.
@@ -353,22 +353,28 @@ class PertVAE(PerturbationModel):
         contexts = ContextEffects(self, table)
         if not len(contexts):
             return
-        rows = contexts.rows[contexts.number[contexts.rows] > 2]
-        if len(rows) and self.module.effect_input == "context":
-            share = self._share_of_W(contexts, rows, _LeftOut(self, table))
-            self.module.effect_U.mul_(share)
-            self.module.share.fill_(share)
-        # the few latent dimensions took up little of the noise of the genes: what they leave is taken for as noisy as before
-        contexts.set_departures(self.module.departures, contexts.predict())
+        if self.module.effect_input == "context":
+            expected = self._from_other_contexts(contexts, _LeftOut(self, table))
+        else:  # W of the cells' own states is not learned from contexts
+            expected = contexts.predict()
+        contexts.set_departures(self.module.departures, expected)
 
-    def _share_of_W(self, contexts: ContextEffects, rows: NDArray, left_out: _LeftOut) -> float:
-        """Share of W with which some conditions are predicted best from other contexts than their own."""
+    def _from_other_contexts(self, contexts: ContextEffects, left_out: _LeftOut) -> NDArray:
+        """Effects of conditions as W and b of other contexts predict them, with the share of W that these predictions support."""
+        expected = contexts.predict(left_out.without(0.0))
+        rows = contexts.rows[contexts.number[contexts.rows] > 2]
+        if not len(rows):
+            return expected
         # the noise of the controls of a profile would be in the effect, too
         effects, noise = contexts.against_other_half()
-        common = contexts.predict(left_out.without(0.0))[rows]
-        further = [contexts.predict(left_out.without(1.0, p))[rows] - common for p in self.module.half_profile.chunk(2)]
-        target = [effect[rows] - common for effect in effects]
-        return share_of_differences(np.concatenate(target), np.concatenate(further), np.tile(noise[rows], 2))
+        further = [contexts.predict(left_out.without(1.0, p)) - expected for p in self.module.half_profile.chunk(2)]
+        target, predicted = (
+            np.concatenate([part[rows] for part in both]) for both in ([e - expected for e in effects], further)
+        )
+        share = share_of_differences(target, predicted, np.tile(noise[rows], 2))
+        self.module.effect_U.mul_(share)
+        self.module.share.fill_(share)
+        return expected + share * np.mean(further, axis=0)
 
     @property
     def _draws_effects(self) -> bool:
