@@ -9,6 +9,7 @@ from scipy import sparse
 
 from pertura import datasets
 from pertura.model import PertVAE
+from pertura.module._departures import Departures
 
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
 KEYS = {"perturbation_key": "perturbation", "control": "control", "layer": "counts", "context_key": "cell_type"}
@@ -318,8 +319,9 @@ def test_partners_are_controls_of_the_same_context_and_batch(screen, pairing):
         assert (same[partners] == same[coupling.treated]).all()
 
 
-def test_new_contexts_are_described_by_their_own_controls(trained):
-    """A context under another name has the same effect; one of other cells another."""
+def test_new_contexts_are_described_by_their_own_controls(trained, monkeypatch):
+    """A context under another name has the same effect, but for what was measured in it; one of other cells another."""
+    monkeypatch.setattr(trained.module, "departures", Departures(trained.adata.n_vars))
     name = next(p for p in trained.adata.obs["perturbation"].unique() if p != "control")
     controls = trained.adata[trained.adata.obs["perturbation"] == "control"].copy()
     known = controls[controls.obs["cell_type"] == "context_1"].copy()
