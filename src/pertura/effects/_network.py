@@ -13,18 +13,20 @@ over the perturbations of other genes. Its mean-field posterior is found by coor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import sparse
+from scipy.optimize import nnls
 from torch import Tensor
 
 from pertura.data._cells import CellDataset, Rows
 from pertura.data._constants import KEYS
 
+from ._kernels import KernelFit, fit_kernels
 from ._sums import add_groups, chunks, column_sums, squared
 from ._table import ConditionTable
 
@@ -33,6 +35,7 @@ Matrix = NDArray[np.float64]
 _RIDGE, _CLEAR, _WEAK, _PSEUDO = 1e-3, 3.0, 0.3, 0.05
 _CHUNK, _SWEEPS, _TOLERANCE = 256, 60, 1e-4
 _OPERATIONS = 2e11
+_MIN_PERTURBATIONS = 5
 
 
 @dataclass
@@ -353,3 +356,98 @@ def own_shifts(shift: Matrix, variance: Matrix, genes: NDArray[np.int64]) -> NDA
     kept = clear & (np.abs(own) > _WEAK * abs(usual))
     result[rows[kept]] = own[kept]
     return result
+
+
+# -- perturbations that were not measured -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class UnseenEffects:
+    """Effects of perturbations that were not measured: a sum of what predicts measured ones that are left out.
+
+    Attributes
+    ----------
+    share
+        Of the mean effect, of what features say, and of the network; not negative, at most 1 together.
+    mean, described
+        Fits without and with features.
+    widening
+        Sd of what is left, in units of what the fit with features expects.
+    """
+
+    share: NDArray[np.float64]
+    mean: KernelFit
+    described: KernelFit
+    widening: float
+
+    def predict(self, features: NDArray, spread: Matrix) -> tuple[Matrix, Matrix]:
+        """Effects and their sd, ``(n, n_genes)`` each, given features and what the network says."""
+        said, sd = self.described.predict(features)
+        return self.share[0] * self.mean.mean + self.share[1] * said + self.share[2] * spread, self.widening * sd
+
+    @property
+    def linear(self) -> tuple[NDArray, Matrix, NDArray]:
+        """Intercept, weights of features, and sd, for perturbations that the network does not have."""
+        intercept = self.share[0] * self.mean.mean + self.share[1] * self.described.intercept
+        return intercept, self.share[1] * self.described.weight, self.widening * self.described.sd
+
+
+def fit_unseen(
+    table: ConditionTable,
+    genes: NDArray[np.int64],
+    spread: Matrix,
+    *,
+    features: NDArray | None = None,
+    feature_blocks: Sequence[NDArray] | None = None,
+    strength: Callable[[NDArray[np.int64], NDArray[np.float64]], NDArray] | None = None,
+) -> UnseenEffects | None:
+    """How unseen perturbations are predicted best: by the mean effect, by features (:func:`fit_kernels`), by a network.
+
+    Each has the share by which measured perturbations that are left out are predicted with the least squared error: what
+    says nothing of them has none.
+
+    Parameters
+    ----------
+    table
+        What was measured.
+    genes
+        Gene of each perturbation, -1 for none, ``(n_perturbations,)``: its own effect is not predicted.
+    spread
+        Effects as a network says that was fitted without the perturbation, ``(n_perturbations, n_genes)``.
+    features, feature_blocks
+        ``(n_perturbations, n_features)``, and the columns that belong together; `None`: no features.
+    strength
+        Dose response, as in :func:`~pertura.effects.fit_measured`.
+
+    Returns
+    -------
+    `None` where fewer than five perturbations were measured alone.
+    """
+    codes, dose = table.codes[table.treated], table.dose[table.treated]
+    response = np.ones(codes.shape) if strength is None else np.asarray(strength(codes, dose), dtype=np.float64)
+    alone = (codes >= 0).sum(1) == 1
+    measured = table.pooled(np.where(alone, codes.max(1), -1), len(genes), strength=response.max(1))
+    rows = np.flatnonzero(np.isfinite(measured.noise))
+    if len(rows) < _MIN_PERTURBATIONS:
+        return None
+    y, noise, unit = measured.effect[rows].copy(), measured.noise[rows], table.spread
+    own = np.flatnonzero(genes[rows] >= 0), genes[rows][genes[rows] >= 0]
+    y[own] = np.nan
+    y[own] = np.nan_to_num(np.nanmean(y, axis=0))[own[1]]
+    described = np.zeros((len(rows), 0)) if features is None else np.asarray(features, dtype=np.float64)[rows]
+    mean = fit_kernels(described[:, :0], y, noise=noise, unit=unit)
+    fit = mean if features is None else fit_kernels(described, y, feature_blocks, noise=noise, unit=unit)
+    every = np.stack([mean.left_out, fit.left_out, spread[rows], y])
+    every[:, *own] = 0.0
+    *parts, y = every.reshape(4, -1)
+    parts = np.stack(parts)
+    # effects have the noise of the controls in common: what others say of it is no prediction
+    n_control = table.n[table.is_control].sum(1)
+    common = len(rows) * (1.0 / n_control).mean() / len(n_control) * (unit**2).sum()
+    cross = parts @ y - common * np.array([1.0, 1.0, 0.0])
+    root = np.linalg.cholesky(parts @ parts.T + 1e-6 * (every**2).sum() * np.eye(3))
+    share, _ = nnls(root.T, np.linalg.solve(root, cross))
+    share /= max(1.0, share.sum())
+    left = ((y - share @ parts) ** 2).mean()
+    beyond = max(left - noise.mean() * (unit**2).mean(), 1e-3 * left)
+    return UnseenEffects(share, mean, fit, float(np.sqrt(beyond / max((fit.sd**2).mean(), 1e-12))))

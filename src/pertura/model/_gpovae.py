@@ -16,7 +16,17 @@ from scvi import settings
 
 from pertura.data._datamodule import PerturbationDataModule
 from pertura.data._vocabulary import Vocabulary
-from pertura.effects import ConditionTable, fit_rows, fit_shifts, matched_differences, measure_covariation, own_shifts
+from pertura.effects import (
+    ConditionTable,
+    NetworkPosterior,
+    feature_blocks,
+    fit_rows,
+    fit_shifts,
+    fit_unseen,
+    matched_differences,
+    measure_covariation,
+    own_shifts,
+)
 from pertura.module._gpovae import GPOVAE as Module
 from pertura.module._gpovae import N_QUANTILES, HopsGPOVAE
 
@@ -26,6 +36,8 @@ from .base._grn import GeneNetwork, GRNModel
 from .base._model import SetupKey
 from .base._options import option
 from .base._predict import device_of, seeded
+
+_FOLDS = 5  # of the measured perturbations, to learn what is known of others
 
 
 @dataclass(frozen=True)
@@ -181,13 +193,19 @@ class GPOVAE(ArtifactModel, GRNModel):
             own = {name: getattr(options, name) for name in ("n_hops", "shift_criterion", "sparsity_weight")}
             self.module = HopsGPOVAE(*sizes, **shared, **own)
         else:
+            features = self.registered.vocabulary.features
             self.module = Module(
-                *sizes, effects=options.effects or "measured", shift_floor=options.shift_floor, **shared
+                *sizes,
+                effects=options.effects or "measured",
+                shift_floor=options.shift_floor,
+                n_features=0 if features is None else features.shape[1],
+                **shared,
             )
-            if self.registered.vocabulary.features is None:
-                # genes of the network are described by their row of it
-                described = pd.DataFrame({"row": np.flatnonzero(genes >= 0) + 1.0}, index=self._rows[genes >= 0])
-                self._known = replace(self.registered.vocabulary, features=described)
+            # genes of the network are described by their row of it, and others by their features alone
+            described = pd.DataFrame({"": np.flatnonzero(genes >= 0) + 1.0}, index=self._rows[genes >= 0])
+            if features is not None:
+                described = described.join(features, how="outer").fillna(0.0)
+            self._known = replace(self.registered.vocabulary, features=described)
         self._model_summary_string = (
             f"GPOVAE: {len(names)} perturbations, network of {len(genes)} regulators, latent {options.n_latent}, "
             f"objective {options.objective}, {self._likelihood(options.likelihood)} likelihood"
@@ -231,7 +249,7 @@ class GPOVAE(ArtifactModel, GRNModel):
 
     def _check_representable(self, label: str) -> None:
         for name in self.vocabulary.parse(label):
-            if self._known is not None and name in self.gene_names and name not in self._rows:
+            if self._known is not None and name in self.gene_names and name not in self._known.features.index:
                 raise ValueError(
                     f"`perturbation`: {name!r} was not seen in training and is no regulator of the network. Name it in "
                     "`regulators` when you make the model, to knock it out in silico."
@@ -278,22 +296,65 @@ class GPOVAE(ArtifactModel, GRNModel):
     def _start_network(self, listed: torch.Tensor | None) -> None:
         """Set q(M) and q(E) to the posterior given the measured shifts."""
         module, shifts = self.module, self.module.shifts
-        found = fit_rows(
-            module.shift_table,
-            module.shift_precision,
-            module.row_genes,
-            module.effect_strength,
-            covariation=module.covariation,
-            covariation_precision=module.covariation_precision,
-            listed=listed,
-            rate=self.options.mask_prior,
-        )
+        found = self._fit_network(listed, module.shift_precision, module.effect_strength)
         shifts.mask_logits.copy_(found.logits)
         shifts.prior_logits.copy_(found.prior_logits)
         if not shifts.correlated:
             shifts.loc.copy_(found.mean)
             shifts.log_sd.copy_(found.sd.clamp(min=1e-3).log())
         shifts.log_prior_sd.fill_(float(np.log(found.slab)))
+
+    def _fit_network(
+        self, listed: torch.Tensor | None, precision: torch.Tensor, strength: torch.Tensor
+    ) -> NetworkPosterior:
+        module = self.module
+        return fit_rows(
+            module.shift_table,
+            precision,
+            module.row_genes,
+            strength,
+            covariation=module.covariation,
+            covariation_precision=module.covariation_precision,
+            listed=listed,
+            rate=self.options.mask_prior,
+        )
+
+    @torch.no_grad()
+    def _predict_unseen(self, table: ConditionTable) -> None:
+        """Effects of perturbations that were not measured; how is learned from measured ones, left out of the network by turns."""
+        module, vocabulary, listed = self.module, self.registered.vocabulary, self._listed()
+        site, n, genes = module.gene_effects, vocabulary.n_perturbations, module.row_genes.cpu().numpy()
+        shift, variance = fit_shifts(table, n, dose_response(self))
+        spread = torch.zeros_like(module.shift_table)
+        own = np.flatnonzero(np.isfinite(variance).all(1) & (genes[:n] >= 0))
+        for fold in range(min(len(own), _FOLDS)):
+            out, kept, precision = own[fold::_FOLDS], variance.copy(), module.shift_precision.clone()
+            kept[out], precision[out] = np.inf, 0.0
+            strength = torch.as_tensor(own_shifts(shift, kept, genes)).to(module.effect_strength)
+            posterior = self._fit_network(listed, precision, strength)
+            spread[out] = module.total(posterior.logits.sigmoid() * posterior.mean, strength)[out]
+        features, described = vocabulary.features, np.zeros((len(genes), 0))
+        if features is not None:
+            described = vocabulary.feature_matrix(self._rows)
+        found = fit_unseen(
+            table,
+            genes[:n],
+            site.from_activation(spread).cpu().numpy(),
+            features=None if features is None else described[:n],
+            feature_blocks=None if features is None else feature_blocks(list(features.columns)),
+            strength=dose_response(self),
+        )
+        said, effects = site.from_activation(module.total(module.mean_network())), site.measured
+        new = np.flatnonzero(~effects.measured[: len(genes)].cpu().numpy())
+        if found is None:
+            effects.mean[new] = said[new]
+            return
+        mean, sd = found.predict(described[new], said[new].cpu().numpy())
+        effects.mean[new], effects.sd[new] = (torch.as_tensor(v).to(said) for v in (mean, sd))
+        gene = new[genes[new] >= 0]
+        effects.mean[gene, genes[gene]] = said[gene, genes[gene]]  # what is done to the gene itself
+        for name, value in zip(("intercept", "feature_weight", "unseen_sd"), found.linear, strict=True):
+            getattr(effects, name).copy_(torch.as_tensor(value))
 
     def _listed(self) -> torch.Tensor | None:
         """Prior network between rows and targets."""
@@ -309,6 +370,7 @@ class GPOVAE(ArtifactModel, GRNModel):
     def _complete(self, table: ConditionTable) -> None:
         if isinstance(self.module, Module) and self.module.gene_effects is not None:
             refine_gene_effects(self, table)
+            self._predict_unseen(table)
 
     # -- what it learned --------------------------------------------------------------------------------------------
 

@@ -129,6 +129,15 @@ class GeneEffects(nn.Module):
         # no effect is no change, whatever the curve says about the level of controls
         return torch.lerp(below, above, level).masked_fill(delta == 0.0, 0.0)
 
+    def from_activation(self, change: Tensor) -> Tensor:
+        """Change of mean expression of controls where activations change: the inverse of :meth:`to_activation`."""
+        if not self.is_counts:
+            return change
+        levels = torch.linspace(0.0, _TOP, _N_LEVELS, device=change.device).expand(self.n_genes, -1)
+        both = torch.cat([torch.zeros_like(change[:1]), change])
+        level = _interpolate(both.T, self.curve, levels).T
+        return level[1:] - level[0]
+
     def of_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Effects of single perturbations on activations, and their sd, ``(n_rows, n_genes)`` each."""
         mean, sd = self.measured.mean[rows], self.measured.sd[rows]

@@ -11,8 +11,9 @@ measured shifts of all genes, with standard errors :math:`\sigma`, is data:
     \zeta_r = s_r\, e_r (I - A)^{-1}, \qquad y_{tg} \sim N(\zeta_{tg},\; \sigma_{tg}^2 + \tau^2), \qquad
     x_i \sim p_\theta\big(x \mid \mathrm{dec}([z^b_i;\; c_i a]) + c(\Delta_i)\big),
 
-with measured effects :math:`\Delta_t` as in :mod:`pertura.module._samsvae`; perturbations that were not measured act by
-:math:`\zeta`. With ``effects="latent"`` all do.
+with measured effects :math:`\Delta_t` as in :mod:`pertura.module._samsvae`. Those of perturbations that were not measured are
+shares of :math:`\zeta`, of the mean effect and of what features say (:func:`pertura.effects.fit_unseen`). With
+``effects="latent"`` all act by :math:`\zeta`.
 
 :class:`HopsGPOVAE` has the paper's: the logits W of the edges, accumulated over paths, are fitted to what cells differ from
 matched controls,
@@ -148,6 +149,8 @@ class GPOVAE(GeneIndexed):
         Weight of the log density of the table of shifts.
     shift_floor
         :math:`\tau`: how far measured shifts are from the network's, beyond their standard errors.
+    n_features
+        Width of the features of perturbations; 0: none.
 
     Attributes
     ----------
@@ -157,6 +160,8 @@ class GPOVAE(GeneIndexed):
         :math:`s`, ``(n_rows,)``.
     shift_table, shift_precision
         y, and one over its squared errors, 0 where it was not measured; ``(n_perturbations, n_genes)``.
+    gene_effects
+        Effects of all rows, with ``effects="measured"``.
     covariation, covariation_precision
         Covariances of rows and genes between cells of one condition, ``(n_rows, n_genes)``, and their weight in units of
         the variances of the genes, ``(n_genes,)``.
@@ -172,6 +177,7 @@ class GPOVAE(GeneIndexed):
         effects: Literal["measured", "latent"] = "measured",
         alignment_weight: float = 1.0,
         shift_floor: float = 0.05,
+        n_features: int = 0,
         n_latent: int = 30,
         combinations: Sequence[Sequence[int]] = (),
         **options: Any,
@@ -199,7 +205,7 @@ class GPOVAE(GeneIndexed):
         self.register_buffer("covariation_precision", torch.zeros(n_genes))
         self.gene_effects: GeneEffects | None = None
         if effects == "measured":
-            self.gene_effects = GeneEffects(n_perturbations, n_genes, 0, combinations, explained=False)
+            self.gene_effects = GeneEffects(n_rows, n_genes, n_features, combinations, explained=False)
 
     # -- generative model and guide ---------------------------------------------------------------------------------
 
@@ -233,7 +239,8 @@ class GPOVAE(GeneIndexed):
             shift = self.offset(cells.action, total, None)
         else:
             self.gene_effects.sample_noise()
-            effect = self.gene_effects.delta(cells.action, self.strength(cells.action)) / self.input_scale
+            action = self.by_row(cells.action)
+            effect = self.gene_effects.delta(action, self.strength(action)) / self.input_scale
         infer_basal(self, cells, artifact, shift, effect, kl_weight)
 
     def sample_total(self, table: Tensor) -> Tensor:
@@ -241,54 +248,44 @@ class GPOVAE(GeneIndexed):
         return pyro.sample("total", Computed(lambda: self.total(table)))
 
     def draw_globals(self, n_draws: int, cells: Cells) -> Globals:
-        """As of all modules; of networks too large for draws the posterior mean, with a warning."""
+        """As of all modules. The network is drawn where effects are its own; too large ones have their mean, with a warning."""
         one = self.possible.new_zeros(1, 1, self.n_genes, dtype=torch.float)
-        if n_draws * self.possible.numel() <= _MAX_DRAWN:
-            globals_ = super().draw_globals(n_draws, cells)
-        else:
+        if self.gene_effects is None and n_draws * self.possible.numel() <= _MAX_DRAWN:
+            # what follows reads the total alone
+            return {**super().draw_globals(n_draws, cells), "mask": one, "effect": one}
+        fixed = {"mask": one, "effect": one, "total": one}
+        if self.gene_effects is None:
             warnings.warn(
                 f"{n_draws} draws of a network of {' x '.join(map(str, self.possible.shape))} genes are too large. Its posterior "
-                "mean is used: intervals of perturbations that were not measured lack the uncertainty of the "
-                "network. Ask for fewer `n_samples`.",
+                "mean is used: intervals lack the uncertainty of the network. Ask for fewer `n_samples`.",
                 stacklevel=2,
             )
             with torch.no_grad():
-                fixed = {"mask": one, "effect": one, "total": self.total(self.mean_network())[None]}
-            globals_ = {**fixed, "artifact": run(self.guide, cells, n_draws, fixed).nodes["artifact"]["value"]}
-        # what follows reads the total alone
-        return {**globals_, "mask": one, "effect": one}
+                fixed["total"] = self.total(self.mean_network())[None]
+        nodes = run(self.guide, cells, n_draws, fixed).nodes
+        names = {"artifact"} | ({"effect_noise"} if self.gene_effects is not None else set())
+        return {**fixed, **{name: nodes[name]["value"] for name in names}}
 
     # -- effects ----------------------------------------------------------------------------------------------------
 
     def offset(self, action: Action, total: Tensor, noise: RowNoise | None) -> Tensor:
         """What is added to the activation of each gene, ``(..., n_cells, n_genes)``."""
-        spread = self.by_network(action)
+        action = self.by_row(action)
         if self.gene_effects is None:
-            return self.shifts(total, spread)
-        strength = self.strength(action)
-        if spread is None:
-            return self.gene_effects(action, strength, noise)
-        return self.gene_effects(action, strength * (spread.codes < 0), noise) + self.shifts(total, spread)
+            return self.shifts(total, action)
+        return self.gene_effects(action, self.strength(action), noise)
 
-    def by_network(self, action: Action) -> Action | None:
-        """Members whose effect is the network's, by row: all, or those that were not measured; `None`: no member.
+    def by_row(self, action: Action) -> Action:
+        """The same with the rows of genes that no perturbation is of as codes; their number, from 1, is the first feature."""
+        if action.features is None:
+            return action
+        row = action.features[..., 0].round().long() - 1
+        codes = torch.where((action.codes == UNKNOWN) & (row >= 0), row, action.codes)
+        return Action(codes, action.dose, action.features[..., 1:])
 
-        A gene that no perturbation is of is named by its row (``features``, from 1).
-        """
-        codes = action.codes
-        if action.features is not None:
-            row = action.features[..., 0].round().long() - 1
-            codes = torch.where((codes == UNKNOWN) & (row >= 0), row, codes)
-        kept = codes >= 0
-        if self.gene_effects is not None:
-            site, n = self.gene_effects.measured, self.n_perturbations
-            kept = kept & ~((action.codes >= 0) & site.measured[action.codes.clamp(min=0)])
-            if not kept.any():
-                return None
-            # of a measured combination the members need not be known
-            own = site.weights(action.codes, self.strength(action))[0][:, n:]
-            kept = kept & ~((own > 0) & site.measured[n:]).any(1, keepdim=True)
-        return Action(torch.where(kept, codes, -1), action.dose * kept)
+    def strength(self, action: Action) -> Tensor:
+        """Dose response of each member; that of perturbations without a row is their dose."""
+        return super().strength(action) + action.dose * (action.codes == UNKNOWN)
 
     def activation(self, basal: Basal) -> Tensor:
         """Activations of genes without any perturbation or artifact, ``(n_draws, n_cells, n_genes)``."""
@@ -299,11 +296,13 @@ class GPOVAE(GeneIndexed):
 
     # -- network ----------------------------------------------------------------------------------------------------
 
-    def total(self, weights: Tensor) -> Tensor:
+    def total(self, weights: Tensor, strength: Tensor | None = None) -> Tensor:
         r"""Shift of all genes by each row's perturbation, through all paths, ``(..., n_rows, n_genes)``.
 
-        Networks whose loops would let shifts grow without bound are scaled down, all weights between regulators alike.
+        Networks whose loops would let shifts grow without bound are scaled down, all weights between regulators alike. `strength` is what
+        is done to each row's own gene, by default :attr:`effect_strength`.
         """
+        strength = self.effect_strength if strength is None else strength
         weights = weights * self.possible
         own = torch.where(self.row_genes >= 0)[0]
         genes = self.row_genes[own]
@@ -313,11 +312,11 @@ class GPOVAE(GeneIndexed):
         # what a unit change of each regulator does to all genes: (I - A_RR)^-1 A_R
         unit = torch.linalg.solve(torch.eye(len(own), device=inner.device, dtype=inner.dtype) - inner, direct)
         one_hot = unit.new_zeros(unit.shape[-2:]).scatter_(1, genes[:, None], 1.0)
-        result = self.effect_strength[own, None] * (one_hot + unit)
+        result = strength[own, None] * (one_hot + unit)
         if len(own) == len(self.row_genes):
             return result
         # a gene that is not measured acts on its targets, and these on theirs: its weights hold how strongly, `s_r` the sign
-        outer = self.effect_strength.detach()[:, None] * (weights + weights[..., genes] @ unit)
+        outer = strength.detach()[:, None] * (weights + weights[..., genes] @ unit)
         return outer.index_copy(-2, own, result)
 
     def mean_network(self) -> Tensor:
