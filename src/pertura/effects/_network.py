@@ -386,10 +386,21 @@ class UnseenEffects:
         return self.share[0] * self.mean.mean + self.share[1] * said + self.share[2] * spread, self.widening * sd
 
     @property
-    def linear(self) -> tuple[NDArray, Matrix, NDArray]:
-        """Intercept, weights of features, and sd, for perturbations that the network does not have."""
-        intercept = self.share[0] * self.mean.mean + self.share[1] * self.described.intercept
-        return intercept, self.share[1] * self.described.weight, self.widening * self.described.sd
+    def of_features(self) -> dict[str, NDArray]:
+        """What a :class:`MeasuredEffect` knows of perturbations outside the vocabulary, which the network does not have."""
+        fit = self.described
+        return {
+            "intercept": self.share[0] * self.mean.mean + self.share[1] * fit.intercept,
+            "feature_weight": self.share[1] * fit.weight,
+            "feature_center": fit.center,
+            "feature_block": fit.block,
+            "unseen_sd": self.widening * fit.sd,
+        }
+
+    @property
+    def features_say_something(self) -> bool:
+        """Whether predictions differ by features."""
+        return bool(self.share[1] > 0 and self.described.kernel_weights.any())
 
 
 def fit_unseen(
@@ -397,7 +408,7 @@ def fit_unseen(
     genes: NDArray[np.int64],
     spread: Matrix,
     *,
-    features: NDArray | None = None,
+    features: NDArray,
     feature_blocks: Sequence[NDArray] | None = None,
     strength: Callable[[NDArray[np.int64], NDArray[np.float64]], NDArray] | None = None,
 ) -> UnseenEffects | None:
@@ -415,7 +426,7 @@ def fit_unseen(
     spread
         Effects as a network says that was fitted without the perturbation, ``(n_perturbations, n_genes)``.
     features, feature_blocks
-        ``(n_perturbations, n_features)``, and the columns that belong together; `None`: no features.
+        ``(n_perturbations, n_features)``, without columns where there are none, and those that belong together.
     strength
         Dose response, as in :func:`~pertura.effects.fit_measured`.
 
@@ -434,9 +445,8 @@ def fit_unseen(
     own = np.flatnonzero(genes[rows] >= 0), genes[rows][genes[rows] >= 0]
     y[own] = np.nan
     y[own] = np.nan_to_num(np.nanmean(y, axis=0))[own[1]]
-    described = np.zeros((len(rows), 0)) if features is None else np.asarray(features, dtype=np.float64)[rows]
-    mean = fit_kernels(described[:, :0], y, noise=noise, unit=unit)
-    fit = mean if features is None else fit_kernels(described, y, feature_blocks, noise=noise, unit=unit)
+    mean = fit_kernels(features[rows, :0], y, noise=noise, unit=unit)
+    fit = fit_kernels(features[rows], y, feature_blocks, noise=noise, unit=unit) if features.shape[1] else mean
     every = np.stack([mean.left_out, fit.left_out, spread[rows], y])
     every[:, *own] = 0.0
     *parts, y = every.reshape(4, -1)

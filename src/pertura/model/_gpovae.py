@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
+from numpy.typing import NDArray
 from scipy import sparse
 from scvi import settings
 
@@ -198,7 +199,6 @@ class GPOVAE(ArtifactModel, GRNModel):
                 *sizes,
                 effects=options.effects or "measured",
                 shift_floor=options.shift_floor,
-                n_features=0 if features is None else features.shape[1],
                 **shared,
             )
             # genes of the network are described by their row of it, and others by their features alone
@@ -271,8 +271,6 @@ class GPOVAE(ArtifactModel, GRNModel):
             if not self.is_trained_ and listed is not None:
                 module.shifts.mask_logits.add_(2.0 * listed)
             return
-        if module.gene_effects is not None:
-            fit_gene_effects(self, table)
         if (table.n[table.treated].sum(1) < 2).mean() > 0.5:
             warnings.warn(
                 "Most perturbations were measured in a single cell or profile: how exact their shifts are is not known, and "
@@ -280,34 +278,33 @@ class GPOVAE(ArtifactModel, GRNModel):
                 stacklevel=settings.warnings_stacklevel + 1,
             )
         shift, variance = fit_shifts(table, n, dose_response(self))
-        module.shift_table.copy_(torch.as_tensor(shift))
+        module.shift_table.zero_()[:n] = torch.as_tensor(shift)
         precision = np.isfinite(variance) / (variance + self.options.shift_floor**2)
-        module.shift_precision.copy_(torch.as_tensor(precision))
+        module.shift_precision.zero_()[:n] = torch.as_tensor(precision)
         if self.options.covariation_weight:
             cross, own = measure_covariation(data.dataset, rows, genes)
             module.covariation.copy_(torch.as_tensor(cross))
             weight = self.options.covariation_weight / np.maximum(own, 1e-3)
             module.covariation_precision.copy_(torch.as_tensor(weight))
+        self._progress.stage("Fitting the network")
+        strength = torch.as_tensor(own_shifts(shift, variance, genes)).to(module.effect_strength)
+        posterior = self._fit_network(listed, strength)
+        if module.gene_effects is not None:
+            fit_gene_effects(self, table)
+            if self._fit_unseen(table, posterior, strength, listed):
+                posterior = self._fit_network(listed, strength)
         if not self.is_trained_:
-            module.effect_strength.copy_(torch.as_tensor(own_shifts(shift, variance, genes)))
-            self._progress.stage("Fitting the network")
-            self._start_network(listed)
-
-    def _start_network(self, listed: torch.Tensor | None) -> None:
-        """Set q(M) and q(E) to the posterior given the measured shifts."""
-        module, shifts = self.module, self.module.shifts
-        found = self._fit_network(listed, module.shift_precision, module.effect_strength)
-        shifts.mask_logits.copy_(found.logits)
-        shifts.prior_logits.copy_(found.prior_logits)
-        if not shifts.correlated:
-            shifts.loc.copy_(found.mean)
-            shifts.log_sd.copy_(found.sd.clamp(min=1e-3).log())
-        shifts.log_prior_sd.fill_(float(np.log(found.slab)))
+            module.effect_strength.copy_(strength)
+            self._start_network(posterior)
 
     def _fit_network(
-        self, listed: torch.Tensor | None, precision: torch.Tensor, strength: torch.Tensor
+        self, listed: torch.Tensor | None, strength: torch.Tensor, left_out: NDArray | None = None
     ) -> NetworkPosterior:
-        module = self.module
+        """Posterior given the shifts, all or without those of some perturbations."""
+        module, precision = self.module, self.module.shift_precision
+        if left_out is not None:
+            precision = precision.clone()
+            precision[left_out] = 0.0
         return fit_rows(
             module.shift_table,
             precision,
@@ -319,42 +316,64 @@ class GPOVAE(ArtifactModel, GRNModel):
             rate=self.options.mask_prior,
         )
 
-    @torch.no_grad()
-    def _predict_unseen(self, table: ConditionTable) -> None:
-        """Effects of perturbations that were not measured; how is learned from measured ones, left out of the network by turns."""
-        module, vocabulary, listed = self.module, self.registered.vocabulary, self._listed()
+    def _start_network(self, found: NetworkPosterior) -> None:
+        """Set q(M) and q(E)."""
+        shifts = self.module.shifts
+        shifts.mask_logits.copy_(found.logits)
+        shifts.prior_logits.copy_(found.prior_logits)
+        if not shifts.correlated:
+            shifts.loc.copy_(found.mean)
+            shifts.log_sd.copy_(found.sd.clamp(min=1e-3).log())
+        shifts.log_prior_sd.fill_(float(np.log(found.slab)))
+
+    def _fit_unseen(
+        self, table: ConditionTable, posterior: NetworkPosterior, strength: torch.Tensor, listed: torch.Tensor | None
+    ) -> bool:
+        """Effects of what was not measured: how is learned from what was, left out of the network by turns.
+
+        Returns
+        -------
+        Whether features say something of the rows of the network, which is then in the table of shifts.
+        """
+        module, vocabulary = self.module, self.registered.vocabulary
         site, n, genes = module.gene_effects, vocabulary.n_perturbations, module.row_genes.cpu().numpy()
-        shift, variance = fit_shifts(table, n, dose_response(self))
-        spread = torch.zeros_like(module.shift_table)
-        own = np.flatnonzero(np.isfinite(variance).all(1) & (genes[:n] >= 0))
+        effects = site.measured
+        new = ~effects.measured[: len(genes)].cpu().numpy()
+        usual = torch.where(module.row_genes >= 0, strength[module.row_genes >= 0].median(), strength)
+        spread, own = torch.zeros_like(module.shift_table), np.flatnonzero((genes >= 0) & ~new)
         for fold in range(min(len(own), _FOLDS)):
-            out, kept, precision = own[fold::_FOLDS], variance.copy(), module.shift_precision.clone()
-            kept[out], precision[out] = np.inf, 0.0
-            strength = torch.as_tensor(own_shifts(shift, kept, genes)).to(module.effect_strength)
-            posterior = self._fit_network(listed, precision, strength)
-            spread[out] = module.total(posterior.logits.sigmoid() * posterior.mean, strength)[out]
-        features, described = vocabulary.features, np.zeros((len(genes), 0))
+            out, as_usual = own[fold::_FOLDS], strength.clone()
+            as_usual[out] = usual[out]
+            found = self._fit_network(listed, as_usual, out)
+            spread[out] = module.total(found.logits.sigmoid() * found.mean, as_usual)[out]
+        spread[new] = module.total(posterior.logits.sigmoid() * posterior.mean, strength)[new]
+        spread = site.from_activation(spread).cpu().numpy()
+        features, described, blocks = vocabulary.features, np.zeros((len(genes), 0)), None
         if features is not None:
-            described = vocabulary.feature_matrix(self._rows)
+            described, blocks = vocabulary.feature_matrix(self._rows), feature_blocks(list(features.columns))
         found = fit_unseen(
-            table,
-            genes[:n],
-            site.from_activation(spread).cpu().numpy(),
-            features=None if features is None else described[:n],
-            feature_blocks=None if features is None else feature_blocks(list(features.columns)),
-            strength=dose_response(self),
+            table, genes[:n], spread[:n], features=described[:n], feature_blocks=blocks, strength=dose_response(self)
         )
-        said, effects = site.from_activation(module.total(module.mean_network())), site.measured
-        new = np.flatnonzero(~effects.measured[: len(genes)].cpu().numpy())
-        if found is None:
-            effects.mean[new] = said[new]
-            return
-        mean, sd = found.predict(described[new], said[new].cpu().numpy())
-        effects.mean[new], effects.sd[new] = (torch.as_tensor(v).to(said) for v in (mean, sd))
-        gene = new[genes[new] >= 0]
-        effects.mean[gene, genes[gene]] = said[gene, genes[gene]]  # what is done to the gene itself
-        for name, value in zip(("intercept", "feature_weight", "unseen_sd"), found.linear, strict=True):
-            getattr(effects, name).copy_(torch.as_tensor(value))
+        if found is None:  # too few to learn from: what the network says, with the sd of perturbations at large
+            effects.mean[new] = torch.as_tensor(spread[new]).to(effects.mean)
+            return False
+        mean, sd = found.predict(described, spread)
+        own = np.flatnonzero(genes >= 0)
+        mean[own, genes[own]] = spread[own, genes[own]]  # what is done to the gene itself
+        mean, sd = (torch.as_tensor(value).to(effects.mean) for value in (mean, sd))
+        effects.mean[new], effects.sd[new] = mean[new], sd[new]
+        for name, value in found.of_features.items():
+            setattr(effects, name, torch.as_tensor(value).to(getattr(effects, name)))
+        informed = np.flatnonzero(new & described.any(1)) if found.features_say_something else []
+        if len(informed):
+            said, sd = found.predict(described[informed], 0.0 * spread[informed])
+            said, sd = (torch.as_tensor(value).to(effects.mean) for value in (said, sd))
+            shift = site.to_activation(said)
+            error = site.to_activation(said + sd) - shift
+            module.shift_table[informed] = shift
+            precision = 1.0 / (error.square() + self.options.shift_floor**2)
+            module.shift_precision[informed] = precision * module.possible[informed]
+        return len(informed) > 0
 
     def _listed(self) -> torch.Tensor | None:
         """Prior network between rows and targets."""
@@ -370,7 +389,6 @@ class GPOVAE(ArtifactModel, GRNModel):
     def _complete(self, table: ConditionTable) -> None:
         if isinstance(self.module, Module) and self.module.gene_effects is not None:
             refine_gene_effects(self, table)
-            self._predict_unseen(table)
 
     # -- what it learned --------------------------------------------------------------------------------------------
 

@@ -149,8 +149,6 @@ class GPOVAE(GeneIndexed):
         Weight of the log density of the table of shifts.
     shift_floor
         :math:`\tau`: how far measured shifts are from the network's, beyond their standard errors.
-    n_features
-        Width of the features of perturbations; 0: none.
 
     Attributes
     ----------
@@ -159,7 +157,8 @@ class GPOVAE(GeneIndexed):
     effect_strength
         :math:`s`, ``(n_rows,)``.
     shift_table, shift_precision
-        y, and one over its squared errors, 0 where it was not measured; ``(n_perturbations, n_genes)``.
+        y, and one over its squared errors, 0 where it was not measured; ``(n_rows, n_genes)``. Rows that were not measured
+        may have what features say of them.
     gene_effects
         Effects of all rows, with ``effects="measured"``.
     covariation, covariation_precision
@@ -177,7 +176,6 @@ class GPOVAE(GeneIndexed):
         effects: Literal["measured", "latent"] = "measured",
         alignment_weight: float = 1.0,
         shift_floor: float = 0.05,
-        n_features: int = 0,
         n_latent: int = 30,
         combinations: Sequence[Sequence[int]] = (),
         **options: Any,
@@ -199,13 +197,13 @@ class GPOVAE(GeneIndexed):
         n_rows, rows = len(self.row_genes), self.row_genes[:, None]
         self.register_buffer("possible", (rows < 0) | (rows != torch.arange(n_genes)))
         self.effect_strength = nn.Parameter(-torch.ones(n_rows))
-        self.register_buffer("shift_table", torch.zeros(n_perturbations, n_genes))
-        self.register_buffer("shift_precision", torch.zeros(n_perturbations, n_genes))
+        self.register_buffer("shift_table", torch.zeros(n_rows, n_genes))
+        self.register_buffer("shift_precision", torch.zeros(n_rows, n_genes))
         self.register_buffer("covariation", torch.zeros(n_rows, n_genes))
         self.register_buffer("covariation_precision", torch.zeros(n_genes))
         self.gene_effects: GeneEffects | None = None
         if effects == "measured":
-            self.gene_effects = GeneEffects(n_rows, n_genes, n_features, combinations, explained=False)
+            self.gene_effects = GeneEffects(n_rows, n_genes, 0, combinations, explained=False)
 
     # -- generative model and guide ---------------------------------------------------------------------------------
 
@@ -325,7 +323,7 @@ class GPOVAE(GeneIndexed):
 
     def alignment(self, total: Tensor) -> Tensor:
         """Negative log density of the table of shifts, up to a constant, ``(...)``."""
-        difference = self.shift_table - total[..., : self.n_perturbations, :]
+        difference = self.shift_table - total
         return 0.5 * self.alignment_weight * (self.shift_precision * difference.square()).sum((-2, -1))
 
     def unexplained(self, weights: Tensor) -> Tensor:

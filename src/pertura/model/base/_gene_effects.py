@@ -38,7 +38,7 @@ def fit_gene_effects(model: Model, table: ConditionTable) -> None:
     """Set the posterior of measured effects of ``model.module.gene_effects`` from the training cells.
 
     The module offers ``strength(action)``, the dose response of each member. Features of perturbations are used where the
-    site was made with them. Rows after those of the perturbations are not measured.
+    site was made with them. Rows beyond those of the perturbations are not measured.
     """
     module = model.module
     device = device_of(module)
@@ -52,16 +52,14 @@ def fit_gene_effects(model: Model, table: ConditionTable) -> None:
 
 
 def _measured(model: Model, table: ConditionTable, left_out: Sequence[int] = ()) -> MeasuredEffect:
-    vocabulary, known = model.registered.vocabulary, model.module.gene_effects.measured
-    described, n = known.feature_weight.shape[0] > 0, known.n_perturbations
+    vocabulary, known = model.vocabulary, model.module.gene_effects.measured
+    described = known.feature_weight.shape[0] > 0
     return fit_measured(
         table,
-        n,
+        known.n_perturbations,
         combinations=[vocabulary.code(members).tolist() for members in vocabulary.combinations],
         strength=dose_response(model),
-        features=vocabulary.feature_matrix([*vocabulary.names, *[""] * (n - len(vocabulary.names))])
-        if described
-        else None,
+        features=vocabulary.feature_matrix(vocabulary.names) if described else None,
         feature_blocks=feature_blocks(list(vocabulary.features.columns)) if described else None,
         left_out=left_out,
     ).to(device_of(model.module))
