@@ -21,7 +21,7 @@ from pertura.effects import MeasuredEffect
 from ._base import Action
 from ._departures import Departures, RowNoise, RowNormal
 
-_N_LEVELS, _TOP = 97, 9.6
+_N_LEVELS, _LOWEST, _TOP = 97, 1e-6, 9.6
 _LOW, _HIGH, _N_GRID = -8.0, 8.0, 65
 MAX_ROWS = 128
 
@@ -119,24 +119,30 @@ class GeneEffects(nn.Module):
         """Change of activations by which mean expression of controls changes by `delta`, ``(..., n_genes)``."""
         if not self.is_counts:
             return delta
-        # in place: new memory takes longer than arithmetic
-        level = (self.base + delta).clamp_(min=0.0, max=_TOP).mul_((_N_LEVELS - 1) / _TOP)
-        low = level.detach().int().clamp_(max=_N_LEVELS - 2)
-        level, flat = level.sub_(low), self.curve.flatten()
-        index = low.add_(torch.arange(0, len(flat), _N_LEVELS, dtype=low.dtype, device=low.device)).flatten()
-        below = flat.index_select(0, index).view_as(level)
-        above = flat.index_select(0, index.add_(1)).view_as(level)
-        # no effect is no change, whatever the curve says about the level of controls
-        return torch.lerp(below, above, level).masked_fill(delta == 0.0, 0.0)
+        # less the curve at the level of controls: no effect is no change, and a small one is small
+        return self._at_level(self.base + delta) - self._at_level(self.base.clone())
 
     def from_activation(self, change: Tensor) -> Tensor:
-        """Change of mean expression of controls where activations change: the inverse of :meth:`to_activation`."""
+        """Change of mean expression of controls where activations change, the inverse of :meth:`to_activation`, ``(n, n_genes)``."""
         if not self.is_counts:
             return change
-        levels = torch.linspace(0.0, _TOP, _N_LEVELS, device=change.device).expand(self.n_genes, -1)
-        both = torch.cat([torch.zeros_like(change[:1]), change])
-        level = _interpolate(both.T, self.curve, levels).T
-        return level[1:] - level[0]
+        levels = self._levels().expand(self.n_genes, -1)
+        return _interpolate((change + self._at_level(self.base.clone())).T, self.curve, levels).T - self.base
+
+    def _at_level(self, level: Tensor) -> Tensor:
+        """The curve at levels of expression, ``(..., n_genes)``, which are overwritten: new memory takes longer than arithmetic."""
+        # the root has no slope at 0
+        at = level.clamp_(min=_LOWEST, max=_TOP).div_(_TOP).sqrt_() * (_N_LEVELS - 1)
+        low = at.detach().int().clamp_(max=_N_LEVELS - 2)
+        at, flat = at.sub_(low), self.curve.flatten()
+        index = low.add_(torch.arange(0, len(flat), _N_LEVELS, dtype=low.dtype, device=low.device)).flatten()
+        below = flat.index_select(0, index).view_as(at)
+        above = flat.index_select(0, index.add_(1)).view_as(at)
+        return torch.lerp(below, above, at)
+
+    def _levels(self) -> Tensor:
+        """Levels of expression of the curve: the lower, the closer, as activations are logs there."""
+        return _TOP * torch.linspace(0.0, 1.0, _N_LEVELS, device=self.base.device).square()
 
     def of_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Effects of single perturbations on activations, and their sd, ``(n_rows, n_genes)`` each."""
@@ -167,7 +173,7 @@ class GeneEffects(nn.Module):
         reached = torch.stack(moved, 1)
         # where the decoder is off the measured mean of controls, change counts and not level
         start = _interpolate(torch.zeros_like(base)[:, None], steps.expand_as(reached), reached)
-        levels = torch.linspace(0.0, _TOP, _N_LEVELS, device=base.device).expand(self.n_genes, -1)
+        levels = self._levels().expand(self.n_genes, -1)
         wanted = levels - base[:, None] + start
         self.curve.copy_(_interpolate(wanted, reached, steps.expand_as(reached)).clamp(_LOW, _HIGH))
 
