@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy.stats import norm
 
 from pertura import benchmark
+from pertura.metrics import pearson_effect
 
 CONTROL = "control"
 Condition = tuple[str, str]
@@ -55,6 +56,28 @@ def held_out_controls(dataset: benchmark.Dataset, seed: int, by: str | None = No
     there = np.zeros(dataset.adata.n_obs, dtype=bool)
     there[rows[pd.Series(rows).groupby(strata).cumcount().to_numpy() % 2 == 1]] = True
     return there
+
+
+def dense(dataset: benchmark.Dataset, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Expression of some cells."""
+    x = dataset.expression(rows)
+    return x.toarray() if hasattr(x, "toarray") else np.asarray(x)
+
+
+def from_target(base: NDArray[np.float64], at: int) -> dict[str, NDArray[np.float64]]:
+    """Knock-out of one gene as control cells have it: regression on its expression, and correlation with it."""
+    gene = base[:, at] - base[:, at].mean()
+    slope = gene @ (base - base.mean(0)) / max(gene @ gene, 1e-12)
+    correlation = -slope * base[:, at].std() / np.maximum(base.std(0), 1e-12)
+    return {"regression": -base[:, at].mean() * slope, "correlation": correlation}
+
+
+def ceiling(treated: NDArray[np.float64], base: NDArray[np.float64], genes: NDArray[np.bool_]) -> float:
+    """What the correlation with the measured effect can be, from two halves of the cells."""
+    parts = np.array_split(np.random.default_rng(0).permutation(len(treated)), 2)
+    halves = [treated[part].mean(0) - base[i::2].mean(0) for i, part in enumerate(parts)]
+    r = pearson_effect(*halves, np.zeros(len(genes)), genes=genes)
+    return 2 * r / (1 + r)
 
 
 # -- estimates without a model -----------------------------------------------------------------------------------------

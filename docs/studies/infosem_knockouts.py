@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from _common import measure, parser, show, start
+from _common import ceiling, dense, from_target, measure, parser, show, start
 from numpy.typing import NDArray
 
 from pertura import benchmark, datasets, model
@@ -29,26 +29,15 @@ def scores(
     adata, labels = dataset.adata, dataset.labels
     at, none = adata.var_names.get_loc(target), np.zeros(adata.n_vars)
     others = np.arange(adata.n_vars) != at
-    x = {n: _dense(dataset.expression(np.flatnonzero(labels == n))) for n in (dataset.control, target)}
-    base, treated = x[dataset.control], x[target]
-    gene = base[:, at] - base[:, at].mean()
-    slope = gene @ (base - base.mean(0)) / max(gene @ gene, 1e-12)
+    base, treated = (dense(dataset, np.flatnonzero(labels == n)) for n in (dataset.control, target))
     found: dict[tuple[str, str], float] = {("measured", "size"): _size(measured[others])}
-    correlation = -slope * base[:, at].std() / np.maximum(base.std(0), 1e-12)
-    methods = {"InfoSEM": predicted, "regression": -base[:, at].mean() * slope, "correlation": correlation}
+    methods = {"InfoSEM": predicted, **from_target(base, at)}
     for name, values in methods.items():
         found[name, "pearson"] = pearson_effect(values, measured, none, genes=others)
         if adata.n_vars > _TOP:
             found[name, "pearson_top"] = pearson_effect(values, measured, none, genes=others, top=_TOP)
         found[name, "size"] = _size(values[others])
-    parts = np.array_split(np.random.default_rng(0).permutation(len(treated)), 2)
-    halves = [treated[part].mean(0) - base[i::2].mean(0) for i, part in enumerate(parts)]
-    r = pearson_effect(*halves, none, genes=others)
-    return {**found, ("ceiling", "pearson"): 2 * r / (1 + r)}
-
-
-def _dense(x: Any) -> NDArray[np.float64]:
-    return x.toarray() if hasattr(x, "toarray") else np.asarray(x)
+    return {**found, ("ceiling", "pearson"): ceiling(treated, base, others)}
 
 
 def _size(effect: NDArray[np.float64]) -> float:
