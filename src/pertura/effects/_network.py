@@ -368,39 +368,42 @@ class UnseenEffects:
     Attributes
     ----------
     share
-        Of the mean effect, of what features say, and of the network; not negative, at most 1 together.
+        Of the mean effect, of what features say, and of the network; not negative, at most 1 together. The first row is of
+        perturbations that the network does not have, ``(2, 3)``.
+    widening
+        Sd of what is left, in units of what the fit with features expects, ``(2,)``.
     mean, described
         Fits without and with features.
-    widening
-        Sd of what is left, in units of what the fit with features expects.
     """
 
-    share: NDArray[np.float64]
+    share: Matrix
+    widening: NDArray[np.float64]
     mean: KernelFit
     described: KernelFit
-    widening: float
 
     def predict(self, features: NDArray, spread: Matrix) -> tuple[Matrix, Matrix]:
-        """Effects and their sd, ``(n, n_genes)`` each, given features and what the network says."""
+        """Effects and their sd, ``(n, n_genes)`` each, given features and what the network says, 0 where it has no row."""
         said, sd = self.described.predict(features)
-        return self.share[0] * self.mean.mean + self.share[1] * said + self.share[2] * spread, self.widening * sd
+        which = spread.any(1).astype(int)
+        share = self.share[which].T[..., None]
+        return share[0] * self.mean.mean + share[1] * said + share[2] * spread, self.widening[which, None] * sd
 
     @property
     def of_features(self) -> dict[str, NDArray]:
         """What a :class:`MeasuredEffect` knows of perturbations outside the vocabulary, which the network does not have."""
-        fit = self.described
+        fit, (mean, described, _) = self.described, self.share[0]
         return {
-            "intercept": self.share[0] * self.mean.mean + self.share[1] * fit.intercept,
-            "feature_weight": self.share[1] * fit.weight,
+            "intercept": mean * self.mean.mean + described * fit.intercept,
+            "feature_weight": described * fit.weight,
             "feature_center": fit.center,
             "feature_block": fit.block,
-            "unseen_sd": self.widening * fit.sd,
+            "unseen_sd": self.widening[0] * fit.sd,
         }
 
     @property
     def features_say_something(self) -> bool:
         """Whether predictions differ by features."""
-        return bool(self.share[1] > 0 and self.described.kernel_weights.any())
+        return bool(self.share[0, 1] > 0 and self.described.kernel_weights.any())
 
 
 def fit_unseen(
@@ -447,17 +450,22 @@ def fit_unseen(
     y[own] = np.nan_to_num(np.nanmean(y, axis=0))[own[1]]
     mean = fit_kernels(features[rows, :0], y, noise=noise, unit=unit)
     fit = fit_kernels(features[rows], y, feature_blocks, noise=noise, unit=unit) if features.shape[1] else mean
-    every = np.stack([mean.left_out, fit.left_out, spread[rows], y])
-    every[:, *own] = 0.0
-    *parts, y = every.reshape(4, -1)
-    parts = np.stack(parts)
+    parts = np.stack([mean.left_out, fit.left_out, spread[rows]])
+    for values in (*parts, y):
+        values[own] = 0.0
     # effects have the noise of the controls in common: what others say of it is no prediction
     n_control = table.n[table.is_control].sum(1)
-    common = len(rows) * (1.0 / n_control).mean() / len(n_control) * (unit**2).sum()
-    cross = parts @ y - common * np.array([1.0, 1.0, 0.0])
-    root = np.linalg.cholesky(parts @ parts.T + 1e-6 * (every**2).sum() * np.eye(3))
-    share, _ = nnls(root.T, np.linalg.solve(root, cross))
-    share /= max(1.0, share.sum())
-    left = ((y - share @ parts) ** 2).mean()
-    beyond = max(left - noise.mean() * (unit**2).mean(), 1e-3 * left)
-    return UnseenEffects(share, mean, fit, float(np.sqrt(beyond / max((fit.sd**2).mean(), 1e-12))))
+    common = (1.0 / n_control).mean() / len(n_control) * (unit**2).sum()
+    ruled = spread[rows].any(1)
+    share, widening = np.zeros((2, 3)), np.ones(2)
+    for which, kept in enumerate((slice(None), ruled if ruled.sum() >= _MIN_PERTURBATIONS else slice(None))):
+        used, wanted = parts[:, kept].reshape(3, -1), y[kept].ravel()
+        used = used * np.array([1.0, 1.0, which])[:, None]
+        cross = used @ wanted - len(y[kept]) * common * np.array([1.0, 1.0, 0.0])
+        root = np.linalg.cholesky(used @ used.T + 1e-6 * (wanted**2).sum() * np.eye(3))
+        share[which], _ = nnls(root.T, np.linalg.solve(root, cross))
+        share[which] /= max(1.0, share[which].sum())
+        left = ((wanted - share[which] @ used) ** 2).mean()
+        beyond = max(left - noise[kept].mean() * (unit**2).mean(), 1e-3 * left)
+        widening[which] = np.sqrt(beyond / max((fit.sd**2).mean(), 1e-12))
+    return UnseenEffects(share, widening, mean, fit)
