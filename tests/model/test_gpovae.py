@@ -166,7 +166,7 @@ def test_a_gene_that_nobody_perturbed_is_knocked_out(held_out):
     with pytest.raises(ValueError, match="'nobody' was not seen"):
         model.get_perturbation_effect("nobody")
     assert table["lfc_sd"].median() > 1.3 * seen["lfc_sd"].median()
-    mean = np.tile(model.module.shift_table.mean(0).numpy(), (len(truth), 1))
+    mean = np.tile(model.module.shift_table[: model.vocabulary.n_perturbations].mean(0).numpy(), (len(truth), 1))
     assert pearson(predicted, truth, others) > pearson(mean, truth, others) + 0.2
     error, unchanged = (((x - truth)[others] ** 2).mean() for x in (predicted, np.zeros_like(truth)))
     assert error < unchanged
@@ -188,6 +188,98 @@ def test_a_registered_perturbation_without_training_cells_is_the_network_s():
         total = model.module.total(model.module.mean_network())[row].numpy()
     assert np.corrcoef(table.loc[adata.var_names, "lfc_mean"], total)[0, 1] > 0.8
     assert not bool(model.module.gene_effects.measured.measured[row])
+
+
+def grouped(seed=0, n_groups=6, size=4, n_genes=80, n_cells=40):
+    """Counts of a screen in which regulators of a group have targets in common, their shifts, and features that tell the group."""
+    rng = np.random.default_rng(seed)
+    n = n_groups * size
+    names, group = [f"R{i:02d}" for i in range(n)], np.arange(n) % n_groups
+    common = rng.normal(0, 0.8, (n_groups, n_genes)) * (rng.random((n_groups, n_genes)) < 0.2)
+    shift = common[group] + rng.normal(0, 0.4, (n, n_genes)) * (rng.random((n, n_genes)) < 0.1)
+    shift[:, :n] = -3.0 * np.eye(n)
+    number = [4 * n_cells, *[n_cells] * n]
+    log = rng.normal(0, 1, n_genes) + np.repeat(np.vstack([np.zeros(n_genes), shift]), number, axis=0)
+    x = rng.poisson(np.exp(log + rng.normal(0, 0.2, log.shape)) * rng.lognormal(1, 0.2, (len(log), 1)))
+    adata = AnnData(x.astype(np.float32), var=pd.DataFrame(index=[*names, *(f"g{i}" for i in range(n_genes - n))]))
+    adata.obs["perturbation"] = np.repeat(["control", *names], number)
+    features = rng.normal(size=(n_groups, 8))[group] + 0.3 * rng.normal(size=(n, 8))
+    return adata, pd.DataFrame(shift, names, adata.var_names), pd.DataFrame(features, names, list("abcdefgh"))
+
+
+def test_features_tell_of_knockouts_that_nobody_made():
+    """Right ones help effects, their intervals and edges; with or without a row; those of other genes change nothing."""
+    adata, shift, features = grouped()
+    unseen = list(shift.index[-6:])
+    adata = adata[~adata.obs["perturbation"].isin(unseen).to_numpy()].copy()
+    other = features.set_axis(np.random.default_rng(0).permutation(features.index))
+    keys = {**KEYS, "layer": None}
+    r, sd, auprc_ = {}, {}, {}
+    for name, table, regulators in (
+        ("none", None, unseen),
+        ("right", features, unseen),
+        ("no row", features, []),
+        ("permuted", other, unseen),
+    ):
+        own = adata.copy()
+        if table is not None:
+            own.uns["features"] = table
+        GPOVAE.setup_anndata(own, **keys, perturbation_features_key=None if table is None else "features")
+        torch.manual_seed(0)
+        model = GPOVAE(own, n_latent=4, n_hidden=16, regulators=regulators)
+        model.train(max_epochs=1, **QUIET)
+        predicted, others, found = knocked_out(model, shift.loc[unseen])
+        r[name] = pearson(predicted, shift.loc[unseen].to_numpy(), others)
+        sd[name] = found["lfc_sd"].median()
+        if regulators:
+            edges = model.get_grn(key_added=None).pivot(index="source", columns="target", values="proba")
+            scores = edges.reindex(unseen, columns=shift.columns).fillna(0.0)
+            true = shift.loc[unseen].where(others, 0.0)
+            auprc_[name] = score_network(scores, true.stack().rename_axis(["source", "target"]).pipe(edge_list))[
+                "auprc"
+            ]
+    assert r["right"] > r["none"] + 0.2 and r["no row"] > r["none"] + 0.2
+    assert sd["right"] < 0.97 * sd["none"]
+    assert auprc_["right"] > auprc_["none"] + 0.1
+    assert abs(r["permuted"] - r["none"]) < 0.02 and abs(auprc_["permuted"] - auprc_["none"]) < 0.02
+
+
+def edge_list(values):
+    return values[values != 0].reset_index()[["source", "target"]]
+
+
+def test_features_and_the_network_after_saving(tmp_path):
+    adata, shift, features = grouped(n_groups=3, n_genes=40, n_cells=15)
+    unseen = [shift.index[-1], shift.index[-2]]
+    adata = adata[~adata.obs["perturbation"].isin(unseen).to_numpy()].copy()
+    adata.uns["features"] = features
+    GPOVAE.setup_anndata(adata, **{**KEYS, "layer": None}, perturbation_features_key="features")
+    model = GPOVAE(adata, n_latent=2, n_hidden=8, regulators=unseen[:1])
+    model.train(max_epochs=1, **QUIET)
+    model.save(tmp_path / "model")
+    loaded = GPOVAE.load(tmp_path / "model", adata=False, accelerator="cpu")
+    asked = {"adata": adata[:5].copy(), "n_samples": 4}
+    for label in (*unseen, f"{unseen[0]}+{unseen[1]}", f"{unseen[1]}+{shift.index[0]}"):
+        one, other = (m.get_perturbation_effect(label, **asked) for m in (model, loaded))
+        pd.testing.assert_frame_equal(one, other)
+        assert set(one["novelty"]) == {"unseen with features"} and (one["lfc_sd"] > 0).mean() > 0.9
+    # trained on: what is known of them is learned again
+    before = model.module.gene_effects.measured.mean.clone()
+    model.train(max_epochs=1, **QUIET)
+    torch.testing.assert_close(model.module.gene_effects.measured.mean, before, rtol=0.2, atol=0.05)
+
+
+def test_few_knockouts_leave_the_network_alone():
+    adata, shift, _ = grouped(n_groups=2, size=3, n_genes=30)
+    adata = adata[adata.obs["perturbation"].isin(["control", "R00", "R01", "R02"]).to_numpy()].copy()
+    GPOVAE.setup_anndata(adata, **{**KEYS, "layer": None})
+    model = GPOVAE(adata, n_latent=2, n_hidden=8, regulators=["R05"])
+    model.train(max_epochs=1, **QUIET)
+    site = model.module.gene_effects
+    with torch.no_grad():
+        total = site.from_activation(model.module.total(model.module.mean_network()))[-1]
+    np.testing.assert_allclose(site.measured.mean[-1], total, atol=0.1)
+    assert site.measured.mean[-1].abs().max() > 0.1 and (site.measured.sd[-1] > 0).all()
 
 
 def test_a_prior_network_helps_if_right_and_does_no_harm_if_wrong(held_out):

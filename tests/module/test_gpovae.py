@@ -127,7 +127,7 @@ def test_the_alignment_is_the_log_density_of_the_table():
         module.shift_precision[1, 2] = 0.0
         table = torch.randn(3, 5, GENES)
         seen = module.shift_precision > 0
-        density = torch.distributions.Normal(table[:, :4][:, seen], module.shift_precision[seen] ** -0.5)
+        density = torch.distributions.Normal(table[:, seen], module.shift_precision[seen] ** -0.5)
         peak = torch.distributions.Normal(0.0, module.shift_precision[seen] ** -0.5).log_prob(
             torch.zeros(int(seen.sum()))
         )
@@ -190,41 +190,46 @@ def test_by_the_network_alone_each_gene_has_its_row():
     torch.testing.assert_close(module.offset(UNSEEN, total, None).detach(), expected)
 
 
-def test_measured_members_have_their_measured_effect_and_others_that_of_the_network():
-    module, total = _module(combinations=[(0, 3)]), torch.randn(5, GENES)
+def test_rows_beyond_the_perturbations_and_features_have_effects():
+    module = _module(combinations=[(0, 3)])
     measured = module.gene_effects.measured
-    measured.measured[3] = False
-    mean = measured.mean
-    expected = torch.stack([total[4] + mean[0], mean[1], total[4] + total[0]])
-    torch.testing.assert_close(module.offset(UNSEEN, total, None).detach(), expected)
-    # registered and not measured alone: only where the combination was not measured either
-    codes = torch.tensor([[3, -1], [1, 3], [0, 3], [-1, -1]])
-    action = Action(codes, (codes >= 0).float())
-    expected = torch.stack([total[3], mean[1] + total[3], mean[4], torch.zeros(GENES)])
-    torch.testing.assert_close(module.offset(action, total, None).detach(), expected)
-    assert module.by_network(action[2:]) is None or not module.by_network(action[2:]).present.any()
-    assert module.by_network(Action(codes[3:], torch.zeros(1, 2))) is None
+    mean = measured.mean  # rows 0 to 3 are perturbations, row 4 a regulator, row 5 the combination
+    expected = torch.stack([mean[4] + mean[0], mean[1], 2 * mean[4]])
+    expected[2] = mean[4] + mean[0]  # named by its row, though unknown
+    torch.testing.assert_close(module.offset(UNSEEN, torch.zeros(()), None).detach(), expected)
+    codes = torch.tensor([[1, 3], [0, 3], [-1, -1]])
+    expected = torch.stack([mean[1] + mean[3], mean[5], torch.zeros(GENES)])
+    torch.testing.assert_close(
+        module.offset(Action(codes, (codes >= 0).float()), torch.zeros(()), None).detach(), expected
+    )
+    # one that has features and no row, at half of the dose
+    measured.intercept, measured.feature_weight = torch.randn(GENES), torch.randn(2, GENES)
+    measured.feature_center, measured.feature_block = torch.zeros(2), torch.zeros(2, dtype=torch.long)
+    described = Action(torch.tensor([[-2]]), torch.tensor([[0.5]]), torch.tensor([[[0.0, 1.0, -2.0]]]))
+    expected = 0.5 * (measured.intercept + measured.feature_weight[0] - 2 * measured.feature_weight[1])
+    torch.testing.assert_close(module.offset(described, torch.zeros(()), None).detach()[0], expected)
 
 
-@pytest.mark.parametrize("options", [{}, {"effects": "latent"}, {"guide": "correlated"}])
+@pytest.mark.parametrize("options", [{}, {"effects": "latent"}, {"effects": "latent", "guide": "correlated"}])
 def test_the_network_is_drawn_once_for_all_cells(options):
     module, cells = _module(**options).eval(), _cells()
     globals_ = module.draw_globals(4, cells)
-    assert globals_["total"].shape == (4, 5, GENES) and globals_["total"].std(0).max() > 0
+    if options:
+        assert globals_["total"].shape == (4, 5, GENES) and globals_["total"].std(0).max() > 0
     basal = module.abduct(cells, 4, globals_)
     found = module.counterfactual(basal, UNSEEN[:1].expand(N))
     offset = found.state[..., 3 : 3 + GENES]
     # all cells have the same shift, the one of that draw
     torch.testing.assert_close(offset, offset[:, :1].expand_as(offset))
     if not options:
-        noise = module.gene_effects(UNSEEN[:1], module.strength(UNSEEN[:1]), globals_["effect_noise"])
-        torch.testing.assert_close(offset[:, 0], globals_["total"][:, 4] + noise[:, 0])
+        mean, noise = module.gene_effects.measured.mean, globals_["effect_noise"].rows(torch.tensor([0, 4]))
+        torch.testing.assert_close(offset[:, 0], mean[[0, 4]].sum(0) + 0.1 * noise.sum(1))
     own = module.counterfactual(basal, cells.action).expression
     torch.testing.assert_close(own.replay(basal.noise), cells.x.expand(4, -1, -1))
 
 
 def test_networks_too_large_for_draws_are_announced(monkeypatch):
-    module, cells = _module().eval(), _cells()
+    module, cells = _module(effects="latent").eval(), _cells()
     monkeypatch.setattr(gpovae, "_MAX_DRAWN", 10)
     with pytest.warns(UserWarning, match="lack the uncertainty of the network"):
         globals_ = module.draw_globals(4, cells)

@@ -338,9 +338,9 @@ class GPOVAE(ArtifactModel, GRNModel):
         module, vocabulary = self.module, self.registered.vocabulary
         site, n, genes = module.gene_effects, vocabulary.n_perturbations, module.row_genes.cpu().numpy()
         effects = site.measured
-        new = ~effects.measured[: len(genes)].cpu().numpy()
+        new = np.flatnonzero(~effects.measured[: len(genes)].cpu().numpy())
         usual = torch.where(module.row_genes >= 0, strength[module.row_genes >= 0].median(), strength)
-        spread, own = torch.zeros_like(module.shift_table), np.flatnonzero((genes >= 0) & ~new)
+        spread, own = torch.zeros_like(module.shift_table), np.setdiff1d(np.flatnonzero(genes >= 0), new)
         for fold in range(min(len(own), _FOLDS)):
             out, as_usual = own[fold::_FOLDS], strength.clone()
             as_usual[out] = usual[out]
@@ -364,7 +364,7 @@ class GPOVAE(ArtifactModel, GRNModel):
         effects.mean[new], effects.sd[new] = mean[new], sd[new]
         for name, value in found.of_features.items():
             setattr(effects, name, torch.as_tensor(value).to(getattr(effects, name)))
-        informed = np.flatnonzero(new & described.any(1)) if found.features_say_something else []
+        informed = new[described[new].any(1) & found.features_say_something]
         if len(informed):
             said, sd = found.predict(described[informed], 0.0 * spread[informed])
             said, sd = (torch.as_tensor(value).to(effects.mean) for value in (said, sd))
