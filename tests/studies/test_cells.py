@@ -127,6 +127,54 @@ def test_knockouts_from_controls():
     assert row["mean"] == pytest.approx(value["InfoSEM", "pearson"] - value["regression", "pearson"])
 
 
+def test_knockouts_left_out(monkeypatch):
+    """Gene a drives b to d, c drives e; the screen has its knock-outs, and those of genes that are not measured."""
+    import papalexi_knockouts as study
+
+    from pertura.benchmark import Dataset
+
+    rng = np.random.default_rng(0)
+    names = ["a", "c", "x", "y", "z", "w"]
+    effect = pd.DataFrame(0.0, ["control", *names], list("abcdef"))
+    effect.loc[["a", "x", "y"], list("bcd")] = -1.5
+    effect.loc["a", "a"] = effect.loc["c", "c"] = -3.0
+    labels = np.repeat(effect.index, [120, *[40] * 6])
+    x = rng.poisson(np.exp(1.5 + effect.loc[labels])).astype(np.float32)
+    cells = AnnData(
+        x, pd.DataFrame({"perturbation": labels}, [f"c{i}" for i in range(len(x))]), effect.columns.to_frame()
+    )
+    cells.layers["counts"] = x
+    features = pd.DataFrame(rng.normal(size=(6, 2)), names, ["s:0", "s:1"])
+    dataset = Dataset(cells, "small", "perturbation", "control", layer="counts")
+    part = study.LeftOut(dataset, features, 0, {"max_epochs": 1, "accelerator": "cpu"}, False)
+    assert len(part.here) == len(part.there) == 60
+    mean, low, high = part.gpovae("x", features)
+    assert mean.shape == (6,) and (low < high).all()
+    # what is left is what is scored: both models stand aside
+    asked = []
+    ends = part.effect["y"], part.effect["y"] - 3.0, part.effect["y"] + 3.0
+    monkeypatch.setattr(study.LeftOut, "gpovae", lambda self, *given: asked.append(given) or ends)
+    monkeypatch.setattr(study.LeftOut, "infosem", lambda self, targets: dict.fromkeys(targets, ends))
+    given = {"results": Results(), "seeds": 1, "min_cells": 20, "targets": ["a", "x"]}
+    found = study.study(dataset, features, permuted=True, **given)
+    assert [target for target, _ in asked] == ["a", "a", "a", "x", "x"] and asked[2][1] is None
+    value = found.set_index(["perturbation", "model", "metric"])["value"]
+    assert value["x", study.SETS, "pearson"] > 0.9 and value["x", study.SETS, "coverage"] == 1.0
+    assert (
+        value["x", "no change", "error"] > value["x", "mean effect", "error"] and value["x", "ceiling", "pearson"] > 0.5
+    )
+    assert ("x", study.PLAIN, "pearson") not in value and ("x", study.OTHERS, "coverage") in value
+    assert {study.PLAIN, study.SETS, "InfoSEM", "regression", "correlation"} <= set(
+        value["a"].index.get_level_values(0)
+    )
+    with pytest.raises(ValueError, match=r"`targets`: \['q'\]"):
+        study.study(dataset, features, **{**given, "targets": ["q"]})
+    table = study.summary(found, cells.var_names).set_index(["knock-outs", "method", "metric"])
+    assert table.loc[("all (2)", "no change", "error"), "mean"] == 1.0
+    gain = table.loc[("all (2)", study.SETS, "pearson")]
+    assert gain["gain"] == pytest.approx(gain["mean"] - table.loc[("all (2)", "mean effect", "pearson"), "mean"])
+
+
 def test_planted_networks():
     import planted_networks as study
 

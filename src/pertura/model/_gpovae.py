@@ -85,9 +85,14 @@ class GPOVAE(ArtifactModel, GRNModel):
     Perturbations must be named after their target genes. What is done to a gene spreads through the network: the shift of all
     genes is :math:`s_r e_r (I - A)^{-1}`, with weights A of edges that each are there or not. The network starts as the
     sparse Bayesian regression of measured shifts on measured shifts, in which edges are told from paths, and is then trained
-    with the rest. Measured perturbations have their measured effects, as in :class:`SAMSVAE`; genes of the network that were
-    never perturbed are knocked out in silico. Features of perturbations are not used; leave ``perturbation_features_key`` out,
-    since with it only registered perturbations can be predicted.
+    with the rest. Measured perturbations have their measured effects, as in :class:`SAMSVAE`.
+
+    Genes that were never perturbed are knocked out in silico: `regulators` of the network, and with ``perturbation_features_key``
+    whatever the features describe, whether it is a measured gene or not. Their effect is the sum of shares of the mean effect, of
+    what the network says and of what features say (:func:`pertura.effects.fit_kernels`). Measured perturbations, left out by
+    turns, decide on the shares and on how wide intervals are: features or a network that predict none of them have no share.
+    Edges of regulators that nobody perturbed start from what features say, too. With fewer than five measured perturbations
+    the effect is the network's.
 
     Parameters
     ----------
@@ -134,15 +139,16 @@ class GPOVAE(ArtifactModel, GRNModel):
         signs.
     effects
         What measured perturbations do to expression: ``"measured"``, their measured effect, or ``"latent"``, what the
-        network says. `None`: ``"measured"``, for ``"hops"`` ``"latent"``, which is all it has.
+        network says; this holds for all perturbations then, and features are not used. `None`: ``"measured"``, for
+        ``"hops"`` ``"latent"``, which is all it has.
     regulators
         Genes that may regulate others though no perturbation is of them, to knock them out in silico; `None`: the sources
         of the prior network. In ``"hops"`` the paper takes the gene that responds most to each perturbation.
     alignment_weight
         Weight of the table of shifts, 1 for its log density; in ``"hops"`` that of the loss per cell.
     covariation_weight
-        As how many cells the covariation of genes within conditions counts. It is what is known about genes that were
-        never perturbed.
+        As how many cells the covariation of genes within conditions counts. It is what expression tells about genes that
+        were never perturbed.
     shift_floor
         How far measured shifts are from the network's beyond their standard errors (sd, log scale).
     n_hops, shift_criterion, sparsity_weight
@@ -194,7 +200,7 @@ class GPOVAE(ArtifactModel, GRNModel):
             own = {name: getattr(options, name) for name in ("n_hops", "shift_criterion", "sparsity_weight")}
             self.module = HopsGPOVAE(*sizes, **shared, **own)
         else:
-            features = self.registered.vocabulary.features
+            features = None if options.effects == "latent" else self.registered.vocabulary.features
             self.module = Module(
                 *sizes,
                 effects=options.effects or "measured",
@@ -252,7 +258,8 @@ class GPOVAE(ArtifactModel, GRNModel):
             if self._known is not None and name in self.gene_names and name not in self._known.features.index:
                 raise ValueError(
                     f"`perturbation`: {name!r} was not seen in training and is no regulator of the network. Name it in "
-                    "`regulators` when you make the model, to knock it out in silico."
+                    "`regulators` when you make the model, or describe it with `perturbation_features_key`, to knock it out in "
+                    "silico."
                 )
         super()._check_representable(label)
 
