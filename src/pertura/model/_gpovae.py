@@ -346,6 +346,8 @@ class GPOVAE(ArtifactModel, GRNModel):
         site, n, genes = module.gene_effects, vocabulary.n_perturbations, module.row_genes.cpu().numpy()
         effects = site.measured
         new = np.flatnonzero(~effects.measured[: len(genes)].cpu().numpy())
+        if not len(new) and vocabulary.features is None:
+            return False  # nothing else can be asked
         usual = torch.where(module.row_genes >= 0, strength[module.row_genes >= 0].median(), strength)
         spread, own = torch.zeros_like(module.shift_table), np.setdiff1d(np.flatnonzero(genes >= 0), new)
         for fold in range(min(len(own), _FOLDS)):
