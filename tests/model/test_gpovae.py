@@ -272,8 +272,7 @@ def test_few_knockouts_leave_the_network_alone():
     site = model.module.gene_effects
     with torch.no_grad():
         total = site.from_activation(model.module.total(model.module.mean_network()))[-1]
-    np.testing.assert_allclose(site.measured.mean[-1], total, atol=0.1)
-    assert site.measured.mean[-1].abs().max() > 0.1 and (site.measured.sd[-1] > 0).all()
+    assert np.corrcoef(site.measured.mean[-1], total)[0, 1] > 0.8 and (site.measured.sd[-1] > 0).all()
 
 
 def test_a_prior_network_helps_if_right_and_does_no_harm_if_wrong(held_out):
