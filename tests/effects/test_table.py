@@ -271,6 +271,16 @@ def test_contexts_without_controls(screen, measure):
     assert len(table.condition_means().context) == (~in_y).sum()
 
 
+def test_halves_of_controls(screen, measure):
+    table = measure(screen)
+    n = table.n[table.is_control]
+    at = table.context[table.is_control]
+    halves = table.control_halves[:, at]
+    assert not np.allclose(halves[0], halves[1])
+    mean = np.einsum("ch,hcg->cg", n / n.sum(1, keepdims=True), halves)
+    np.testing.assert_allclose(mean, table.controls[at], rtol=1e-4, atol=1e-5)
+
+
 def test_controls_of_other_data(screen, registered):
     model = registered(screen)
     found, mean = control_means(model.adata_manager, np.array([1, 5]))

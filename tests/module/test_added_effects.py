@@ -111,9 +111,7 @@ def test_profiles_and_effects_have_different_halves_of_the_controls():
             has_control=np.array([True, True]),
         )
     )
-    table = SimpleNamespace(
-        is_control=np.array([True, True]), n=np.array([[3, 3], [3, 3]]), context=np.array([0, 1]), mean=halves
-    )
+    table = SimpleNamespace(control_halves=halves.swapaxes(0, 1), has_control=np.array([True, True]))
     for half, (profiles, effects) in enumerate(split_controls(means, table)):
         np.testing.assert_allclose(profiles, halves[:, half], atol=1e-6)
         np.testing.assert_allclose(effects, treated - halves[:, 1 - half], atol=1e-6)

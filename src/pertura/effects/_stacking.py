@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 from scipy.stats import ttest_1samp
 
-_LOW_HETEROGENEITY = (
-    0.25  # share of the variation between contexts that is more than chance; Higgins et al. 2003, BMJ 327:557-560
-)
+# share of the variation between contexts that is more than chance; Higgins et al. 2003, BMJ 327:557-560
+_LOW_HETEROGENEITY = 0.25
 _CHANCE = 0.1  # p value of a gain in left-out contexts, above which it is none
 
 
