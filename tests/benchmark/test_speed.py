@@ -46,7 +46,10 @@ def test_the_bare_loss_is_that_of_the_model(dataset, name):
 
 
 def test_phases_of_a_model():
-    table = run_phases(["SAMSVAE"], n_cells=300, n_genes=30, n_perturbations=5, n_steps=4, n_names=50).iloc[0]
+    every = run_phases(["SAMSVAE", "PertVAE"], n_cells=300, n_genes=30, n_perturbations=5, n_steps=4, n_names=50)
+    assert every["step_s"].gt(0).all()
+    assert every["decodes_per_mean"].isna().tolist() == [False, True]  # PertVAE decodes more than its latent state
+    table = every.iloc[0]
     assert table["model"] == "SAMSVAE" and table["default_steps"] > 100
     for column in (
         "before_first_step_s",

@@ -123,7 +123,7 @@ def _phases(cls: Any, adata: AnnData, n_steps: int, n_names: int) -> dict[str, A
 
     try:
         decode()
-    except (AttributeError, RuntimeError):  # a model that decodes more than its latent state has no such bare decode
+    except (AttributeError, RuntimeError, TypeError):  # a model that decodes more than its latent state has no such bare decode
         return result
     bare = _clocked(decode) / (20 * len(control))
     result["bare_decodes_per_s"] = 1.0 / bare
