@@ -75,7 +75,7 @@ class DoseEffects:
     def amplitude(self, predicted: Matrix) -> NDArray[np.float64]:
         """What predicted deviations have to be multiplied with in each context to fit the measured ones best, ``(n_contexts, 2)``.
 
-        First what goes with the dose response s, then with :func:`halfway` of s. 1 and 0 in contexts without such perturbations; the
+        First what goes with the dose response s, then with 4 s (1 - s). 1 and 0 in contexts without such perturbations; the
         first is 1 with a single context.
 
         Parameters
