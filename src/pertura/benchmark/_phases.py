@@ -123,8 +123,8 @@ def _phases(cls: Any, adata: AnnData, n_steps: int, n_names: int) -> dict[str, A
 
     try:
         decode()
-    except (AttributeError, RuntimeError, TypeError):  # a model that decodes more than its latent state has no such bare decode
-        return result
+    except (AttributeError, RuntimeError, TypeError):
+        return result  # a model that decodes more than its latent state has no such bare decode
     bare = _clocked(decode) / (20 * len(control))
     result["bare_decodes_per_s"] = 1.0 / bare
     result["mean_predictions_per_s"] = FEW_SAMPLES / each
