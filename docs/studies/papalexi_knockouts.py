@@ -40,13 +40,6 @@ def describe(names: Sequence[str], sources: Mapping[str, Any]) -> pd.DataFrame:
     return pd.concat(tables, axis=1)
 
 
-def modules(path: Path) -> dict[str, list[str]]:
-    """Co-essential modules of a table whose columns from ``Genes`` on have the genes (Wainberg et al. 2021)."""
-    header, *lines = (line.split("\t") for line in path.read_text().splitlines())
-    first = next(i for i, name in enumerate(header) if name.strip() == "Genes")
-    return {line[0]: [gene for gene in line[first:] if gene] for line in lines}
-
-
 class LeftOut:
     """A screen whose controls are in two halves: one to learn from, one for the truth."""
 
@@ -190,15 +183,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     words = parser(__doc__, seeds=1)
     words.add_argument("--knockouts", nargs="+", metavar="GENE", help="default: all of at least 100 cells")
-    words.add_argument("--sets", nargs="+", default=["go_bp"], help="go_bp, hallmark, or GMT files (default: go_bp)")
-    words.add_argument("--modules", type=Path, metavar="TSV", help="table of co-essential modules")
+    words.add_argument(
+        "--sets",
+        nargs="+",
+        default=["go_bp", "coessential_modules"],
+        help="of genes: names or GMT files (default: %(default)s)",
+    )
     words.add_argument("--permuted", action="store_true", help="also with the gene sets of other genes")
     words.add_argument("--epochs", type=int, default=2, help="of GPOVAE (default: %(default)s)")
     options = start(words, argv)
     dataset = screen()
-    sources: dict[str, Any] = {Path(text).stem: text for text in options.sets}
-    if options.modules is not None:
-        sources["modules"] = modules(options.modules)
+    sources = {Path(text).stem: text for text in options.sets}
     features = describe([n for n in np.unique(dataset.labels) if n != dataset.control], sources)
     given = {
         "targets": options.knockouts,

@@ -90,7 +90,7 @@ def test_registry_is_the_manifest() -> None:
 
 def test_registry_entries_are_complete_and_pinned() -> None:
     entries = list(datasets.registry().values())
-    assert len(entries) == 60
+    assert len(entries) == 61
     for entry in entries:
         assert re.fullmatch(r"[0-9a-f]{64}", entry.sha256)
         assert re.match(r"https://raw\.githubusercontent\.com/[^/]+/[^/]+/[0-9a-f]{40}/", entry.url)

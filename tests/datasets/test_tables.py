@@ -99,7 +99,10 @@ def test_dorothea_levels(levels: str) -> None:
         datasets.dorothea(levels)
 
 
-@pytest.mark.parametrize(("collection", "sets", "members"), [("hallmark", 50, 7324), ("go_bp", 6036, 197596)])
+@pytest.mark.parametrize(
+    ("collection", "sets", "members"),
+    [("hallmark", 50, 7324), ("go_bp", 6036, 197596), ("coessential_modules", 1892, 38566)],
+)
 def test_gene_sets(load_dataset, collection: str, sets: int, members: int) -> None:
     by_name = load_dataset("gene_sets", collection=collection)
     table = load_dataset("gene_sets", collection=collection, as_frame=True)

@@ -107,6 +107,20 @@ def test_nothing_changes_where_nothing_was_measured(arms):
     assert (with_site.loc["line1"] - without.loc["line1"]).abs().mean() > 0.05
 
 
+@pytest.mark.parametrize("alike", [True, False])
+def test_w_is_kept_where_contexts_differ_as_left_out_ones_say(alike):
+    """Ten contexts that respond alike, or in proportion to what can be seen of their controls."""
+    rng = np.random.default_rng(1)
+    effect, marker, at = rng.normal(0, 0.5, N_GENES), rng.normal(size=N_GENES), np.linspace(-1.5, 1.5, 10)
+    what, context = np.repeat(["control", "drug"], [400, 400]), np.tile(np.repeat(np.arange(10), 40), 2)
+    own = effect if alike else effect * (1.0 + at[context, None])
+    x = 2.0 + at[context, None] * marker + (what == "drug")[:, None] * own + 0.5 * rng.normal(size=(800, N_GENES))
+    obs = pd.DataFrame({"perturbation": what, "cell_type": [f"line{c}" for c in context]})
+    adata = AnnData(x.astype(np.float32), obs=obs.set_axis(obs.index.astype(str)))
+    share = fit(PertVAE, adata, epochs=15).share
+    assert (share < 0.05) if alike else (share > 0.3), share
+
+
 def test_latent_effects_have_no_departures(arms):
     """Where a user asks for what the latent space says alone."""
     model = fit(PertVAE, arms.copy(), effects="latent")

@@ -122,7 +122,7 @@ def test_knockouts_from_controls():
     )
     assert set(found["perturbation"]) == {"a"}
     value = found.set_index(["model", "metric"])["value"]
-    assert value["regression", "pearson"] > 0.9 and value["ceiling", "pearson"] > 0.9
+    assert value["regression", "pearson"] > 0.8 and value["ceiling", "pearson"] > 0.8
     row = study.summary(found).set_index(["method", "metric"]).loc[("InfoSEM - regression", "pearson")]
     assert row["mean"] == pytest.approx(value["InfoSEM", "pearson"] - value["regression", "pearson"])
 

@@ -89,6 +89,10 @@ CITATIONS: Final[dict[str, str]] = {
         "The Gene Ontology Consortium 2021, The Gene Ontology resource: enriching a GOld mine, Nucleic Acids "
         "Res 49:D325-D334, doi:10.1093/nar/gkaa1113"
     ),
+    "coessential_modules": (
+        "Wainberg et al. 2021, A genome-wide atlas of co-essential modules assigns function to uncharacterized genes, Nat Genet "
+        "53:638-649, doi:10.1038/s41588-021-00840-z"
+    ),
     "biobert_mesc500": (
         "Wang et al. 2024, scGREAT: Transformer-based deep-language model for gene regulatory network "
         "inference from single-cell transcriptomics, iScience 27:109352, doi:10.1016/j.isci.2024.109352; "

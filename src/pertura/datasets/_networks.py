@@ -197,12 +197,14 @@ def motif_network() -> pd.DataFrame:
 
 @overload
 def gene_sets(
-    collection: Literal["hallmark", "go_bp"] = ..., *, as_frame: Literal[False] = ...
+    collection: Literal["hallmark", "go_bp", "coessential_modules"] = ..., *, as_frame: Literal[False] = ...
 ) -> dict[str, list[str]]: ...
 @overload
-def gene_sets(collection: Literal["hallmark", "go_bp"] = ..., *, as_frame: Literal[True]) -> pd.DataFrame: ...
 def gene_sets(
-    collection: Literal["hallmark", "go_bp"] = "hallmark", *, as_frame: bool = False
+    collection: Literal["hallmark", "go_bp", "coessential_modules"] = ..., *, as_frame: Literal[True]
+) -> pd.DataFrame: ...
+def gene_sets(
+    collection: Literal["hallmark", "go_bp", "coessential_modules"] = "hallmark", *, as_frame: bool = False
 ) -> dict[str, list[str]] | pd.DataFrame:
     """Gene sets of human, by gene symbol.
 
@@ -210,7 +212,8 @@ def gene_sets(
     ----------
     collection
         ``"hallmark"``: 50 sets of MSigDB 6.0; ``"go_bp"``: 6,036 biological processes of the Gene Ontology
-        2021.
+        2021. ``"coessential_modules"``: 1,892 modules of genes whose knock-outs change the fitness of cell lines alike, which
+        do not come from the literature.
     as_frame
         Return a table instead of a dictionary.
 
@@ -229,12 +232,14 @@ def gene_sets(
     References
     ----------
     Liberzon et al. 2015, Cell Syst 1:417-425; The Gene Ontology Consortium 2021, Nucleic Acids Res
-    49:D325-D334.
+    49:D325-D334; Wainberg et al. 2021, Nat Genet 53:638-649.
     """
-    choose("collection", collection, ("hallmark", "go_bp"))
+    choose("collection", collection, ("hallmark", "go_bp", "coessential_modules"))
     lines = fetch(collection).read_text(encoding="utf-8").splitlines()
-    fields = [line.split("\t") for line in lines if line]
-    sets = {name: [gene for gene in genes if gene] for name, _, *genes in fields}
+    fields, first = [line.split("\t") for line in lines if line], 2
+    if collection == "coessential_modules":  # a table with a header whose last columns have the genes
+        first = fields.pop(0).index("Genes")
+    sets = {name: [gene for gene in genes[first - 1 :] if gene] for name, *genes in fields}
     if not as_frame:
         return sets
     table = pd.Series(sets).explode().rename_axis("source").reset_index(name="target").assign(weight=1.0)

@@ -179,8 +179,8 @@ class PertVAE(PerturbationModel):
         Weight in the loss of the log likelihood of a perturbed cell as predicted from its partner.
     effects
         ``"measured"``: left-out training contexts decide what share of W is kept (:attr:`share`), and in a context where a
-        perturbation was measured its effect is the measured one, drawn toward what other contexts say of it as far as its cells are few. ``"latent"``: effects are those of W and b as trained, as in the paper. Perturbations of a single
-        context have the latter.
+        perturbation was measured its effect is the measured one, drawn toward what other contexts say of it as far as its cells are
+        few. ``"latent"``: effects are those of W and b as trained, as in the paper, and so are those of perturbations of a single context.
     use_weight_norm
         Whether all layers are weight-normalized.
     dropout_rate

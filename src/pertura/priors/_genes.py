@@ -18,7 +18,7 @@ from ._symbols import check_free, match_genes, no_match, symbols
 
 logger = logging.getLogger(__name__)
 
-_COLLECTIONS = ("go_bp", "hallmark")
+_COLLECTIONS = ("go_bp", "hallmark", "coessential_modules")
 _NAMED = (*_COLLECTIONS, "biobert")
 
 
@@ -41,7 +41,7 @@ def gene_embeddings(
     adata
         Genes of human or mouse; matched by symbol (:func:`match_genes`).
     source
-        * ``"go_bp"`` or ``"hallmark"``: gene sets of :func:`pertura.datasets.gene_sets`; a path to a GMT file; a dictionary from
+        * ``"go_bp"``, ``"hallmark"`` or ``"coessential_modules"``: gene sets of :func:`pertura.datasets.gene_sets`; a path to a GMT file; a dictionary from
           the name of a set to its genes; a table with the columns ``source`` (set) and ``target`` (gene), as decoupler has them.
           A gene is a document whose words are its sets: inverse document frequency over all genes of the collection, length 1.
         * ``"biobert"``: :func:`pertura.datasets.biobert_mesc500`, 1,120 genes.
