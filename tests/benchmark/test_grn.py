@@ -152,6 +152,38 @@ def test_a_model_gets_training_pairs_as_known_edges_and_nothing_else(data, monke
         model.fit(adata)
 
 
+def test_fits_with_other_seeds_are_averaged(data, monkeypatch, tmp_path):
+    """Each seed gives another network; the table has the mean of their scores, and how far they differ."""
+
+    def fit(self, adata, train=None):
+        fits.append(self.seed)
+        self.network_ = networks[self.seed]
+        return self
+
+    adata, truths = data
+    fits, rng = [], np.random.default_rng(0)
+    pairs = pd.MultiIndex.from_product([adata.var_names, adata.var_names], names=["source", "target"])
+    networks = [GivenNetwork(pairs.to_frame(index=False).assign(weight=rng.normal(size=len(pairs)))) for _ in range(3)]
+    monkeypatch.setattr(NetworkModel, "fit", fit)
+    models = {"random": NetworkModel("InfoSEM"), "r": baseline.Correlation()}
+    more = {"model_seeds": 3, "splits": ("all", "edge"), "seeds": 2, "out": tmp_path / "fits.csv"}
+    found = run_grn(adata, truths, models, **more)
+    assert sorted(fits) == [0, 1, 2] and set(found["model"]) == {"random", "r"}
+    apart = [run_grn(adata, truths, {"one": n}, splits=("all",))["auprc_ratio"] for n in networks]
+    row = found[(found["model"] == "random") & (found["split"] == "all")]
+    assert np.allclose(row["auprc_ratio"], np.mean(apart, axis=0)) and np.allclose(
+        row["model_sd"], np.std(apart, axis=0, ddof=1)
+    )
+    table = summarize_grn(found, reference="r").set_index(["truth", "model", "split"])
+    assert (
+        table.loc[("first", "random", "edge"), "model_sd"] > 0
+        and (table.xs("random", level="model")["n_splits"] <= 2).all()
+    )
+    run_grn(adata, truths, models, **more)
+    assert len(fits) == 3  # what is in the file is not run again
+    assert "model_sd" not in summarize_grn(run_grn(adata, truths, {"r": baseline.Correlation()}, splits=("all",)))
+
+
 def test_a_given_network_is_scored_like_the_table(data):
     from pertura.metrics import score_network
 

@@ -138,6 +138,9 @@ def _grn_parser() -> argparse.ArgumentParser:
     parser.add_argument("--embedding", choices=("go_bp", "biobert"), default="go_bp", help="default: %(default)s")
     parser.add_argument("--models", nargs="+", metavar="MODEL", help=f"default: all of {', '.join(grn_models())}")
     parser.add_argument("--seeds", type=int, default=3, help="number of splits of each kind (default: %(default)s)")
+    parser.add_argument(
+        "--model-seeds", type=int, default=1, help="fits of each model, whose scores are averaged (default: 1)"
+    )
     parser.add_argument("--out", metavar="CSV", help="file of results; runs that are in it are not repeated")
     return parser
 
@@ -151,7 +154,8 @@ def _grn(options: argparse.Namespace) -> pd.DataFrame:
     described = "gene_embedding" in adata.varm
     chosen = {n: known[n] for n in options.models or known if described or not needs_embedding(known[n])}
     dataset = f"{options.data}, {options.embedding}" if described else options.data
-    return summarize_grn(run_grn(adata, truths, chosen, seeds=options.seeds, dataset=dataset, out=options.out))
+    how = {"seeds": options.seeds, "model_seeds": options.model_seeds, "dataset": dataset, "out": options.out}
+    return summarize_grn(run_grn(adata, truths, chosen, **how))
 
 
 def _speed_parser() -> argparse.ArgumentParser:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -183,6 +184,7 @@ def needs_embedding(model: Scorer) -> bool:
     return hasattr(model, "embedding_key") or getattr(model, "options", {}).get("prior", "none") != "none"
 
 
+_AGAIN = ", fit "  # in names of results, before the number of a fit with another seed
 NETWORK_DATA = ("beeline_mdc", "kang", "gsd", "hsc", "simulated", "simulated_controls")
 
 
@@ -277,6 +279,7 @@ def run_grn(
     *,
     splits: Sequence[str] = (EVERYTHING, *GRN_SPLITS),
     seeds: int | Sequence[int] = 10,
+    model_seeds: int = 1,
     dataset: str = "",
     out: str | Path | None = None,
 ) -> pd.DataFrame:
@@ -297,6 +300,8 @@ def run_grn(
         Kinds of :func:`pertura.data.make_grn_splits`, and ``"all"``: every candidate, for scorers without labels.
     seeds
         Number of random splits of each kind, or their seeds.
+    model_seeds
+        How many times each :class:`NetworkModel` is fitted, with seeds from its own on; scores are means over the fits.
     dataset
         Name of the data in the results.
     out
@@ -305,10 +310,12 @@ def run_grn(
     Returns
     -------
     One row per known network, split, seed and model: ``auprc, auprc_ratio, epr, hit_at, auroc, macro_auprc`` (ties in
-    expectation), ``density``, ``n_edges``, ``seconds`` of the fit.
+    expectation), ``density``, ``n_edges``, ``seconds`` of the fit; ``model_sd``, the standard deviation of ``auprc_ratio`` over fits with
+    other seeds.
     """
     _check(truths, models, splits)
     seeds = range(seeds) if isinstance(seeds, int) else seeds
+    names, models = list(models), {k: m for name, model in models.items() for k, m in _fits(name, model, model_seeds)}
     results = Results(out)
     marks = {name: digest(repr(model)) for name, model in models.items()}
     took: dict[str, float] = {}
@@ -334,7 +341,17 @@ def run_grn(
             logger.info("%s, %s, seed %d: %s", truth, kind, seed, ", ".join(left))
     found = results.select(dataset=dataset, context=truths, split=splits, model=models)
     found = found[found["seed"].isin(list(seeds)) | (found["split"] == EVERYTHING)]
-    return _wide(found, truths, splits, models)
+    return _wide(found, truths, splits, names)
+
+
+def _fits(name: str, model: Scorer, n: int) -> Iterator[tuple[str, Scorer]]:
+    """The model, and copies of it with the next seeds if it takes a seed."""
+    yield name, model
+    if isinstance(model, NetworkModel):
+        for k in range(1, n):
+            again = copy(model)
+            again.seed = model.seed + k
+            yield f"{name}{_AGAIN}{k}", again
 
 
 def _check(truths: Mapping[str, pd.DataFrame], models: Mapping[str, Scorer], splits: Sequence[str]) -> None:
@@ -366,13 +383,29 @@ def _scores(model: Scorer, test: pd.DataFrame) -> dict[str, float]:
 
 def _wide(found: pd.DataFrame, truths: Iterable[str], splits: Iterable[str], models: Iterable[str]) -> pd.DataFrame:
     """One row per network, split, seed and model, in the order asked for."""
-    keys = ["dataset", "context", "split", "seed", "model", "seconds", "settings"]
-    table = found.pivot(index=keys, columns="metric", values="value").reset_index().rename_axis(columns=None)
+    keys = ["dataset", "context", "split", "seed", "model"]
+    table = found.pivot(index=[*keys, "seconds", "settings"], columns="metric", values="value").reset_index()
+    table["model"] = table["model"].str.split(_AGAIN, regex=False).str[0]
+    fits = table.rename_axis(columns=None).groupby(keys, sort=False)
+    table = fits.agg({c: "first" if c == "settings" else "mean" for c in table if c not in keys})
+    table = table.assign(model_sd=fits["auprc_ratio"].std()).reset_index()
     order = {name: i for i, name in enumerate([*truths, *splits, *models])}
     table = table.sort_values("seed", kind="stable").sort_values(
         ["context", "split", "model"], key=lambda c: c.map(order), kind="stable"
     )
-    first = ["dataset", "truth", "split", "seed", "model", *_METRICS, "density", "n_edges", "seconds", "settings"]
+    first = [
+        "dataset",
+        "truth",
+        "split",
+        "seed",
+        "model",
+        *_METRICS,
+        "model_sd",
+        "density",
+        "n_edges",
+        "seconds",
+        "settings",
+    ]
     return table.rename(columns={"context": "truth"})[first].reset_index(drop=True)
 
 
@@ -398,7 +431,8 @@ def summarize_grn(
 
     Returns
     -------
-    One row per network, split and model: ``auprc``, ``auprc_sd`` (over splits), the other scores, ``density``, ``n_splits``;
+    One row per network, split and model: ``auprc``, ``auprc_sd`` (over splits), the other scores, ``density``, ``n_splits``,
+    ``model_sd`` where models were fitted with several seeds;
     ``gain, gain_low, gain_high``: mean AUPRC over that of the reference, minus 1.
     """
     if not 0 < level < 1:
@@ -411,14 +445,15 @@ def summarize_grn(
         wide = frame.pivot(index="seed", columns="model", values="auprc")
         for name, own in frame.groupby("model", sort=False):
             row = {"truth": truth, "split": split, "model": name, "n_splits": len(own)}
-            row |= own[[*_METRICS, "density", "seconds"]].mean().to_dict()
+            row |= own.reindex(columns=[*_METRICS, "density", "seconds", "model_sd"]).mean().to_dict()
             row["auprc_sd"] = own["auprc"].std() if len(own) > 1 else np.nan
             if reference in wide and name != reference:
                 row |= _gain(wide[name], wide[reference], level, n_resamples, seed)
             rows.append(row)
     table = pd.DataFrame(rows)
     first = ["truth", "split", "model", "n_splits", "density", "auprc", "auprc_sd", *_METRICS[1:]]
-    return table.reindex(columns=[*first, "gain", "gain_low", "gain_high", "seconds"])
+    last = ["gain", "gain_low", "gain_high", "seconds"]
+    return table.reindex(columns=[*first, *(["model_sd"] if table["model_sd"].notna().any() else []), *last])
 
 
 def _gain(own: pd.Series, other: pd.Series, level: float, n: int, seed: int) -> dict[str, float]:
