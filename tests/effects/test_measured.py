@@ -6,6 +6,7 @@ import pytest
 import torch
 from anndata import AnnData
 
+from pertura.data._constants import CONTROL_ONLY, UNKNOWN
 from pertura.effects import MeasuredEffect, fit_measured
 
 N_GENES = 25
@@ -111,6 +112,22 @@ def test_each_row_has_its_own_noise(fitted):
     correlation = np.corrcoef(draws[..., 0].T.numpy())
     # A and B say nothing about one another, nor about the measured A+B; B+E holds B
     assert np.abs(correlation[0, 1]) < 0.1 and np.abs(correlation[0, 2]) < 0.1 and correlation[1, 3] > 0.15
+
+
+def test_single_perturbations_are_read_the_same_way_beside_combinations(fitted):
+    """One slot per cell, and two slots of which one is empty: a known perturbation, control, one outside the vocabulary."""
+    _, found = fitted
+    one, dose = (
+        torch.tensor([[1], [CONTROL_ONLY], [UNKNOWN], [0], [1]]),
+        torch.tensor([[1.0], [0.0], [0.5], [0.3], [0.0]]),
+    )
+    two = torch.cat([one, torch.full_like(one, CONTROL_ONLY)], 1)
+    beside = torch.cat([dose, torch.zeros_like(dose)], 1)
+    noise = torch.randn(len(found.mean) + 2, found.mean.shape[1])
+    for given in (None, lambda rows: noise[rows]):
+        torch.testing.assert_close(found.offset(one, dose, given), found.offset(two, beside, given))
+    torch.testing.assert_close(found.variance(one, dose), found.variance(two, beside))
+    assert (found.variance(one, dose).sum(1) > 0).tolist() == [True, False, True, True, False]
 
 
 def test_doses_in_between(fitted):

@@ -67,6 +67,15 @@ def test_noise_reaches_as_far_as_the_sd_on_either_side(site):
     np.testing.assert_allclose(added, 1.0 + torch.where(deviate > 0, 3 * deviate, deviate), rtol=1e-5)
 
 
+def test_noise_in_training_is_standard_normal_for_every_row():
+    """Of many rows in one step some may have the same; which do not change what each has on average."""
+    torch.manual_seed(0)
+    drawn = torch.stack([RowNoise(20, None, 1, torch.device("cpu")).rows(torch.arange(300)) for _ in range(200)])
+    assert drawn.shape == (200, 300, 20)
+    assert drawn.mean((0, 2)).abs().max() < 0.1 and (drawn.std((0, 2)) - 1.0).abs().max() < 0.1
+    assert (drawn[0, :100] != drawn[1, :100]).all() and len(drawn[0, :100].unique(dim=0)) == 100
+
+
 def test_saved_and_forgotten(site):
     other = Departures(N_GENES)
     other.load_state_dict(site.state_dict())

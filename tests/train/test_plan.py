@@ -83,6 +83,14 @@ def test_groups_of_parameters(plan):
     assert id(module.frozen) not in groups and len(groups) == 4
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_optimizer_makes_one_pass_unless_precision_is_mixed(plan, precision):
+    """Lightning refuses to clip gradients for an optimizer that makes one pass where precision is mixed."""
+    made = plan()
+    made._trainer.precision = precision
+    assert bool(optimiser(made).defaults["fused"]) is (precision == "32-true")
+
+
 def test_schedule(plan):
     made = plan(n_steps=4, lr=0.01, lr_schedule="cosine")
     configured = made.configure_optimizers()

@@ -22,6 +22,8 @@ from pertura.effects import Asked
 from ._added_effects import KnownConditions, set_buffer
 from ._base import Action
 
+_MAX_NOISE = 128
+
 
 class RowNoise:
     """Standard normal noise of rows of a table, made when it is needed.
@@ -44,7 +46,11 @@ class RowNoise:
     def rows(self, index: Tensor) -> Tensor:
         """Noise of some rows, ``(n_draws, n_rows, n_genes)``; without a seed ``(n_rows, n_genes)``."""
         if self.seed is None:
-            return torch.randn(len(index), self.n_genes, device=self.device)
+            few = torch.randn(min(len(index), _MAX_NOISE), self.n_genes, device=self.device)
+            # drawing noise takes longer than all else that is done to a row; that of one step may be alike for some rows
+            if len(few) == len(index):
+                return few
+            return few.index_select(0, torch.arange(len(index), device=self.device) % _MAX_NOISE)
         # equally spaced quantiles in random order: means over draws have hardly a Monte Carlo error
         deviate = torch.special.ndtri((torch.arange(self.n_draws, dtype=torch.float64) + 0.5) / self.n_draws)
         deviate = (deviate / deviate.square().mean().sqrt().clamp(min=1e-9)).float()

@@ -105,7 +105,7 @@ class GeneEffects(nn.Module):
     def _once(function: Callable[..., Tensor], action: Action, strength: Tensor, noise: RowNoise | None) -> Tensor:
         """A function of actions, evaluated once for each distinct one."""
         action, strength, which = _distinct(action, strength)
-        return function(action, strength, noise)[..., which, :]
+        return function(action, strength, noise).index_select(-2, which)
 
     def _activation(self, action: Action, strength: Tensor, noise: RowNoise | None) -> Tensor:
         return self.to_activation(self._delta(action, strength, noise))
@@ -183,7 +183,12 @@ def _distinct(action: Action, strength: Tensor) -> tuple[Action, Tensor, Tensor]
     if len(action) == 1 or action.features is not None:
         return action, strength, torch.arange(len(action), device=strength.device)
     keys = torch.cat([action.codes.to(strength), strength.detach()], 1)
-    _, which = torch.unique(keys, dim=0, return_inverse=True)
+    if keys.shape[1] == 2 and bool(
+        (keys[:, 1] == (keys[:, 0] >= 0)).all()
+    ):  # at one dose: numbers sort faster than rows
+        _, which = torch.unique(action.codes[:, 0], return_inverse=True)
+    else:
+        _, which = torch.unique(keys, dim=0, return_inverse=True)
     one = torch.zeros(int(which.max()) + 1, dtype=torch.long, device=which.device)
     one[which] = torch.arange(len(which), device=which.device)
     return action[one], strength[one], which

@@ -24,6 +24,7 @@ from ._base import Action
 from ._latent import log_dose_response
 
 Rows = Tensor | slice
+_MAX_ROTATED = 1000  # shifts, the largest, that say where to
 _ROTATE_AT, _THRESHOLD, _LOGIT = 1 / 3, 0.4, 2.0
 
 
@@ -222,6 +223,8 @@ class RotateOnce(nn.Module):
         self.done.fill_(1.0)
         shifts = self._shifts[0]
         found = shifts.proba() * (shifts.loc + shifts.prior_mean())
+        if len(found) > _MAX_ROTATED:
+            found = found[torch.linalg.vector_norm(found, dim=1).topk(_MAX_ROTATED).indices]
         _, r = rotate_factors(found.cpu().double().numpy(), "quartimax")
         return torch.as_tensor(r).to(found)
 

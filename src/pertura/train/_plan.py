@@ -246,7 +246,11 @@ class PyroPlan(LowLevelPyroTrainingPlan):
             {"params": plain, "weight_decay": 0.0},
             *own,
         ]
-        return self.optim([g for g in groups if g["params"]], **self.optim_kwargs)
+        # one pass over all parameters; where precision is mixed, Lightning does not clip gradients for it
+        how = dict(self.optim_kwargs)
+        if self.optim is torch.optim.AdamW and "mixed" not in str(getattr(self._trainer, "precision", "")):
+            how["fused"] = True
+        return self.optim([g for g in groups if g["params"]], **how)
 
     def _scheduler(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler | None:
         if self.lr_schedule == "constant" or self._n_steps is None:
