@@ -1039,6 +1039,22 @@ MUTANTS = [
         "order_is",
     ),
     Mutant(
+        "penalties-count-once-per-minibatch",
+        "module/_perturbx.py",
+        "share = len(x) / N_BAGS",
+        "share = 1.0",
+        "model/test_processes.py",
+        "PerturbX",
+    ),
+    Mutant(
+        "rows-lose-their-order-in-single-screens",
+        "effects/_measured.py",
+        "return cell, torch.where(unseen, len(self.mean) + 1, row), torch.where(unseen, weight.abs(), weight)",
+        "return cell, torch.where(unseen, len(self.mean), row), torch.where(unseen, weight.abs(), weight)",
+        "effects/test_measured.py",
+        "read_the_same_way",
+    ),
+    Mutant(
         "members-see-their-fold",
         "module/_perturbx.py",
         "sees = ~self.left_out(context)",

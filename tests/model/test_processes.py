@@ -30,6 +30,11 @@ def losses(model: Any) -> np.ndarray:
     return model.history["elbo_train"].to_numpy(float).ravel()
 
 
+def check_losses(loss: np.ndarray, expected: np.ndarray) -> None:
+    assert len(loss) == len(expected)
+    np.testing.assert_allclose(loss, expected, rtol=0.06, atol=0.1 * abs(expected[0] - expected[-1]))
+
+
 def compare(spec: Any, adata: Any, path: Any, fork: Any) -> None:
     """Two processes end with one set of weights, and with the losses of one process that has the doubled minibatches."""
     spec.setup(adata)
@@ -48,26 +53,15 @@ def compare(spec: Any, adata: Any, path: Any, fork: Any) -> None:
     assert codes == [0, 0]
     (one, rows, loss), (two, others, _) = found
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
-    if (
-        spec.name == "model.PerturbX"
-    ):  # draws its cells with replacement; has penalties that count once per minibatch of any size
-        return
+    check_losses(loss, losses(alone))
+    if spec.name == "model.PerturbX":
+        return  # draws its cells with replacement
     rows, others = set(np.concatenate(rows)), set(np.concatenate(others))
     treated = set(np.flatnonzero(adata.obs["perturbation"] != "control"))
     assert not rows & others and len(treated & (rows | others)) > 0.9 * len(treated)
-    expected = losses(alone)
-    fall = expected[0] - expected[-1]
-    assert len(loss) == len(expected)
-    np.testing.assert_allclose(loss, expected, rtol=0.06, atol=0.1 * abs(fall))
 
 
-@pytest.mark.parametrize("name", ["model.SAMSVAE", "model.CPA"])
-def test_two_processes_are_one_with_the_doubled_minibatch(name, screen, tmp_path, fork):
-    compare(next(spec for spec in MODELS if spec.name == name), screen(), tmp_path, fork)
-
-
-@pytest.mark.slow
-def test_two_processes_of_every_model(gradient_spec, screen, tmp_path, fork):
+def test_two_processes_are_one_with_the_doubled_minibatch(gradient_spec, screen, tmp_path, fork):
     compare(gradient_spec, screen(), tmp_path, fork)
 
 

@@ -21,8 +21,8 @@ from pertura.effects import ConditionTable
 from pertura.effects._sums import Values, codes_of
 from pertura.effects._table import halves
 from pertura.module._added_effects import set_buffer, split_controls
+from pertura.module._perturbx import N_BAGS, Split
 from pertura.module._perturbx import PerturbX as Module
-from pertura.module._perturbx import Split
 
 from . import _perturbx_biomarkers as biomarkers
 from .base import Options, PerturbationModel, option
@@ -144,9 +144,9 @@ class PerturbX(PerturbationModel):
     beta
         Complexity penalty of the representation of a cell.
     duplicate_penalty
-        Penalty of rows of the selector that pick the same gene.
+        Penalty of rows of the selector that pick the same gene, per minibatch of the default size.
     entropy_penalty
-        Penalty, at the end of training, of rows that have not decided for a gene.
+        Penalty, at the end of training, of rows that have not decided for a gene, per minibatch of the default size.
     dropout_rate
         Dropout of the hidden layers.
     n_components
@@ -293,7 +293,7 @@ class PerturbX(PerturbationModel):
     _predicts_in_training = False
 
     def _default_batch_size(self, n_cells: int) -> int:
-        return 24 * self.module.bag_size
+        return 3 * N_BAGS * self.module.bag_size
 
     def _complete(self, table: ConditionTable) -> None:
         """Describe the training contexts by bags, and choose the shares of regression and neural networks."""

@@ -57,6 +57,9 @@ Weights = NDArray[np.float64]
 _BAGS = 32  # that are encoded at a time
 
 
+N_BAGS = 8  # of a minibatch for which penalties hold as they are
+
+
 class ContextRegression(nn.Module):
     """What other contexts say of an effect: its mean over them, and a ridge regression on their control profiles.
 
@@ -174,9 +177,9 @@ class PerturbX(AddedEffectModule):
     beta
         Complexity penalty of z.
     duplicate_penalty
-        Penalty of rows that select the same gene.
+        Penalty of rows that select the same gene, per 8 bags of cells.
     entropy_penalty
-        Penalty, at the end of training, of rows that have not decided for a gene.
+        Penalty, at the end of training, of rows that have not decided for a gene, per 8 bags.
     dropout_rate
         Dropout of the hidden layers.
     bag_size
@@ -261,9 +264,10 @@ class PerturbX(AddedEffectModule):
                 complexity = self.beta * z.square().sum(-1).mean(1)  # (n_bags, n_members)
                 pyro.factor("complexity", -(complexity * sees).sum(-1))
         if self.training:
-            pyro.factor("duplicates", -self.duplicate_penalty * self.selector.duplicates().sum())
+            share = len(x) / N_BAGS  # the objective of a cell is the same whatever the minibatch
+            pyro.factor("duplicates", -share * self.duplicate_penalty * self.selector.duplicates().sum())
             # a cold choice may still be a different one each time: towards the end rows are asked to decide
-            pyro.factor("decided", -self.decision_weight * self.selector.entropy().sum())
+            pyro.factor("decided", -share * self.decision_weight * self.selector.entropy().sum())
 
     def guide(self, x: Tensor, e: Tensor, context: Tensor, effect: Tensor, mean_effect: Tensor) -> None:
         """One choice for all cells of a bag."""
