@@ -184,6 +184,15 @@ def test_fits_with_other_seeds_are_averaged(data, monkeypatch, tmp_path):
     assert "model_sd" not in summarize_grn(run_grn(adata, truths, {"r": baseline.Correlation()}, splits=("all",)))
 
 
+def test_splits_without_a_known_edge_are_left_out(data, caplog):
+    """Few edges: some draws hold out pairs of genes of which none is known."""
+    adata, truths = data
+    few = {"few": truths["first"].iloc[:6]}
+    found = run_grn(adata, few, {"r": baseline.Correlation()}, splits=("unseen_both",), seeds=12)
+    assert 0 < len(found) < 12 and (found["n_edges"] > 0).all()
+    assert "no known edge among the test pairs" in caplog.text
+
+
 def test_a_given_network_is_scored_like_the_table(data):
     from pertura.metrics import score_network
 

@@ -330,6 +330,11 @@ def run_grn(
             if not left:
                 continue
             train, test = _pairs(edges, kind, seed)
+            if not test["label"].any():
+                logger.warning(
+                    "%s, %s, seed %d: left out, there is no known edge among the test pairs.", truth, kind, seed
+                )
+                continue
             for name in left:
                 model = models[name]
                 if model.uses_labels or name not in took:
