@@ -214,6 +214,22 @@ MUTANTS = [
         "effects/test_doses.py",
     ),
     Mutant(
+        "small-screens-tell-nothing-of-features",
+        "effects/_kernels.py",
+        "min(_MAX_COMPONENTS, n // _ROWS_PER_COMPONENT)",
+        "min(_MAX_COMPONENTS, n)",
+        "effects/test_kernels.py",
+        "twenty",
+    ),
+    Mutant(
+        "one-strong-perturbation-decides-which-features-help",
+        "effects/_kernels.py",
+        "(_FREEDOM + dual.shape[1]) * np.log1p(distance / _FREEDOM)",
+        "distance",
+        "effects/test_kernels.py",
+        "far_off",
+    ),
+    Mutant(
         "known-effects-of-a-context-say-nothing",
         "effects/_transfer.py",
         "return fit.slope * x + covariance @ fit.inverse @ fit.left",

@@ -56,6 +56,57 @@ def test_planted_kernels(seed):
     assert (more[0] ** 2).mean() > 1.1 * (found.sd**2).mean()
 
 
+def small_screen(n, seed, told=0.95, n_genes=60):
+    """Perturbations of very different strength, half of whose effects one block of features tells; the other block says nothing.
+
+    Returns features, true effects and noise; 40 further rows are not to train.
+    """
+    rng = np.random.default_rng(seed)
+    rows = n + 40
+    latent, respond = rng.normal(size=(3, rows, 4)), np.sqrt(rng.gamma(1.0, 1.0, n_genes))
+    loading = rng.normal(size=(2, 4, n_genes)) / 2.0 * respond
+    strength = np.sqrt(rng.gamma(0.7, 1.0 / 0.7, rows))[:, None]
+    features = [
+        np.sqrt(share) * own @ rng.normal(size=(4, 10)) / 2.0 + np.sqrt(1.0 - share) * rng.normal(size=(rows, 10))
+        for share, own in ((told, latent[0]), (0.0, latent[2]))
+    ]
+    deviation = np.sqrt(0.5) * latent[0] @ loading[0] + np.sqrt(0.3) * latent[1] @ loading[1]
+    deviation += np.sqrt(0.2) * respond * rng.normal(size=deviation.shape)
+    truth = 0.5 * rng.normal(size=n_genes) * respond + strength * deviation
+    return np.concatenate(features, 1), truth, 2.0 / rng.integers(4, 60, rows)
+
+
+def fits_of_small_screens(n, seeds, told=0.95):
+    """Weights of both blocks, squared error of new perturbations relative to the mean effect, and coverage, each per seed."""
+    found = []
+    for seed in range(seeds):
+        features, truth, noise = small_screen(n, seed, told)
+        measured = truth + np.sqrt(noise)[:, None] * np.random.default_rng([seed, 1]).normal(size=truth.shape)
+        fit = fit_kernels(features[:n], measured[:n], [slice(0, 10), slice(10, 20)], noise=noise[:n])
+        predicted, sd = fit.predict(features[n:])
+        error = ((predicted - truth[n:]) ** 2).sum() / ((measured[:n].mean(0) - truth[n:]) ** 2).sum()
+        found.append([*fit.kernel_weights, error, (np.abs(predicted - truth[n:]) < 1.645 * sd).mean()])
+    return np.array(found).T
+
+
+def test_a_screen_of_twenty_perturbations_tells_which_features_help():
+    informative, useless, error, coverage = fits_of_small_screens(20, 20)
+    assert (informative > 0).mean() > 0.7 and useless.mean() < 0.02
+    assert error.mean() < 0.9 and error.max() < 1.05 and 0.85 < coverage.mean() < 0.95
+    nothing = fits_of_small_screens(20, 20, told=0.0)
+    assert nothing[:2].mean() < 0.02 and nothing[2].mean() < 1.01
+
+
+def test_one_perturbation_that_is_far_off_does_not_outweigh_the_others():
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        x, loading = rng.normal(size=(20, 3)), rng.normal(size=(3, 6))
+        y = x @ loading + 0.3 * rng.normal(size=(20, 6))
+        y[0] *= -2.0
+        weights, _ = _Process((x @ x.T / 3)[None], y - y.mean(0), np.zeros(20), np.ones(6)).choose()
+        assert weights[0, 0] > 0.0
+
+
 def test_what_a_row_adds_is_what_fits_without_it_lack():
     rng = np.random.default_rng(1)
     y, noise = rng.normal(size=(20, 7)), rng.uniform(0.1, 1.0, 20)

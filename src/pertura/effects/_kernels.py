@@ -33,11 +33,12 @@ Matrix = NDArray[np.float64]
 
 _MAX_COMPONENTS, _MAX_CHOOSING, _FIRST_GROUP = 128, 500, 4
 _MIN_PERTURBATIONS, _MAX_SOURCES = 5, 8
+# Components have a variance each. As many of them as perturbations would say the same of every kernel: nothing.
+_ROWS_PER_COMPONENT = 3
 _MEAN_VARIANCE = 10.0  # prior variance of the mean effect, in units of that of effects
-_MIN_GAIN, _MIN_Z = (
-    2.0,
-    2.0,
-)  # what a kernel has to add: nats for each of its weights, standard errors of left-out densities
+# What a kernel has to add: nats for each of its weights that is above the last number, standard errors of left-out densities.
+_MIN_GAIN, _MIN_Z, _MIN_WEIGHT = 2.0, 2.0, 1e-3
+_FREEDOM = 4.0  # degrees of freedom of these densities
 _LEVELS = (0.03, 0.1, 0.3, 1.0)  # of all weights, in units of those of the marginal likelihood
 # Prior strength of "a gene's amplitude is that of all genes", in units of what an average gene's perturbations tell.
 _STRENGTHS = (0.1, 0.3, 1.0, 3.0, 1e6)
@@ -333,7 +334,7 @@ class _Process:
             fewer = used & (np.arange(len(used)) != k)
             simpler, without = self.fit(fewer, weights)
             gain = self._densities(weights) - self._densities(simpler)
-            few = likelihood - without < _MIN_GAIN * len(self.groups)
+            few = likelihood - without < _MIN_GAIN * (weights[:, k] > _MIN_WEIGHT).sum()
             if few or gain.mean() <= _MIN_Z * gain.std(ddof=1) / np.sqrt(len(gain)):
                 used, weights, likelihood = fewer, simpler, without
         evidence = likelihood - self.fit(np.zeros_like(used), weights)[1]
@@ -350,9 +351,13 @@ class _Process:
         return float(((dual / precision) ** 2 @ self.variance) @ (1.0 / (1.0 + self.noise[0])))
 
     def _densities(self, weights: Matrix) -> NDArray[np.float64]:
-        """Log density of each row given the others, but for a constant, ``(n,)``."""
+        """Log density of each row given the others, but for a constant, ``(n,)``.
+
+        Of Student's t: some perturbations are much stronger than others, and one of them would outweigh all others in a Gaussian.
+        """
         dual, precision, _ = self.duals(weights)
-        return 0.5 * (np.log(precision) - dual**2 / precision).sum(1)
+        distance = (dual**2 / precision).sum(1)
+        return 0.5 * (np.log(precision).sum(1) - (_FREEDOM + dual.shape[1]) * np.log1p(distance / _FREEDOM))
 
 
 def fit_kernels(
@@ -432,7 +437,8 @@ def _fit(kernels: Matrix, y: Matrix, noise: NDArray, unit: NDArray, weights: Mat
     """Gaussian processes of the principal components of centered effects; weights are chosen unless they are given."""
     n = len(y)
     _, values, axes = np.linalg.svd(y, full_matrices=False)
-    axes = axes[(np.arange(len(values)) < _MAX_COMPONENTS) & (values > 1e-6 * values[0] + 1e-300)]
+    axes = axes[: max(1, min(_MAX_COMPONENTS, n // _ROWS_PER_COMPONENT))]
+    axes = axes[values[: len(axes)] > 1e-6 * values[0] + 1e-300]
     scores, noise_unit = y @ axes.T, axes**2 @ unit**2
     process, evidence = _Process(kernels, scores, noise, noise_unit), 0.0
     if weights is None and n > _MAX_CHOOSING:
@@ -443,7 +449,9 @@ def _fit(kernels: Matrix, y: Matrix, noise: NDArray, unit: NDArray, weights: Mat
     root, of_component = np.sqrt(process.variance), weights[process.group_of]
     dual, precision, groups = process.duals(weights)
     share = process.variance @ of_component
-    outside = np.maximum(((y - scores @ axes) ** 2).mean(0) - noise.mean() * (1.0 - (axes**2).sum(0)) * unit**2, 0.0)
+    # the axes were fitted to these rows: new ones have more outside of them
+    outside = ((y - scores @ axes) ** 2).sum(0) / max(n - 1 - len(axes), 1)
+    outside = np.maximum(outside - noise.mean() * (1.0 - (axes**2).sum(0)) * unit**2, 0.0)
     of_noise = np.stack(process.noise, 1)[:, process.group_of]
     ahead = np.maximum(1.0 / precision - of_noise, 0.0)
     # what left-out perturbations are off by, where that is more than the process expects
