@@ -279,3 +279,21 @@ def test_controls_of_each_batch_are_halved():
     adata = AnnData(np.zeros((40, 2), np.float32), obs=obs)
     there = held_out_controls(Dataset(adata, "", "perturbation", CONTROL), 3, "batch")
     assert obs[there].value_counts().to_dict() == {(CONTROL, "x"): 5, (CONTROL, "y"): 5}
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_simulated_compounds_are_linear_in_their_descriptions_or_not():
+    import simulated_compounds as study
+
+    values = {}
+    for linear in (True, False):
+        _, described, truth = study.simulate(linear, 100, n_genes=20)
+        x, y = described.to_numpy(), truth.to_numpy()
+        found = study.from_descriptions(x[:80], y[:80], x[80:])
+        values[linear] = {name: np.corrcoef(v.ravel(), y[80:].ravel())[0, 1] for name, v in found.items()}
+    assert values[True]["ridge"] > 0.75 > 0.6 > values[False]["ridge"], values
+    assert values[False]["process of squared distance"] > values[False]["ridge"] + 0.2
+    found = study.study(False, 0, n_compounds=30, max_epochs=1).set_index("method")
+    assert np.isfinite(found[["pearson", "error"]]).all(axis=None) and found["share"].nunique() == 1
+    # vectors of drugs that no left-out drug bears out have no part
+    assert found.loc["DrugAAE", "pearson"] == found.loc["DrugAAE, closed form alone", "pearson"]
