@@ -657,8 +657,8 @@ MUTANTS = [
     Mutant(
         "uncertainty-of-measured-effects-not-drawn",
         "effects/_measured.py",
-        "torch.addcmul(table, sd, noise(used))",
-        "torch.addcmul(table, sd, 0.0 * noise(used))",
+        "torch.addcmul(mean, sd, noise(rows))",
+        "torch.addcmul(mean, sd, 0.0 * noise(rows))",
         "effects/test_measured.py",
         "noise",
     ),
