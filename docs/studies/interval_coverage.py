@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import norman
 import numpy as np
 import pandas as pd
 from _common import CONTROL, options_of, parser, show, start
 from sklearn.decomposition import PCA
 
 from pertura import benchmark, datasets
+from pertura.data import Split
 
 MODELS = ("SAMSVAE", "CRADLEVAE", "GPOVAE", "CPA", "PertVAE", "DrugAAE", "PerturbX")
 BASELINES = ("Linear", "EmpiricalBayes", "Additive")
@@ -24,10 +27,10 @@ DESCRIBED = "descriptions"
 
 @dataclass(frozen=True)
 class Question:
-    """Data, what is held out of them, and how many of the splits are run."""
+    """Data, what is held out of them (a kind of split, or a function), and how many of the splits are run."""
 
     data: Callable[[], benchmark.Dataset]
-    kind: str
+    kind: str | Callable[[benchmark.Dataset], list[Split]]
     n_splits: int | None = None
     split: dict[str, Any] | None = None
 
@@ -60,7 +63,7 @@ QUESTIONS = {
     "measured (Papalexi)": Question(
         lambda: benchmark.Dataset.of("papalexi"), "held_out_cells", split={"fraction": 0.5}
     ),
-    "pair (Norman)": Question(lambda: benchmark.Dataset.of("norman"), "unseen_combination", 1),
+    "pair (Norman)": Question(norman.screen, norman.pairs_split),
     "drug (simulated)": Question(
         lambda: screen(n_perturbations=40, n_drug_classes=10, n_cells_per_condition=75, library_size=5000),
         "unseen_perturbation",
@@ -78,7 +81,8 @@ def study(question: str, models: dict[str, Any], *, seeds: int, out: str | None 
     """Results of one question."""
     asked = QUESTIONS[question]
     dataset = asked.data()
-    splits = benchmark.make_splits(dataset, asked.kind, **(asked.split or {}))[: asked.n_splits]
+    make = asked.kind if callable(asked.kind) else partial(benchmark.make_splits, kind=asked.kind)
+    splits = make(dataset, **(asked.split or {}))[: asked.n_splits]
     table = benchmark.run(
         dataset, models, splits=splits, seeds=seeds, metrics=METRICS, n_halves=0, out=out, on_error="skip"
     )
