@@ -237,6 +237,14 @@ MUTANTS = [
         "effects/test_transfer.py",
     ),
     Mutant(
+        "few-known-effects-of-a-context-say-nothing",
+        "effects/_transfer.py",
+        "log_variance = self._in_other_contexts(context)",
+        "log_variance = None",
+        "effects/test_transfer.py",
+        "other_contexts_have_learned",
+    ),
+    Mutant(
         "a-condition-predicts-itself",
         "effects/_transfer.py",
         "others = np.eye(len(fit.rows)) - fit.inverse / np.diag(fit.inverse)[:, None]",

@@ -53,10 +53,28 @@ def test_known_perturbations_say_what_is_different_here(kind, at_most):
 
 
 def test_too_few_known_perturbations_say_nothing():
+    """With two contexts, both have as many repeated perturbations: two."""
     conditions, effect, _ = _table(0, kind="offset", n_known=2)
     transfer, asked = _transfer(conditions, effect), conditions.ask(np.array([9]), np.ones(1))
     assert not transfer.knows(1)
     np.testing.assert_array_equal(transfer(asked, 1), np.arange(N + 2) == 9)
+
+
+@pytest.mark.parametrize("n_known", [1, 2])
+def test_one_known_perturbation_says_what_other_contexts_have_learned(n_known):
+    """All effects of a context are off by the same: how much of what is off is common, the other contexts know."""
+    rng = np.random.default_rng(3)
+    base = rng.normal(size=(N, 3)) @ rng.normal(size=(3, N_GENES))
+    effect = np.concatenate([base + 2.0 * rng.normal(size=N_GENES) + 0.3 * rng.normal(size=base.shape) for _ in "abc"])
+    kept = np.flatnonzero(np.arange(3 * N) < 2 * N + n_known)
+    codes = np.tile(np.arange(N), 3)[kept, None]
+    conditions = Conditions(codes, np.ones(codes.shape), np.repeat([0, 1, 2], N)[kept], 3)
+    transfer = _transfer(conditions, effect)
+    asked = [conditions.ask(np.array([p]), np.ones(1)) for p in range(n_known, N)]
+    found = np.stack([transfer(a, 2) for a in asked]) @ effect[kept]
+    truth, there = effect[2 * N + n_known :], (effect[n_known:N] + effect[N + n_known : 2 * N]) / 2
+    assert transfer.knows(2)
+    assert ((found - truth) ** 2).mean() < 0.4 * ((there - truth) ** 2).mean()
 
 
 def test_noisy_effects_are_believed_less():

@@ -9,7 +9,8 @@ With :math:`x_p` what other contexts say of perturbation p (its mean effect ther
 
 with n the noise of the measured effects. So perturbations that did the same elsewhere are off by the same here, and what all
 effects of a context have in common is found from those that are known. The variances and r maximize the marginal likelihood of
-the known effects of the context; genes share them, so that a prediction is a weighted sum of measured effects.
+the known effects of the context; genes share them, so that a prediction is a weighted sum of measured effects. Where one or two effects
+are known, the variances, relative to their mean square, are those of the other contexts.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ._contexts import Asked, Conditions
 Matrix = NDArray[np.float64]
 Weights = NDArray[np.float64]
 
-_MIN_KNOWN = 3  # perturbations from which anything is learned
+_MIN_KNOWN = 3  # perturbations from which variances are learned
 _MAX_CHOOSING = 300  # and that choose the variances
 _BOUNDS = [(-9.0, 3.0)] * 3
 
@@ -39,6 +40,7 @@ class _Fit:
     rows: NDArray[np.int64]
     elsewhere: Matrix
     unit: float
+    level: float
     variance: NDArray[np.float64]
     slope: float
     inverse: Matrix
@@ -75,7 +77,7 @@ class Transfer:
     def __call__(self, asked: Asked, context: int) -> Weights:
         """Weights in the effect of a perturbation that was not measured in the context, ``(n_conditions,)``.
 
-        Those of elsewhere where fewer than three perturbations of the context are known.
+        Those of elsewhere where no perturbation of the context is known, or fewer than three in each context.
         """
         x, fit = self.elsewhere(asked, context), self._fit(context)
         if fit is None or not x.any():
@@ -108,8 +110,14 @@ class Transfer:
     def _fit(self, context: int) -> _Fit | None:
         if context not in self._fits:
             rows = self._known(context)
-            self._fits[context] = self._learn(rows, context) if len(rows) >= _MIN_KNOWN else None
+            self._fits[context] = self._learn(rows, context) if len(rows) else None
         return self._fits[context]
+
+    def _in_other_contexts(self, context: int) -> NDArray[np.float64] | None:
+        """Mean log variances, in units of the mean square of known effects, of the other contexts in which they were learned."""
+        others = [int(c) for c in np.unique(self.conditions.context) if c != context]
+        found = [f for c in others if len(self._known(c)) >= _MIN_KNOWN and (f := self._fit(c)) is not None]
+        return np.mean([np.log(f.variance / f.level) for f in found], axis=0) if found else None
 
     def _learn(self, rows: NDArray[np.int64], context: int) -> _Fit | None:
         x, noise = self._of_elsewhere(rows, context), self.noise[rows]
@@ -138,9 +146,14 @@ class Transfer:
             kernel = (slope * parts[2]).sum() / unit
             return value, np.array([slope.sum(), kernel, np.trace(slope)]) * np.exp(log_variance) * level
 
-        found = minimize(deviance, np.log([0.1, 0.3, 0.5]), jac=True, method="L-BFGS-B", bounds=_BOUNDS)
-        slope = slope_of(np.linalg.inv(covariance(found.x, some)))
-        everything = np.arange(len(rows))
-        inverse = np.linalg.inv(covariance(found.x, everything))
+        if len(rows) < _MIN_KNOWN:
+            log_variance = self._in_other_contexts(context)
+            if log_variance is None:
+                return None
+        else:
+            start = np.log([0.1, 0.3, 0.5])
+            log_variance = minimize(deviance, start, jac=True, method="L-BFGS-B", bounds=_BOUNDS).x
+        slope = slope_of(np.linalg.inv(covariance(log_variance, some)))
+        inverse = np.linalg.inv(covariance(log_variance, np.arange(len(rows))))
         left = np.eye(len(self.conditions))[rows] - slope * x
-        return _Fit(rows, x, unit, np.exp(found.x) * level, slope, inverse, left)
+        return _Fit(rows, x, unit, level, np.exp(log_variance) * level, slope, inverse, left)
