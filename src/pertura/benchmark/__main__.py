@@ -84,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     columns.add_argument("--perturbation-key", metavar="COLUMN", help="column of obs with the perturbation of a cell")
     columns.add_argument("--control", metavar="LABEL", help="label of control cells in that column")
     columns.add_argument("--context-key", metavar="COLUMN", help="column of obs with the cell type, line or donor")
+    columns.add_argument("--contexts", nargs="+", metavar="NAME", help="use the cells of these contexts alone")
     columns.add_argument("--dose-key", metavar="COLUMN", help="column of obs with the dose")
     columns.add_argument("--layer", help="layer with raw counts, or what models shall read (default: X)")
     return parser
@@ -94,6 +95,8 @@ def _conditions(options: argparse.Namespace) -> pd.DataFrame:
     models = dict(parse_model(text) for text in options.models)
     keys = {k: getattr(options, k) for k in ("perturbation_key", "control", "context_key", "dose_key", "layer")}
     dataset = Dataset.of(options.data, **keys)
+    if options.contexts is not None:
+        dataset = dataset.only(options.contexts)
     several = dataset.context_key is not None and len(set(dataset.contexts)) > 1
     kind = options.task or ("unseen_context" if several else "held_out_cells")
     if options.shots is not None and kind != "few_shot_context":

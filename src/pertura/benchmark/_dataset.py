@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,19 @@ class Dataset:
                     f"`{needed}` is missing: `data` does not say it, so pass it (--{needed.replace('_', '-')} on the command line)."
                 )
         return cls(adata=data, **options)
+
+    def only(self, contexts: Sequence[str]) -> Dataset:
+        """The same without the cells of other contexts.
+
+        Raises
+        ------
+        ValueError
+            If a context is not there.
+        """
+        absent = sorted(set(contexts) - set(self.contexts))
+        if absent:
+            raise ValueError(f"`contexts`: there are no cells of {absent}; there are {sorted(set(self.contexts))}.")
+        return replace(self, adata=self.adata[np.isin(self.contexts, list(contexts))].copy())
 
     @property
     def labels(self) -> NDArray[np.str_]:
