@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -97,7 +97,7 @@ class Part:
     off
         Takes the part out of a trained model.
     patched
-        What is something else in training without the part, by its dotted name.
+        Dotted name of what is something else in training without the part, and what it then is.
     without
         The model without the part, where that is an option.
     """
@@ -106,7 +106,7 @@ class Part:
     model: str
     data: tuple[str, ...]
     off: Callable[[Any], object] = lambda model: None
-    patched: Mapping[str, Any] = field(default_factory=dict)
+    patched: tuple[str, Any] | None = None
     without: str | None = None
 
 
@@ -160,6 +160,7 @@ DRUGAAE = "DrugAAE:train.max_epochs=4,predict.n_samples=2"
 PERTVAE, SAMSVAE, CRADLEVAE = (f"{name}:{SHORT}" for name in ("PertVAE", "SAMSVAE", "CRADLEVAE"))
 UNSEEN, FEW = ("kang", "responders", "converging", "alike"), ("kang, 5 cells", "glioblastoma, 5 cells")
 SOME = ("glioblastoma, 0.2 of perturbations", "planted, missing")
+SHARE_OF_W = "pertura.model._pertvae.share_of_differences"
 PARTS = (
     Part("regression on control profiles", PERTURBX, UNSEEN, share(0)),
     Part("neural networks on bags", PERTURBX, UNSEEN, share(1)),
@@ -170,8 +171,8 @@ PARTS = (
     Part("convergence", "MeanEffect:converge=True", UNSEEN, without="MeanEffect"),
     Part("convergence", "EmpiricalBayes", UNSEEN, share(0)),
     Part("other perturbations of the context", "EmpiricalBayes", (*SOME, *FEW), share(1)),
-    Part("W", PERTVAE, UNSEEN, patched={"pertura.model._pertvae.share_of_differences": lambda *_: 0.0}),
-    Part("share of W", PERTVAE, UNSEEN, patched={"pertura.model._pertvae.share_of_differences": lambda *_: 1.0}),
+    Part("W", PERTVAE, UNSEEN, patched=(SHARE_OF_W, lambda *_: 0.0)),
+    Part("share of W", PERTVAE, UNSEEN, patched=(SHARE_OF_W, lambda *_: 1.0)),
     Part("pairs by optimal transport", PERTVAE, UNSEEN, without=f"{PERTVAE},pairing=random"),
     Part("departures", PERTVAE, FEW, no_departures),
     Part("departures", SAMSVAE, FEW, no_departures),
@@ -190,15 +191,13 @@ class Fits:
 
     def factory(self, part: Part | None, text: str) -> benchmark.Factory:
         """Model without a part, for :func:`pertura.benchmark.run`; `None`: with all."""
-        spec, patched = benchmark.parse_model(text)[1], {} if part is None else part.patched
+        spec, patched = benchmark.parse_model(text)[1], None if part is None else part.patched
         off = Part.off if part is None else part.off
 
         def make(adata: AnnData, *, setup: Mapping[str, Any], seed: int) -> Any:
             key, rows = (text, seed, part if patched else None), tuple(adata.obs_names)
             if key not in self.kept or self.kept[key][0] != rows:
-                with ExitStack() as stack:
-                    for name, value in patched.items():
-                        stack.enter_context(mock.patch(name, value))
+                with mock.patch(*patched) if patched else nullcontext():
                     model = spec(adata, setup=setup, seed=seed)
                 self.kept[key] = rows, model, model.module
             _, model, module = self.kept[key]
@@ -209,10 +208,12 @@ class Fits:
         return make
 
 
-def study(parts: Sequence[Part], *, seeds: int, folds: int | None = None) -> pd.DataFrame:
-    """One row for each part and data set."""
+def study(
+    parts: Sequence[Part], *, seeds: int, folds: int | None = None, data_names: Sequence[str] | None = None
+) -> pd.DataFrame:
+    """One row for each part and data set; `data_names`: only on these."""
     tables = []
-    for name in dict.fromkeys(d for p in parts for d in p.data):
+    for name in dict.fromkeys(d for p in parts for d in p.data if data_names is None or d in data_names):
         own, fits, (data, splits) = [p for p in parts if name in p.data], Fits(), task(name, folds)
         models = {p.model: fits.factory(None, p.model) for p in own}
         models |= {f"{p.name}|{p.model}": fits.factory(p, p.without or p.model) for p in own}
@@ -253,10 +254,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the study."""
     words = parser(__doc__, seeds=1)
     words.add_argument("--models", nargs="+", help="only parts of these")
+    words.add_argument("--data", nargs="+", help="only on these")
     words.add_argument("--folds", type=int, help="at most so many splits of a data set")
     options = start(words, argv)
     parts = [p for p in PARTS if not options.models or p.model.partition(":")[0] in options.models]
-    table = study(parts, seeds=options.seeds, folds=options.folds)
+    table = study(parts, seeds=options.seeds, folds=options.folds, data_names=options.data)
     if options.out:
         table.to_csv(options.out, index=False)
     show(table)

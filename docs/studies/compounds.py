@@ -1,7 +1,7 @@
 """Compounds or doses that nobody measured: DrugAAE beside the mean effect, ridge, the nearest neighbor and interpolation.
 
 ``tggates`` and ``ht115``: held-out compounds; ``tggates-all``: the same, of all doses and times; ``tggates-dose``: the middle dose, from
-the doses below and above it.
+the doses below and above it; ``tggates-few``: a time at which some compounds are known, from these and from the other times.
 """
 
 from __future__ import annotations
@@ -12,20 +12,30 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from _common import CONTROL, LEVELS, OTHER_CONTROLS, Condition, Measured, Screen, held_out_controls, ht115, parser
-from _common import show, start, table_model, tggates
+from _common import options_of, show, start, table_model, tggates
 from numpy.typing import ArrayLike, NDArray
 from scipy.spatial.distance import cdist
 from sklearn.linear_model import RidgeCV
 from sklearn.neighbors import KNeighborsRegressor
 
 from pertura import benchmark
-from pertura.data import Split
+from pertura.data import Split, few_shot_context
 from pertura.metrics import register
 
 METRICS = ("pearson_effect", "sign_accuracy", "rank", "relative_error")
 FEATURES = "features"
-EPOCHS = {"tggates": 15, "tggates-all": 4, "tggates-dose": 15, "ht115": 15}  # as many steps of four times the profiles
+EPOCHS = {
+    "tggates": 15,
+    "tggates-all": 4,
+    "tggates-dose": 15,
+    "ht115": 15,
+    "tggates-few": 15,
+}  # as many steps of four times the profiles
 AGREEING = 0.3
+FEW = (
+    *("TwoWayAdditive", "LowRankCompletion", "MeanEffect", "Linear", "EmpiricalBayes", "PerturbX:train.max_epochs=10"),
+    *("SAMSVAE:train.max_epochs=10", "DrugAAE:train.max_epochs=15"),
+)
 
 
 @register("sign_accuracy", best_value=1.0, higher_is_better=True, needs="mean")
@@ -184,6 +194,17 @@ def study_dose(screen: Screen, models: dict[str, Any], *, seeds: int, **options:
     return pd.concat(tables, ignore_index=True).drop_duplicates(ignore_index=True)
 
 
+def study_few(screen: Screen, models: dict[str, Any], *, seeds: int, time: str = "24h", **options: Any) -> pd.DataFrame:
+    """A time at which 10, 20 or 50 % of the compounds are known; of the others all doses are asked."""
+    obs = screen.adata.obs  # of compounds that other times have, too
+    adata = screen.adata[(obs.groupby("perturbation", observed=True)["hours"].transform("nunique") > 1).to_numpy()].copy()
+    data = benchmark.Dataset(adata, f"{screen.name}, few", "perturbation", CONTROL, **screen.setup)
+    keys = {"perturbation_key": "perturbation", "context_key": "hours", "control": CONTROL}
+    splits = few_shot_context(adata, **keys, shots=(0.1, 0.2, 0.5), contexts=[time], n_splits=seeds)
+    tables = [_run(data, models, [split], split.seed, options) for split in splits]
+    return pd.concat(tables, ignore_index=True).drop_duplicates(ignore_index=True)
+
+
 def _run(data: benchmark.Dataset, models: dict[str, Any], splits: list[Split], seed: int, options: Any) -> pd.DataFrame:
     given = {"metrics": METRICS, "baselines": False, "n_halves": 0, "max_asked": 100, **options}
     return benchmark.run(data, models, splits=splits, seeds=[seed], **given)
@@ -222,9 +243,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the study."""
     words = parser(__doc__, seeds=5)
     words.add_argument("screen", choices=tuple(EPOCHS))
+    words.add_argument("--models", nargs="+", help=f"for tggates-few (default: {' '.join(FEW)})")
     options = start(words, argv)
     screen = ht115() if options.screen == "ht115" else tggates(every=options.screen != "tggates")
     models = {"DrugAAE": drugaae(EPOCHS[options.screen])}
+    if options.screen == "tggates-few":
+        models = options_of(options.models or FEW, {})
+        found = study_few(screen, models, seeds=options.seeds, out=options.out)
+        for kind, part in found.groupby("split", sort=False):
+            print(kind)
+            show(summary(part, [next(iter(models))], screen.reproducible, None))
+        return
     if options.screen == "tggates-dose":
         found, against = study_dose(screen, models, seeds=options.seeds, out=options.out), ["interpolation in log dose"]
     else:

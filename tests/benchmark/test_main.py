@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from pertura import _cli, datasets
-from pertura.benchmark import Results
+from pertura.benchmark import Dataset, Results
 from pertura.benchmark.__main__ import main
 
 
@@ -57,6 +57,20 @@ def test_few_shots(screen, monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*words, "--shots", "5"])
     assert "few_shot_context" in capsys.readouterr().err
+
+
+def test_some_contexts(screen, monkeypatch, tmp_path, capsys):
+    """Cells of the other contexts neither train nor are they asked."""
+    monkeypatch.setattr(datasets, "kang_2018_mini", lambda: screen)
+    dataset = Dataset.of("kang")
+    chosen = sorted(set(dataset.contexts))[:2]
+    words = ["kang", "--task", "unseen_context", "--models", "NoChange", "--metrics", "mse", "--contexts"]
+    assert main([*words, *chosen, "--out", str(tmp_path / "two.csv")]) == 0
+    assert set(Results(tmp_path / "two.csv").table["context"]) == set(chosen)
+    assert set(dataset.only(chosen).contexts) == set(chosen) < set(dataset.contexts)
+    with pytest.raises(SystemExit):
+        main([*words, "nowhere"])
+    assert "`contexts`" in capsys.readouterr().err
 
 
 def test_a_file_of_one_s_own(screen, tmp_path, capsys):
