@@ -245,6 +245,14 @@ MUTANTS = [
         "other_contexts_have_learned",
     ),
     Mutant(
+        "what-a-context-lacks-is-as-elsewhere",
+        "model/base/_departures.py",
+        "if transfer.knows(int(c)):",
+        "if False:",
+        "model/test_departures.py",
+        "lacks and SAMSVAE",
+    ),
+    Mutant(
         "a-condition-predicts-itself",
         "effects/_transfer.py",
         "others = np.eye(len(fit.rows)) - fit.inverse / np.diag(fit.inverse)[:, None]",

@@ -197,7 +197,9 @@ def study_dose(screen: Screen, models: dict[str, Any], *, seeds: int, **options:
 def study_few(screen: Screen, models: dict[str, Any], *, seeds: int, time: str = "24h", **options: Any) -> pd.DataFrame:
     """A time at which 10, 20 or 50 % of the compounds are known; of the others all doses are asked."""
     obs = screen.adata.obs  # of compounds that other times have, too
-    adata = screen.adata[(obs.groupby("perturbation", observed=True)["hours"].transform("nunique") > 1).to_numpy()].copy()
+    adata = screen.adata[
+        (obs.groupby("perturbation", observed=True)["hours"].transform("nunique") > 1).to_numpy()
+    ].copy()
     data = benchmark.Dataset(adata, f"{screen.name}, few", "perturbation", CONTROL, **screen.setup)
     keys = {"perturbation_key": "perturbation", "context_key": "hours", "control": CONTROL}
     splits = few_shot_context(adata, **keys, shots=(0.1, 0.2, 0.5), contexts=[time], n_splits=seeds)

@@ -107,6 +107,43 @@ def test_nothing_changes_where_nothing_was_measured(arms):
     assert (with_site.loc["line1"] - without.loc["line1"]).abs().mean() > 0.05
 
 
+@pytest.fixture(scope="module")
+def screens():
+    """Ten perturbations in three contexts, each context with something that all its effects have; the last lacks six."""
+    rng = np.random.default_rng(1)
+    effect = rng.normal(0, 0.5, (10, 3)) @ rng.normal(size=(3, N_GENES)) + rng.normal(0, 1.0, (3, 1, N_GENES))
+    base, x, obs = 3.0 + rng.normal(0, 0.3, (3, N_GENES)), [], []
+    for c in range(3):
+        for p in range(-1, 10 if c < 2 else 4):
+            n = 80 if p < 0 else 20
+            x.append(base[c] + (effect[c, p] if p >= 0 else 0.0) + 0.5 * rng.normal(size=(n, N_GENES)))
+            obs += [("control" if p < 0 else f"p{p}", f"line{c}")] * n
+    obs = pd.DataFrame(obs, columns=["perturbation", "cell_type"], index=[f"cell{i}" for i in range(len(obs))])
+    adata = AnnData(np.concatenate(x).astype(np.float32), obs=obs)
+    adata.uns["effect"] = effect
+    return adata
+
+
+@pytest.mark.parametrize("cls", [SAMSVAE, PertVAE])
+def test_other_perturbations_of_a_context_say_what_it_does_to_those_it_lacks(screens, cls):
+    adata, names = screens.copy(), [f"p{p}" for p in range(4, 10)]
+    model = fit(cls, adata)
+    truth = adata.uns["effect"][2, 4:]
+
+    def error():
+        own = adata[adata.obs["cell_type"] == "line2"].copy()
+        table = model.get_perturbation_effect(names, adata=own, n_samples=20)
+        found = table.pivot(index="perturbation", columns="gene", values="lfc_mean").loc[names, model.gene_names]
+        return float(((found - truth) ** 2).to_numpy().mean()), set(table["novelty"])
+
+    site = model.module.departures if cls is PertVAE else model.module.gene_effects.departures
+    assert len(site) == 30  # 24 measured ones and six that are lacking
+    (with_site, novelty), _ = error(), site.clear()
+    without, _ = error()
+    assert novelty == {"new context"}
+    assert with_site < 0.4 * without
+
+
 @pytest.mark.parametrize("alike", [True, False])
 def test_w_is_kept_where_contexts_differ_as_left_out_ones_say(alike):
     """Ten contexts that respond alike, or in proportion to what can be seen of their controls."""

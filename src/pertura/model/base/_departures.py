@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats
 
-from pertura.effects import ConditionTable, fit_departures
+from pertura.effects import Asked, ConditionTable, fit_departures
 from pertura.effects._discrepancy import perturbations_of
+from pertura.module._added_effects import MeasuredMeans
 from pertura.module._departures import Departures
 
 from ._protocol import Model
@@ -23,6 +24,7 @@ Without = Callable[[NDArray[np.int64]], AbstractContextManager[None]]
 
 _MAX_FOLDS, _N_DRAWS = 5, 1
 _MAX_CONTROLS, _MAX_PREDICTED = 128, 20_000  # of a context, and these times its perturbations
+_MAX_LACKING = 3000  # pairs of perturbation and context; of more, none is filled in
 # what is added to activations, to see how mean expression follows
 _STEPS = (-4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0)
 
@@ -61,6 +63,7 @@ class ContextEffects:
         self.number = np.array([len(where.get(m, ())) * bool(ok) for m, ok in zip(table.members, known, strict=True)])
         self.rows = np.flatnonzero(self.number > 1)
         self._done = perturbations_of(table, model.vocabulary)
+        self._max_dose = np.asarray(model.vocabulary.max_dose, dtype=np.float32)
         cells, rng = model._registered_cells(model.train_indices), np.random.default_rng(0)
         self._controls = {}
         for c in np.unique(self.context[self.rows]):
@@ -78,7 +81,8 @@ class ContextEffects:
                 continue
             with nullcontext() if without is None else without(fold):
                 for c in fold:
-                    result[self._of(c)] = self._predict(c)
+                    own = np.flatnonzero((self.context == c) & np.isin(np.arange(len(self.context)), self.rows))
+                    result[own] = self._predict(c, own)
         return result
 
     def against_other_half(self) -> tuple[list[Matrix], NDArray[np.float64]]:
@@ -99,14 +103,42 @@ class ContextEffects:
         number, total = np.bincount(group), np.bincount(group, variance)
         return effects, noise + (total[group] - variance) / np.maximum(number[group] - 1, 1) ** 2
 
-    def _of(self, context: int) -> NDArray[np.int64]:
-        return self.rows[self.context[self.rows] == context]
+    def _predict(self, context: int, rows: NDArray[np.int64]) -> Matrix:
+        """Effects in a context of the perturbations of some treated conditions."""
+        if not len(rows):
+            return np.zeros((0, self.table.n_genes))
+        return self.model._effects_on(self._controls[context], [self._done[i] for i in rows], _N_DRAWS)
 
-    def _predict(self, context: int) -> Matrix:
-        own = [self._done[i] for i in self._of(context)]
-        return (
-            self.model._effects_on(self._controls[context], own, _N_DRAWS) if own else np.zeros((0, self.table.n_genes))
-        )
+    def lacking(self) -> tuple[NDArray[np.int64], NDArray[np.int64], Matrix]:
+        """What other perturbations of a context say of those that it lacks (:class:`~pertura.effects.Transfer`).
+
+        Returns
+        -------
+        Treated conditions of other contexts with these perturbations, the contexts that lack them, and their effects there.
+        """
+        table, means = self.table, MeasuredMeans(self.table.n_genes, self.table.n_contexts, self._max_dose)
+        means.set(table.condition_means())
+        conditions = means.conditions
+
+        def elsewhere(asked: Asked, context: int) -> NDArray[np.float64]:
+            mask = (conditions.label == asked.label) & (conditions.context != context)
+            available = conditions.curves_per_context(mask) > 0
+            return conditions.average(asked.at_dose, mask, available / max(available.sum(), 1))
+
+        transfer, kept = means.transfer(elsewhere), np.flatnonzero(table.has_control[self.context])
+        keys = np.concatenate([conditions.codes, conditions.dose], axis=1)
+        first = np.sort(np.unique(keys, axis=0, return_index=True)[1])
+        found = []
+        for c in self._controls:
+            there = set(conditions.label[conditions.context == c].tolist())
+            if transfer.knows(int(c)):
+                found += [(kept[i], c, i) for i in first if conditions.label[i] not in there]
+        if not found or len(found) > _MAX_LACKING:
+            return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros((0, table.n_genes))
+        rows, contexts, at = (np.array(part) for part in zip(*found, strict=True))
+        asked = [conditions.ask(conditions.codes[i], conditions.dose[i]) for i in at]
+        weights = [transfer(a, int(c)) for a, c in zip(asked, contexts, strict=True)]
+        return rows, contexts, means.sums(np.stack(weights))[0].double().cpu().numpy()
 
     @torch.no_grad()
     def set_departures(self, site: Departures, expected: Matrix) -> None:
@@ -122,26 +154,38 @@ class ContextEffects:
         site.clear()
         if not len(self):
             return
-        table, rows = self.table, self.rows
+        table, lacking = self.table, self.lacking()
         kept = table.has_control[self.context]
-        place = (np.cumsum(kept) - 1)[rows]
+        place = (np.cumsum(kept) - 1)[self.rows]
         mean, variance = fit_departures(table, expected[kept], place)
-        wanted, sd = expected[rows] + mean[place], np.sqrt(variance[place])
+        wanted = np.concatenate([expected[self.rows] + mean[place], lacking[2]])
+        sd = np.concatenate(
+            [np.sqrt(variance[place]), np.zeros(lacking[2].shape)]
+        )  # left-out contexts say how far off they are
+        rows = np.concatenate([self.rows, lacking[0]])
+        context = np.concatenate([self.context[self.rows], lacking[1]])
         at = table.treated[rows]
-        max_dose = np.asarray(self.model.vocabulary.max_dose, dtype=np.float32)
-        site.set(codes=table.codes[at], dose=table.dose[at], context=table.context[at], max_dose=max_dose)
+        site.set(codes=table.codes[at], dose=table.dose[at], context=context, max_dose=self._max_dose)
         site.set(**{name: torch.zeros(wanted.shape) for name in ("delta", "mean", "low", "high")})
         for c in self._controls:
-            self._solve(site, int(c), np.flatnonzero(self.context[rows] == c), wanted, sd)
+            own = np.flatnonzero(context == c)
+            self._solve(site, int(c), own, rows[own], wanted[own], sd[own])
 
-    def _solve(self, site: Departures, context: int, own: NDArray[np.int64], wanted: Matrix, sd: Matrix) -> None:
+    def _solve(
+        self,
+        site: Departures,
+        context: int,
+        own: NDArray[np.int64],
+        rows: NDArray[np.int64],
+        wanted: Matrix,
+        sd: Matrix,
+    ) -> None:
         """What is added to activations so that mean expression of the controls moves by the wanted effects."""
-        wanted, sd = wanted[own], sd[own]
 
         def reached(added: Matrix | float) -> Matrix:
             for buffer in (site.mean, site.low, site.high):
                 buffer[own] = torch.as_tensor(added, dtype=buffer.dtype, device=buffer.device)
-            return self._predict(context)
+            return self._predict(context, rows)
 
         def keep(**values: Matrix) -> None:
             for name, value in values.items():
