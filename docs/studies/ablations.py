@@ -174,10 +174,24 @@ PARTS = (
     Part("W", PERTVAE, UNSEEN, patched=(SHARE_OF_W, lambda *_: 0.0)),
     Part("share of W", PERTVAE, UNSEEN, patched=(SHARE_OF_W, lambda *_: 1.0)),
     Part("pairs by optimal transport", PERTVAE, UNSEEN, without=f"{PERTVAE},pairing=random"),
+    Part("loss of predicted partners", f"{PERTVAE},prediction_weight=1.0", UNSEEN[:2], without=PERTVAE),
+    Part("noise on the input", f"{PERTVAE},input_noise=0.3", UNSEEN[:2], without=PERTVAE),
+    Part("dropout", f"{PERTVAE},dropout_rate=0.1", UNSEEN[:2], without=PERTVAE),
     Part("departures", PERTVAE, FEW, no_departures),
     Part("departures", SAMSVAE, FEW, no_departures),
     Part("departures", CRADLEVAE, FEW, no_departures),
     Part("kernels of features", SAMSVAE, ("planted, unseen",), no_features),
+    *(
+        Part(name, DRUGAAE, ("compounds",), without=f"{DRUGAAE},{option}")
+        for name, option in {
+            "effect in closed form": "residual=False",
+            "adversary": "adversary_weight=0.0",
+            "agreement of text and signature": "contrast_weight=0.0",
+            "error of predicted effects": "counterfactual_weight=0.0",
+            "a modality taken away in training": "modality_dropout=0.0",
+            "first layer of its own": "free_encoder=False",
+        }.items()
+    ),
     Part("amplitude by context and dose", DRUGAAE, ("compounds",), equal_amplitudes),
     Part("latent vectors of unseen drugs", DRUGAAE, ("compounds",), no_vectors),
 )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
-from anndata import AnnData
+from anndata import AnnData, concat
 from scipy import sparse
 from scipy.stats import mannwhitneyu, spearmanr
 
-from pertura.benchmark import ModelSpec, Results
+from pertura.benchmark import ModelSpec, Results, parse_model
 
 NAMES = [f"d{i:02d}" for i in range(12)]
 STRENGTH = {"Low": 0.2, "Middle": 0.6, "High": 1.0}
@@ -100,6 +102,28 @@ def test_held_out_dose(screen):
     # effects are on a line in log dose: interpolation is exact up to noise, the other doses are not
     assert error["interpolation in log dose"] < 0.01 < error["copy of High"]
     assert error["interpolation in log dose"] < error["DrugAAE"]
+
+
+def test_a_time_at_which_some_compounds_are_known(screen):
+    """What all effects have at that time is found from those that are known; compounds of one time are left out."""
+    import compounds as study
+
+    parts = []
+    for hours, more in (("8h", 0.0), ("24h", 1.0)):
+        part = screen.adata.copy()
+        treated = (part.obs["perturbation"] != "control").to_numpy()
+        part.X[treated] += more * np.linspace(-1, 1, part.n_vars)
+        part.obs["hours"], part.obs_names = hours, part.obs_names + hours
+        parts.append(part[(part.obs["perturbation"] != "d11").to_numpy() | (hours == "24h")])
+    adata = concat(parts)
+    given = replace(screen, adata=adata, setup={**screen.setup, "context_key": "hours"})
+    models = {name: parse_model(name)[1] for name in ("MeanEffect", "TwoWayAdditive")}
+    found = study.study_few(given, models, seeds=1, progress=False)
+    assert set(found["context"]) == {"24h"} and set(found["dose"]) == {"0.04", "0.2", "1.0"}
+    assert found["split"].nunique() == 3 and "d11" not in set(found["perturbation"])
+    assert found.groupby("split")["perturbation"].nunique().eq(5).all()
+    error = found[found["metric"] == "relative_error"].groupby("model")["value"].mean()
+    assert error["TwoWayAdditive"] < 0.4 * error["MeanEffect"]
 
 
 def test_target_areas(screen):
