@@ -56,7 +56,7 @@ class TwoWayAdditiveModule(ContextMeanModule):
         if ("offset", context) not in cache:
             rows = np.flatnonzero(own.context == context)
             others = [self._elsewhere(own.ask(own.codes[i], own.dose[i]), context) for i in rows]
-            found = [np.eye(len(own))[i] - x for i, x in zip(rows, others, strict=True) if x.any()]
+            found = [(np.arange(len(own)) == i) - x for i, x in zip(rows, others, strict=True) if x.any()]
             labels = [own.label[i] for i, x in zip(rows, others, strict=True) if x.any()]
             cache["offset", context] = np.array(labels), np.reshape(found, (-1, len(own)))
         labels, differences = cache["offset", context]

@@ -83,7 +83,7 @@ class Transfer:
         if fit is None or not x.any():
             return x
         mean, kernel, _ = fit.variance
-        covariance = mean + kernel / fit.unit * (fit.elsewhere @ self.products @ x)
+        covariance = mean + kernel / fit.unit * (fit.elsewhere @ (self.products @ x))
         return fit.slope * x + covariance @ fit.inverse @ fit.left
 
     def knows(self, context: int) -> bool:
