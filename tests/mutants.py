@@ -915,14 +915,6 @@ MUTANTS = [
         "balance",
     ),
     Mutant(
-        "predictions-trained-away",
-        "module/_pertvae.py",
-        'pyro.factor("x2_predicted", self.prediction_weight * log_prob.sum())',
-        'pyro.factor("x2_predicted", -self.prediction_weight * log_prob.sum())',
-        "module/test_pertvae.py",
-        "elbo or predict",
-    ),
-    Mutant(
         "adversary-helped",
         "module/_cpa.py",
         "-weight * loss.sum()",

@@ -60,11 +60,8 @@ class PertVAEOptions(TrainingOptions):
     prior_sd_W: float | None = option(None, above=0)
     prior_sd_b: float | None = option(None, above=0)
     free_nats: float = option(0.0, least=0)
-    prediction_weight: float = option(0.0, least=0)
     effects: Literal["measured", "latent"] = option("measured", one_of=("measured", "latent"))
     use_weight_norm: bool = option(False, flag=True)
-    dropout_rate: float = option(0.0, least=0, below=1)
-    input_noise: float = option(0.0, least=0)
     effect_lr_factor: float = option(5.0, above=0)
     lr: float = option(5e-3, above=0)
     weight_decay: float = option(1e-4, least=0)
@@ -104,10 +101,7 @@ _MODULE_OPTIONS = (
     "transition_noise",
     "link_sharpness",
     "heteroscedastic",
-    "prediction_weight",
     "use_weight_norm",
-    "dropout_rate",
-    "input_noise",
     "effect_lr_factor",
 )
 
@@ -175,18 +169,12 @@ class PertVAE(PerturbationModel):
         0.3 for several, whose b is then shrunk toward what they have in common.
     free_nats
         Divergence per latent variable (z1, z2) and cell that costs nothing.
-    prediction_weight
-        Weight in the loss of the log likelihood of a perturbed cell as predicted from its partner.
     effects
         ``"measured"``: left-out training contexts decide what share of W is kept (:attr:`share`), and in a context where a
         perturbation was measured its effect is the measured one, drawn toward what other contexts say of it as far as its cells are
         few. ``"latent"``: effects are those of W and b as trained, as in the paper, and so are those of perturbations of a single context.
     use_weight_norm
         Whether all layers are weight-normalized.
-    dropout_rate
-        Probability with which a hidden unit of encoder and decoder is dropped in training.
-    input_noise
-        Standard deviation of noise on the encoder's standardized input in training.
     effect_lr_factor
         Learning rate of effects in units of that of the neural networks.
     lr, lr_schedule

@@ -75,10 +75,6 @@ class PertVAE(LatentModule):
         Standard deviations of the normal priors of W and b.
     use_weight_norm
         Whether all layers of encoder, flow, decoder and likelihood are weight-normalized.
-    dropout_rate, input_noise
-        Regularization of encoder and decoder; `input_noise` is the sd of noise on the encoder's standardized input.
-    prediction_weight
-        Weight of :math:`E_{q(z_1 | x_1) p(z_2 | z_1)} \log p(x_2 | z_2)` in the loss, which trains the prediction itself.
     n_features
         Number of features of a perturbation; 0 where none were registered.
     effect_lr_factor
@@ -110,24 +106,19 @@ class PertVAE(LatentModule):
         prior_sd_W: float = 0.3,
         prior_sd_b: float = 10.0,
         use_weight_norm: bool = False,
-        dropout_rate: float = 0.0,
-        input_noise: float = 0.0,
-        prediction_weight: float = 0.0,
         n_features: int = 0,
         effect_lr_factor: float = 5.0,
     ) -> None:
         super().__init__(n_genes, n_batch)
         self.n_latent, self.effect_input = n_latent, effect_input
         self.prior_sd_W, self.prior_sd_b = prior_sd_W, prior_sd_b
-        self.input_noise, self.prediction_weight = input_noise, prediction_weight
         self.lr_factors = {"effect_": effect_lr_factor}
 
-        options: dict[str, Any] = {"use_weight_norm": use_weight_norm, "dropout_rate": dropout_rate}
-        self.encoder = MLP(n_genes + self.n_covariates, encoder_hidden, **options)
+        self.encoder = MLP(n_genes + self.n_covariates, encoder_hidden, use_weight_norm=use_weight_norm)
         self.flow = InverseAutoregressiveFlow(
             n_latent, self.encoder.n_out, n_flow_context, n_flow_steps, n_flow_hidden, use_weight_norm
         )
-        self.decoder = MLP(n_latent + self.n_covariates, decoder_hidden, **options)
+        self.decoder = MLP(n_latent + self.n_covariates, decoder_hidden, use_weight_norm=use_weight_norm)
         self.make_likelihood(likelihood, self.decoder.n_out, link_sharpness, heteroscedastic)
         if use_weight_norm:
             for layer in [m for m in self.likelihood.modules() if isinstance(m, nn.Linear)]:
@@ -192,9 +183,6 @@ class PertVAE(LatentModule):
             with pyro.poutine.scale(scale=kl_weight):
                 z2 = pyro.sample("z2", after.to_event(1))
             pyro.sample("x2", self.expression(z2, post, noise), obs=post.x)
-        if self.training and self.prediction_weight > 0:
-            log_prob = self.expression(after.rsample(), post).log_prob(post.x)
-            pyro.factor("x2_predicted", self.prediction_weight * log_prob.sum())
 
     def guide(self, cells: Cells, n_pairs: int = 0, kl_weight: float = 1.0, half: Tensor | None = None) -> None:
         """q(z | x), one encoder for cells before and after a perturbation."""
@@ -240,8 +228,6 @@ class PertVAE(LatentModule):
         """Hidden layer that the guide reads, ``(n_cells, encoder_hidden[-1])``."""
         x = self.standardized(cells.x, cells.library)
         x = x - self.departures.change(cells.action, cells.context) / self.input_scale
-        if self.training and self.input_noise > 0:
-            x = x + self.input_noise * torch.randn_like(x)
         return self.encoder(self.with_batch(x, cells.batch))
 
     def _prior_of_effects(self, n_cells: int) -> None:
