@@ -253,6 +253,14 @@ MUTANTS = [
         "lacks and SAMSVAE",
     ),
     Mutant(
+        "noise-of-controls-taken-for-an-effect",
+        "effects/_transfer.py",
+        "return mean + shared + kernel",
+        "return mean + kernel",
+        "effects/test_transfer.py",
+        "noise_of_the_controls",
+    ),
+    Mutant(
         "a-condition-predicts-itself",
         "effects/_transfer.py",
         "others = np.eye(len(fit.rows)) - fit.inverse / np.diag(fit.inverse)[:, None]",

@@ -25,13 +25,13 @@ def _table(seed: int, *, kind: str, n_known: int) -> tuple[Conditions, np.ndarra
     return Conditions(codes, np.ones((len(known), 1)), context, 2), effect, known
 
 
-def _transfer(conditions: Conditions, effect: np.ndarray, noise: float = 0.0) -> Transfer:
+def _transfer(conditions: Conditions, effect: np.ndarray, noise: float = 0.0, shared: float = 0.0) -> Transfer:
     def elsewhere(asked, context):
         mask = (conditions.label == asked.label) & (conditions.context != context)
         return mask / max(mask.sum(), 1)
 
     own = effect[: len(conditions)]
-    return Transfer(conditions, own @ own.T / N_GENES, np.full(len(own), noise), elsewhere)
+    return Transfer(conditions, own @ own.T / N_GENES, np.full(len(own), noise), np.full(len(own), shared), elsewhere)
 
 
 def _errors(kind: str, n_known: int = 15) -> tuple[float, float]:
@@ -83,6 +83,19 @@ def test_noisy_effects_are_believed_less():
     asked = conditions.ask(np.array([20]), np.ones(1))
     weights = [np.abs(_transfer(conditions, effect, noise)(asked, 1)[N:]).sum() for noise in (0.0, 50.0)]
     assert weights[1] < 0.8 * weights[0]
+
+
+def test_the_noise_of_the_controls_is_no_effect():
+    """What all effects of a context have in common is theirs, or the noise of the controls they were compared with."""
+    conditions, effect, _ = _table(0, kind="offset", n_known=12)
+    asked, own = conditions.ask(np.array([20]), np.ones(1)), N + np.arange(12)
+    weight = [np.abs(_transfer(conditions, effect, shared=s)(asked, 1)[own].sum()) for s in (0.0, 4.0)]
+    assert weight[0] > 0.8 and weight[1] < 0.15
+    # left out as asked anew: the prediction of a known condition from the others leaves the noise out, too
+    transfer = _transfer(conditions, effect, shared=4.0)
+    rows, weights = transfer.left_out(1)
+    np.testing.assert_allclose(weights[np.arange(12), rows], 0.0, atol=1e-10)
+    assert np.abs(weights[:, own].sum(1)).max() < 0.15
 
 
 def test_a_condition_is_left_out_of_its_own_prediction():

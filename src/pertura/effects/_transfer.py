@@ -4,10 +4,10 @@ With :math:`x_p` what other contexts say of perturbation p (its mean effect ther
 
 .. math::
 
-    y_{pc} = r x_p + z_p, \quad z \sim N\big(0,\; (v_m \mathbf{1}\mathbf{1}^\top + v_k K + v_e I + \mathrm{diag}(n)) \otimes I\big),
-    \quad K_{pq} \propto x_p^\top x_q,
+    y_{pc} = r x_p + z_p + e_p, \quad z \sim N\big(0,\; (v_m \mathbf{1}\mathbf{1}^\top + v_k K + v_e I) \otimes I\big),
+    \quad e \sim N\big(0,\; (\mathrm{diag}(n) + s \mathbf{1}\mathbf{1}^\top) \otimes I\big), \quad K_{pq} \propto x_p^\top x_q,
 
-with n the noise of the measured effects. So perturbations that did the same elsewhere are off by the same here, and what all
+with n the noise of treated cells and s that of the controls, which all effects of a context share and which is not predicted. So perturbations that did the same elsewhere are off by the same here, and what all
 effects of a context have in common is found from those that are known. The variances and r maximize the marginal likelihood of
 the known effects of the context; genes share them, so that a prediction is a weighted sum of measured effects. Where one or two effects
 are known, the variances, relative to their mean square, are those of the other contexts.
@@ -45,6 +45,7 @@ class _Fit:
     slope: float
     inverse: Matrix
     left: Matrix
+    shared: float
 
 
 class Transfer:
@@ -57,7 +58,9 @@ class Transfer:
     products
         Inner products of the measured effects, per gene, ``(n_conditions, n_conditions)``.
     noise
-        Their mean squared standard errors, ``(n_conditions,)``.
+        Mean squared standard errors of treated cells, ``(n_conditions,)``.
+    shared
+        Those of the controls that they were compared with, ``(n_conditions,)``; alike within a context.
     elsewhere
         Weights of measured effects in what other contexts say of a perturbation, its own context left out.
     """
@@ -67,9 +70,11 @@ class Transfer:
         conditions: Conditions,
         products: Matrix,
         noise: NDArray[np.float64],
+        shared: NDArray[np.float64],
         elsewhere: Callable[[Asked, int], Weights],
     ) -> None:
-        self.conditions, self.products, self.noise, self.elsewhere = conditions, products, noise, elsewhere
+        self.conditions, self.products, self.elsewhere = conditions, products, elsewhere
+        self.noise, self.shared = noise, shared
         pairs = np.unique(np.stack([conditions.label, conditions.context], axis=1), axis=0)
         self.repeated = np.bincount(pairs[:, 0], minlength=1)[conditions.label] > 1
         self._fits: dict[int, _Fit | None] = {}
@@ -96,7 +101,10 @@ class Transfer:
         if fit is None:
             rows = self._known(context)
             return rows, self._of_elsewhere(rows, context)
-        others = np.eye(len(fit.rows)) - fit.inverse / np.diag(fit.inverse)[:, None]
+        precision, total = np.diag(fit.inverse)[:, None], fit.inverse.sum(0)
+        others = np.eye(len(fit.rows)) - fit.inverse / precision
+        # what the others say of the controls' noise is no part of the effect
+        others -= fit.shared * (total - fit.inverse * (total[:, None] / precision))
         return fit.rows, fit.slope * fit.elsewhere + others @ fit.left
 
     def _known(self, context: int) -> NDArray[np.int64]:
@@ -120,7 +128,7 @@ class Transfer:
         return np.mean([np.log(f.variance / f.level) for f in found], axis=0) if found else None
 
     def _learn(self, rows: NDArray[np.int64], context: int) -> _Fit | None:
-        x, noise = self._of_elsewhere(rows, context), self.noise[rows]
+        x, noise, shared = self._of_elsewhere(rows, context), self.noise[rows], float(self.shared[rows].mean())
         similar, across = x @ self.products @ x.T, x @ self.products[:, rows]
         own = self.products[np.ix_(rows, rows)]
         unit, level = float(np.diag(similar).mean()), float(np.diag(own).mean())
@@ -131,7 +139,7 @@ class Transfer:
 
         def covariance(log_variance: NDArray[np.float64], at: NDArray) -> Matrix:
             mean, kernel, rest = np.exp(log_variance) * level
-            return mean + kernel / unit * similar[np.ix_(at, at)] + np.diag(rest + noise[at])
+            return mean + shared + kernel / unit * similar[np.ix_(at, at)] + np.diag(rest + noise[at])
 
         def slope_of(inverse: Matrix) -> float:
             return float((inverse * parts[1]).sum() / (inverse * parts[2]).sum())
@@ -156,4 +164,4 @@ class Transfer:
         slope = slope_of(np.linalg.inv(covariance(log_variance, some)))
         inverse = np.linalg.inv(covariance(log_variance, np.arange(len(rows))))
         left = np.eye(len(self.conditions))[rows] - slope * x
-        return _Fit(rows, x, unit, level, np.exp(log_variance) * level, slope, inverse, left)
+        return _Fit(rows, x, unit, level, np.exp(log_variance) * level, slope, inverse, left, shared)

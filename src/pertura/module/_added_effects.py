@@ -193,9 +193,10 @@ class MeasuredMeans(KnownConditions):
     def transfer(self, elsewhere: Callable[[Asked, int], NDArray[np.float64]]) -> Transfer:
         """What known effects of a context say of its others; `elsewhere` as in :class:`~pertura.effects.Transfer`."""
         n, effect = len(self.context), self.effect
-        noise = (self.variance[:n] + self.variance[n:][self.context]).mean(1)
-        products = (effect @ effect.mT / max(self.n_genes, 1)).double()
-        return Transfer(self.conditions, products.cpu().numpy(), noise.double().cpu().numpy(), elsewhere)
+        of_mean = self.variance.mean(1)
+        products = effect @ effect.mT / max(self.n_genes, 1)
+        values = (v.double().cpu().numpy() for v in (products, of_mean[:n], of_mean[n:][self.context]))
+        return Transfer(self.conditions, *values, elsewhere)
 
     def of_means(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
         """Weights of treated and control means: effects of one context share its control, and the error of it."""
