@@ -263,7 +263,7 @@ MUTANTS = [
     Mutant(
         "a-condition-predicts-itself",
         "effects/_transfer.py",
-        "others = np.eye(len(fit.rows)) - fit.inverse / np.diag(fit.inverse)[:, None]",
+        "others = np.eye(len(fit.rows)) - fit.inverse / precision",
         "others = np.eye(len(fit.rows))",
         "effects/test_transfer.py",
         "left_out",
