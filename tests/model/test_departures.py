@@ -16,6 +16,7 @@ from pertura.model.base._departures import ContextEffects, inverse
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
 SETUP = {"perturbation_key": "perturbation", "control": "control", "context_key": "cell_type"}
 N_GENES, N_FEW = 30, 4
+ENDS = ["ci_low", "ci_high"]
 SMALL = {
     SAMSVAE: {"n_latent": 4, "n_hidden": 8},
     CRADLEVAE: {"n_latent": 4, "n_hidden": 8},
@@ -134,13 +135,15 @@ def test_other_perturbations_of_a_context_say_what_it_does_to_those_it_lacks(scr
         own = adata[adata.obs["cell_type"] == "line2"].copy()
         table = model.get_perturbation_effect(names, adata=own, n_samples=20)
         found = table.pivot(index="perturbation", columns="gene", values="lfc_mean").loc[names, model.gene_names]
-        return float(((found - truth) ** 2).to_numpy().mean()), set(table["novelty"])
+        wide = [table.pivot(index="perturbation", columns="gene", values=c).loc[names, model.gene_names] for c in ENDS]
+        inside = float(((wide[0] <= truth) & (truth <= wide[1])).to_numpy().mean())
+        return float(((found - truth) ** 2).to_numpy().mean()), set(table["novelty"]), inside
 
     site = model.module.departures if cls is PertVAE else model.module.gene_effects.departures
     assert len(site) == 30  # 24 measured ones and six that are lacking
-    (with_site, novelty), _ = error(), site.clear()
-    without, _ = error()
-    assert novelty == {"new context"}
+    (with_site, novelty, inside), _ = error(), site.clear()
+    without, *_ = error()
+    assert novelty == {"new context"} and inside > 0.85
     assert with_site < 0.4 * without
 
 

@@ -109,12 +109,13 @@ class ContextEffects:
             return np.zeros((0, self.table.n_genes))
         return self.model._effects_on(self._controls[context], [self._done[i] for i in rows], _N_DRAWS)
 
-    def lacking(self) -> tuple[NDArray[np.int64], NDArray[np.int64], Matrix]:
+    def lacking(self) -> tuple[NDArray[np.int64], NDArray[np.int64], Matrix, Matrix]:
         """What other perturbations of a context say of those that it lacks (:class:`~pertura.effects.Transfer`).
 
         Returns
         -------
-        Treated conditions of other contexts with these perturbations, the contexts that lack them, and their effects there.
+        Treated conditions of other contexts with these perturbations, the contexts that lack them, their effects there, and the
+        sd of these: how far off known effects are that follow from the others of their context.
         """
         table, means = self.table, MeasuredMeans(self.table.n_genes, self.table.n_contexts, self._max_dose)
         means.set(table.condition_means())
@@ -134,11 +135,21 @@ class ContextEffects:
             if transfer.knows(int(c)):
                 found += [(kept[i], c, i) for i in first if conditions.label[i] not in there]
         if not found or len(found) > _MAX_LACKING:
-            return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros((0, table.n_genes))
+            return (*np.zeros((2, 0), dtype=np.int64), *np.zeros((2, 0, table.n_genes)))
         rows, contexts, at = (np.array(part) for part in zip(*found, strict=True))
         asked = [conditions.ask(conditions.codes[i], conditions.dose[i]) for i in at]
         weights = [transfer(a, int(c)) for a, c in zip(asked, contexts, strict=True)]
-        return rows, contexts, means.sums(np.stack(weights))[0].double().cpu().numpy()
+        known = [transfer.left_out(int(c)) for c in np.unique(contexts)]
+        off, noise = (
+            means.sums(np.concatenate([np.eye(len(conditions))[own] - w for own, w in known]))[0],
+            means.variance,
+        )
+        square = (
+            (off.square().mean(0) - noise[np.concatenate([own for own, _ in known])].mean(0)).double().cpu().numpy()
+        )
+        sd = np.sqrt(np.maximum(square, 0.1 * max(square.mean(), 0.0)))
+        wanted = means.sums(np.stack(weights))[0].double().cpu().numpy()
+        return rows, contexts, wanted, np.broadcast_to(sd, wanted.shape)
 
     @torch.no_grad()
     def set_departures(self, site: Departures, expected: Matrix) -> None:
@@ -159,9 +170,7 @@ class ContextEffects:
         place = (np.cumsum(kept) - 1)[self.rows]
         mean, variance = fit_departures(table, expected[kept], place)
         wanted = np.concatenate([expected[self.rows] + mean[place], lacking[2]])
-        sd = np.concatenate(
-            [np.sqrt(variance[place]), np.zeros(lacking[2].shape)]
-        )  # left-out contexts say how far off they are
+        sd = np.concatenate([np.sqrt(variance[place]), lacking[3]])
         rows = np.concatenate([self.rows, lacking[0]])
         context = np.concatenate([self.context[self.rows], lacking[1]])
         at = table.treated[rows]
