@@ -22,7 +22,7 @@ from pertura.effects import Asked
 from ._added_effects import KnownConditions, set_buffer
 from ._base import Action
 
-_MAX_NOISE = 128
+_MAX_NOISE = 64
 
 
 class RowNoise:

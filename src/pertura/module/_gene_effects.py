@@ -23,7 +23,7 @@ from ._departures import Departures, RowNoise, RowNormal
 
 _N_LEVELS, _LOWEST, _TOP = 97, 1e-6, 9.6
 _LOW, _HIGH, _N_GRID = -8.0, 8.0, 65
-MAX_ROWS = 128
+MAX_ROWS = 64
 
 
 class GeneEffects(nn.Module):
