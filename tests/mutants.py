@@ -172,8 +172,8 @@ MUTANTS = [
         "module/_latent.py",
         "return torch.log1p(kappa * dose) / torch.log1p(kappa)",
         "return (dose > 0) + 0.0 * kappa",
-        TRUTH,
-        "dose and SAMSVAE",
+        "module/test_samsvae.py",
+        "logarithmic",
     ),
     Mutant(
         "dose-ignored-hill",

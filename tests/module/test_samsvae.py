@@ -362,3 +362,18 @@ def test_the_guide_keeps_the_state_that_cells_show_whatever_a_shift_explains_of_
     shift = 2.0 * (cells.action.codes >= 0).float()
     torch.testing.assert_close(found[1] + shift.expand(-1, 3), found[0])
     assert shift.any()
+
+
+def test_the_logarithmic_dose_response_rises_from_zero_to_one_whatever_its_shape():
+    """Concave, the more so the larger kappa; a single dose needs no curve."""
+    module = _module()
+    dose = torch.linspace(0.0, 1.0, 21)[:, None].expand(-1, PERTURBATIONS)
+    codes = torch.arange(PERTURBATIONS).expand(21, -1)
+    with torch.no_grad():
+        module.shifts.log_kappa.copy_(torch.tensor([-4.0, 0.0, 2.0, 6.0]))
+        strength = module.strength(Action(codes, dose))
+        assert torch.equal(module.strength(Action(codes, (dose > 0).float())), (dose > 0).float())
+    assert (strength.diff(dim=0) > 0).all() and (strength.diff(dim=1)[1:-1] > 0).all()
+    torch.testing.assert_close(strength[[0, -1]], torch.stack([torch.zeros(4), torch.ones(4)]))
+    kappa = torch.nn.functional.softplus(module.shifts.log_kappa.detach()) + 1e-3
+    torch.testing.assert_close(strength[10], (1.0 + 0.5 * kappa).log() / (1.0 + kappa).log())
